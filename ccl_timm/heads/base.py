@@ -1,0 +1,52 @@
+"""What a classifier head gives out, and what a model needs from it."""
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor, nn
+
+__all__ = ['Head', 'HeadOutputs']
+
+
+class HeadOutputs(NamedTuple):
+    """What a head computes from pooled features: what losses may read.
+
+    Attributes:
+        logits: (N, K), what the model returns.
+        features: (N, D), what the last layer reads, not normalised.
+        attention: (N, D) in (0, 1), channel attention; None if the head has none.
+        cosine: (N, K) in [-1, 1], cosine of features and class vectors; None for a linear layer.
+        weight: (K, D), the class vectors of the last layer; None if it has fixed centroids.
+        centroids: (K, D), fixed unit vectors; None if the class vectors are learnt.
+    """
+
+    logits: Tensor
+    features: Tensor
+    # TorchScript reads these annotations, and knows Optional[...] but not X | None
+    attention: Optional[Tensor] = None  # noqa: UP045
+    cosine: Optional[Tensor] = None  # noqa: UP045
+    weight: Optional[Tensor] = None  # noqa: UP045
+    centroids: Optional[Tensor] = None  # noqa: UP045
+
+
+class Head(nn.Module):
+    """A classifier that stands where a timm model's last layer stood.
+
+    Built as ``Head(in_features, num_classes, **options)`` with ``device`` and ``dtype`` among the options.
+    ``forward(pooled)`` must return ``outputs(pooled).logits``.
+
+    Attributes:
+        in_features: width of the pooled features.
+        class_tensors: names, within the head, of the layers shaped by the number of classes ('' for the head itself):
+            the only ones that a change of classes replaces.
+    """
+
+    in_features: int
+    class_tensors: tuple[str, ...] = ('',)
+
+    def outputs(self, pooled: Tensor) -> HeadOutputs:
+        """Compute all that a loss may read from pooled features (N, in_features)."""
+        raise NotImplementedError
+
+    def reset(self, num_classes: int) -> None:
+        """Replace what depends on the number of classes, keep the rest."""
+        raise NotImplementedError

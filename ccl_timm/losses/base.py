@@ -1,0 +1,103 @@
+"""What every loss shares: declared facts, named terms, full precision, and cross-entropy with smoothing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ccl_timm.errors import UserError
+
+__all__ = ['Loss', 'cross_entropy', 'full_precision']
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 (float64 stays float64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean softmax cross-entropy.
+
+    Args:
+        logits: (N, K).
+        target: class indices (N,), or class probabilities (N, K), which are taken as they are: whoever made them
+            (Mixup, CutMix) has smoothed them already.
+        smoothing: label smoothing in [0, 1) for class indices.
+    """
+    return F.cross_entropy(logits, target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+
+
+class Loss(nn.Module):
+    """Base of all losses. A subclass declares facts and computes named terms.
+
+    Class attributes (tests read them):
+        reads: tensors it takes from the model: ``logits`` (N, K), ``cosine`` (N, K), ``features`` (N, D),
+            ``feature_map`` (what forward_features returns), ``attention`` (N, D), ``centroids`` (K, D),
+            ``weight`` (K, D), or any name that a plugin's head gives out.
+        head: the head it is made for (``'cam'``, ``'cosine'``, ``'pedcc'``), or None if every head will do.
+        soft_targets: True if targets may be class probabilities (N, K), as Mixup and CutMix make them.
+        batch_statistics: True if a sample's loss depends on the other samples of the batch.
+        paper: where the formula is from.
+        inferred: what in it no source states, in one sentence; empty if nothing.
+    """
+
+    reads: tuple[str, ...] = ('logits',)
+    head: str | None = None
+    soft_targets: bool = False
+    batch_statistics: bool = False
+    paper: str = ''
+    inferred: str = ''
+
+    def terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
+        """Compute the loss's named terms, scalars that are already weighted: their sum is the loss.
+
+        Args:
+            outputs: has the tensors of ``reads`` as attributes, float32 or float64.
+            target: int64 class indices (N,) in [0, K), or float class probabilities (N, K) if ``soft_targets``.
+        """
+        raise NotImplementedError
+
+    def named_terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
+        """Check the target, leave autocast, and return :meth:`terms` of the outputs in full precision.
+
+        Raises:
+            UserError: the target's shape does not fit, or it is soft and the loss takes class indices only.
+        """
+        read = {name: getattr(outputs, name) for name in self.reads}
+        first = next(iter(read.values()))
+        target = self._checked(target, first)
+        with torch.autocast(first.device.type, enabled=False):
+            return self.terms(SimpleNamespace(**{k: full_precision(v) for k, v in read.items()}), target)
+
+    def forward(self, outputs: Any, target: Tensor) -> Tensor:
+        """Return the scalar to minimise: the sum of the named terms.
+
+        Args:
+            outputs: anything with the attributes named in ``reads``: what a head's ``outputs()`` returns, or your own.
+            target: (N,) integer class indices, or (N, K) probabilities if ``soft_targets``.
+        """
+        return torch.stack(list(self.named_terms(outputs, target).values())).sum()
+
+    def set_epoch(self, epoch: int) -> None:
+        """A training epoch (0-based) begins. For losses with a schedule; what they keep of it is a buffer."""
+
+    def set_step(self, step: int) -> None:
+        """``step`` optimizer steps have been taken. For losses with a schedule; what they keep of it is a buffer."""
+
+    def _checked(self, target: Tensor, read: Tensor) -> Tensor:
+        name = type(self).__name__
+        if target.ndim == 1 and not target.is_floating_point():
+            return target.long()
+        if target.ndim != 2 or not target.is_floating_point():
+            raise UserError(
+                f'{name} got a target of shape {tuple(target.shape)} and type {target.dtype}; it takes integer class '
+                f'indices of shape (N,)' + (' or float probabilities of shape (N, K).' if self.soft_targets else '.')
+            )
+        if not self.soft_targets:
+            raise UserError(
+                f'{name} got soft targets of shape {tuple(target.shape)} but takes class indices only: '
+                'turn Mixup and CutMix off, or choose a loss with soft targets.'
+            )
+        return target.to(torch.promote_types(read.dtype, torch.float32))

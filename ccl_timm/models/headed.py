@@ -1,0 +1,87 @@
+"""A timm model whose classifier is one of our heads, and stays one when the number of classes changes."""
+
+import functools
+
+from torch import nn
+
+from ccl_timm.errors import UserError
+from ccl_timm.heads import Head
+
+__all__ = ['WithHead', 'backbone_class', 'classifier_path', 'put_head']
+
+
+class WithHead:
+    """Mixin over a timm model's class: :meth:`reset_classifier` keeps the head."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Change the number of classes; what the head has beside its last layer stays.
+
+        Args:
+            num_classes: new number of classes; 0 removes the head (features come out, as with any timm model).
+            global_pool: new pooling, unchanged if None; a pooling of another width makes a new head.
+        """
+        head = self.get_classifier()
+        training = head.training
+        super().reset_classifier(0, global_pool)
+        self.num_classes = num_classes
+        if num_classes == 0:
+            return
+        if isinstance(head, nn.Identity) or head.in_features != self.head_hidden_size:
+            head = _new_head(self, self._head_class, num_classes, self._head_options)
+        else:
+            head.reset(num_classes)
+        self.set_submodule(self._head_path, head.train(training))
+
+    def __reduce_ex__(self, protocol):
+        # the class is made at run time: pickle the recipe for it instead of its name
+        return _empty_instance, (backbone_class(self),), self.__dict__
+
+
+def put_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
+    """Put a head in the place of a timm model's classifier, in place, and return the model.
+
+    Args:
+        model: a timm model whose ``pretrained_cfg['classifier']`` names one module.
+        head_class: built as ``head_class(in_features, num_classes, **options)``.
+        num_classes: K; 0 for none yet.
+        options: the head's own keyword arguments.
+    """
+    path = classifier_path(model)
+    model.__class__ = headed_class(type(model))
+    model._head_class, model._head_options, model._head_path = head_class, dict(options), path
+    model.num_classes = num_classes
+    if num_classes > 0:
+        model.set_submodule(path, _new_head(model, head_class, num_classes, options))
+    return model
+
+
+def classifier_path(model: nn.Module) -> str:
+    """Path of a timm model's one classifier module."""
+    path = model.pretrained_cfg.get('classifier')
+    if not isinstance(path, str):
+        raise UserError(
+            f'{type(model).__name__} has {"no classifier" if not path else f"several classifiers {tuple(path)}"} '
+            'to put a head in the place of; choose a model with a single one.'
+        )
+    return path
+
+
+@functools.cache
+def headed_class(backbone: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a timm model's class that keeps its head; one for each backbone class."""
+    return type(f'{backbone.__name__}WithHead', (WithHead, backbone), {'__module__': __name__})
+
+
+def backbone_class(model: nn.Module) -> type[nn.Module]:
+    """The timm class of a model that has one of our heads."""
+    return type(model).__bases__[1]
+
+
+def _empty_instance(backbone: type[nn.Module]) -> nn.Module:
+    cls = headed_class(backbone)
+    return cls.__new__(cls)
+
+
+def _new_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> Head:
+    example = next(model.parameters())
+    return head_class(model.head_hidden_size, num_classes, device=example.device, dtype=example.dtype, **options)
