@@ -19,6 +19,6 @@ class PluginLoadError(UserError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or an empty string if none is close."""
+    """End a sentence: ``"; did you mean 'x'?"`` with the closest of ``known``, or ``'.'`` if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ''
+    return f"; did you mean '{close[0]}'?" if close else '.'

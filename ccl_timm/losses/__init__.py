@@ -24,6 +24,7 @@ __all__ = [
     'list_losses',
     'loss_class',
     'loss_options',
+    'takes_soft_targets',
 ]
 
 # name -> module:class; pyproject.toml declares the same as entry points
@@ -73,6 +74,11 @@ def loss_class(name: str) -> type[Loss]:
             f'Losses: {", ".join(list_losses())}; of timm: {", ".join(sorted(set(list_losses(True)) - set(list_losses())))}.'
         )
     return found
+
+
+def takes_soft_targets(name: str) -> bool:
+    """Whether the loss of that name takes class probabilities (N, K), as Mixup and CutMix make them."""
+    return is_timm_loss(name) or getattr(loss_class(name), 'soft_targets', False)
 
 
 def loss_options(name: str) -> dict[str, inspect.Parameter]:

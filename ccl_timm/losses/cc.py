@@ -48,8 +48,9 @@ def _pair_sums(c: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Ten
     counts = all_sum(c.new_zeros(num_classes).index_add(0, target, c.new_ones(len(target))))  # (K,)
     sums = all_sum(c.new_zeros(num_classes, c.shape[1]).index_add(0, target, c))  # (K, D)
     means = sums / counts.clamp_min(1)[:, None]
-    scatter = (c - means[target]).square().sum(1)  # (N,) squared distance to the own class's mean
-    own = counts[target]  # (N,) size of the own class
+    # index_select, since the gradient of means[target] is summed in any order on several threads
+    scatter = (c - means.index_select(0, target)).square().sum(1)  # (N,) squared distance to the own class's mean
+    own = counts.index_select(0, target)  # (N,) size of the own class
     intra = all_sum((own * scatter).sum())
     inter = all_sum(((n - own) * scatter).sum()) + n * (counts * means.square().sum(1)).sum()
     return intra, inter, (counts > 0).sum()

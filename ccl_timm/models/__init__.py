@@ -12,7 +12,15 @@ from ccl_timm import plugins
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
 
-__all__ = ['MODELS', 'build_variant', 'create_model', 'ensure_registered', 'register_variant', 'variant_cfg']
+__all__ = [
+    'MODELS',
+    'build_variant',
+    'create_model',
+    'ensure_registered',
+    'load_plugins',
+    'register_variant',
+    'variant_cfg',
+]
 
 _NAMED = (
     ('resnet18', 'cam'),
@@ -70,6 +78,11 @@ def ensure_registered(model_name: str) -> None:
         f"Unknown model '{name}'{did_you_mean(name, known)} `ccl-timm plugins` lists models of plugins, "
         'timm.list_models() all others.'
     )
+
+
+def load_plugins() -> None:
+    """Register the models of all plugins; one that fails is warned of and left out."""
+    plugins.load_all('model', verify=_verify_model, guard=_no_overwriting)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,219 @@
+"""The words typed: `timm SCRIPT ...` and `ccl-timm COMMAND ...`. Users' mistakes end in one sentence and code 2."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+
+from ccl_timm.errors import UserError, did_you_mean
+
+__all__ = ['main', 'timm']
+
+_BUILT_IN = {'train.py': 'train', 'validate.py': 'validate'}
+
+
+def timm(argv: list[str] | None = None) -> int:
+    """Entry point of `timm`: runs SCRIPT if it is a file, else the built-in script of that name."""
+    return _guarded(_timm, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `ccl-timm`."""
+    return _guarded(_ccl_timm, argv)
+
+
+def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _timm(argv: list[str]) -> int:
+    if not argv or argv[0] in ('-h', '--help'):
+        print(_TIMM_USAGE)
+        return 0
+    script, *words = argv
+    if os.path.isfile(script):
+        return _run(argv)
+    if script in _BUILT_IN:
+        from ccl_timm.console import say
+
+        import timm as timm_package
+
+        say(f'no file {script} here: the built-in script, with timm {timm_package.__version__}')
+        return _COMMANDS[_BUILT_IN[script]][0](words, f'timm {script}')
+    if script.endswith('.py'):
+        raise UserError(
+            f"There is no file '{script}', and it is not built in ({', '.join(_BUILT_IN)} are): timm's scripts do not come "
+            'with its package, give the path of one.'
+        )
+    raise UserError(f"Unknown script '{script}'{did_you_mean(script, _BUILT_IN)} See `timm --help`.")
+
+
+def _ccl_timm(argv: list[str]) -> int:
+    if not argv or argv[0] in ('-h', '--help'):
+        width = max(map(len, _COMMANDS))
+        print('usage: ccl-timm COMMAND ...   (each has --help)\n')
+        print('\n'.join(f'  {name.ljust(width)}  {text}' for name, (_, text) in _COMMANDS.items()))
+        return 0
+    command, *words = argv
+    if command == '--version':
+        import ccl_timm
+
+        print(ccl_timm.__version__)
+        return 0
+    if command not in _COMMANDS:
+        raise UserError(f"Unknown command '{command}'{did_you_mean(command, _COMMANDS)} See `ccl-timm --help`.")
+    return _COMMANDS[command][0](words, f'ccl-timm {command}')
+
+
+def _parser(prog: str, description: str):
+    from ccl_timm.options import Parser
+
+    return Parser(prog=prog, description=description)
+
+
+def _run(argv: list[str], prog: str = 'ccl-timm run') -> int:
+    if not argv or argv[0] in ('-h', '--help'):
+        print(f'usage: {prog} SCRIPT ...   runs a timm script by path, with our models and losses in place')
+        return 0
+    if not os.path.isfile(argv[0]):
+        raise UserError(f"There is no script '{argv[0]}'.")
+    from ccl_timm.launch import run_script
+
+    return run_script(argv[0], argv[1:])
+
+
+def _train(argv: list[str], prog: str) -> int:
+    from ccl_timm import train
+
+    return train.main(argv, prog)
+
+
+def _validate(argv: list[str], prog: str) -> int:
+    from ccl_timm import validate
+
+    return validate.main(argv, prog)
+
+
+def _predict(argv: list[str], prog: str) -> int:
+    from ccl_timm import predict
+
+    return predict.main(argv, prog)
+
+
+def _export(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'Write a trained model as model.safetensors and config.json, which timm loads.')
+    parser.add_argument('source', metavar='RUN', help='folder of a run, or a checkpoint file')
+    parser.add_argument('folder', metavar='DIR', help='where to write')
+    parser.add_argument('--use-ema', action='store_true', help='the moving average of the weights')
+    args = parser.parse_strictly(argv)
+    from ccl_timm.hub import export
+
+    for path in export(args.source, args.folder, args.use_ema):
+        print(path)
+    print(f"load it: import ccl_timm, timm; timm.create_model('local-dir:{args.folder}', pretrained=True)")
+    return 0
+
+
+def _data(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'Write a data set as a folder of images that any script can use.')
+    parser.add_argument('name', choices=('digits',), metavar='NAME', help='digits')
+    parser.add_argument('folder', metavar='DIR', help='a new folder')
+    args = parser.parse_strictly(argv)
+    from ccl_timm.data import write_digits
+
+    written = write_digits(args.folder)
+    print(f'{len(written)} images in {args.folder}; train on them: timm train.py --data-dir {args.folder}')
+    return 0
+
+
+def _losses(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'List the losses, or explain one.')
+    parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='explain this one')
+    args = parser.parse_strictly(argv)
+    from ccl_timm import losses
+    from ccl_timm.console import table
+
+    print(losses.explain(args.name) if args.name else table(*losses.overview()))
+    return 0
+
+
+def _recipes(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'List the packaged recipes, or print one.')
+    parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='print this one')
+    args = parser.parse_strictly(argv)
+    from ccl_timm import recipes
+
+    print(
+        recipes.find_recipe(args.name).read_text(encoding='utf-8') if args.name else '\n'.join(recipes.list_recipes())
+    )
+    return 0
+
+
+def _plugins(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'List the models and losses that other packages bring.')
+    parser.add_argument('--check', action='store_true', help='load each and check it; exit code 1 if one fails')
+    parser.add_argument('--json', action='store_true', help='as JSON')
+    args = parser.parse_strictly(argv)
+    from ccl_timm import losses, models, plugins
+    from ccl_timm.console import table
+
+    def check(kind: str, name: str) -> None:
+        models.ensure_registered(name) if kind == 'model' else losses.create_checked(name)
+
+    def taken(kind: str, name: str) -> str | None:
+        return models.taken(name) if kind == 'model' else losses.taken(name)
+
+    rows = plugins.describe(check=check if args.check else None, reserved=taken)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print('no plugins installed; `ccl-timm new-plugin DIR` writes one to start from')
+    else:
+        header = ('kind', 'name', 'distribution', 'version', 'value', 'state')
+        print(table([tuple(str(row[key] or '') for key in header) for row in rows], header))
+        print(''.join(f'\n{row["kind"]} {row["name"]}: {row["error"]}' for row in rows if row['error']), end='')
+    return int(args.check and any(row['state'] in ('broken', 'clash') for row in rows))
+
+
+def _new_plugin(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'Write a small plugin package, with one model and one loss, to start from.')
+    parser.add_argument('folder', metavar='DIR', help='a new folder; the package takes its name')
+    args = parser.parse_strictly(argv)
+    from ccl_timm.new_plugin import write_plugin
+
+    for path in write_plugin(args.folder):
+        print(path)
+    print(f'next: pip install -e {args.folder} && ccl-timm plugins --check')
+    return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
+    'train': (_train, 'train; the same as `timm train.py` without such a file'),
+    'validate': (_validate, 'evaluate a run'),
+    'predict': (_predict, 'classify images'),
+    'export': (_export, 'write a trained model as safetensors and config.json'),
+    'run': (_run, "run a timm script, such as timm's own train.py, with our models and losses"),
+    'data': (_data, 'write a data set as a folder of images'),
+    'losses': (_losses, 'list the losses, or explain one'),
+    'recipes': (_recipes, 'list the packaged recipes, or print one'),
+    'plugins': (_plugins, 'list models and losses of other packages'),
+    'new-plugin': (_new_plugin, 'write a plugin package to start from'),
+}
+
+_TIMM_USAGE = """\
+usage: timm SCRIPT ...
+
+  timm path/to/train.py ...   runs that script of timm's, unmodified, with our models and losses in place
+  timm train.py ...           without such a file: the built-in script; `timm train.py --help` lists its flags
+  timm validate.py RUN        likewise
+
+`ccl-timm --help` lists the other commands."""

@@ -1,0 +1,69 @@
+"""What scripts print: sentences and a progress bar to stderr, results to stdout, from the first process only."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+__all__ = ['Progress', 'is_primary', 'say', 'table', 'warn']
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return int(os.environ.get('RANK', 0)) == 0
+
+
+def say(text: str = '') -> None:
+    """Print a line for people."""
+    if is_primary():
+        tqdm.write(text, file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    say(f'warning: {text}')
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Align rows under a header, in columns two spaces apart."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        '  '.join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
+    ]
+    return '\n'.join(line.rstrip() for line in lines)
+
+
+class Progress:
+    """A bar on a terminal, a line each ``interval`` steps elsewhere.
+
+    Args:
+        items: what to go through; has a length.
+        label: what stands before.
+        interval: steps between lines.
+    """
+
+    def __init__(self, items: Iterable, label: str, interval: int):
+        self.items, self.label, self.interval = items, label, interval
+        self.steps = len(items)
+        self.bar = tqdm(total=self.steps, desc=label, leave=False, disable=not (is_primary() and sys.stderr.isatty()))
+        self.done = 0
+
+    def __iter__(self) -> Iterator:
+        for item in self.items:
+            self.done += 1
+            yield item
+            self.bar.update()
+        self.bar.close()
+
+    @property
+    def wants_report(self) -> bool:
+        """Whether the current step is one to report."""
+        return self.done % self.interval == 0
+
+    def report(self, text: str) -> None:
+        """Show the state after the current step."""
+        if self.bar.disable:
+            say(f'{self.label} {self.done:>5}/{self.steps}  {text}')
+        else:
+            self.bar.set_postfix_str(text)

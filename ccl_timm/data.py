@@ -1,0 +1,343 @@
+"""Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share, pad-crop."""
+
+import argparse
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.dataset_factory import _search_split
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import transforms
+
+from ccl_timm.errors import UserError, did_you_mean
+
+__all__ = ['Digits', 'Splits', 'create_loader', 'open_part', 'open_splits', 'targets_of', 'write_digits']
+
+_FIRST_FEW = 5
+
+
+class Digits(Dataset):
+    """Handwritten digits: 1,797 grey images of 8x8 px, 10 classes (UCI, as embedded in scikit-learn).
+
+    The split is fixed: in each class every fifth image, in scikit-learn's order, is for validation (1,442 + 355).
+
+    Args:
+        split: ``'train'`` or ``'validation'``.
+        mode: colour mode that images are converted to, ``'L'`` or ``'RGB'``.
+    """
+
+    def __init__(self, split: str, mode: str = 'RGB'):
+        from sklearn.datasets import (
+            load_digits,
+        )  # scikit-learn takes a second to import: only when digits are asked for
+
+        data = load_digits()
+        position = np.zeros(len(data.target), int)  # of an image within its class
+        for label in range(10):
+            position[data.target == label] = np.arange((data.target == label).sum())
+        if split not in ('train', 'validation'):
+            raise UserError(f"The digits have the parts 'train' and 'validation', not '{split}'.")
+        chosen = (position % 5 == 4) == (split == 'validation')
+        self.images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..255
+        self.targets = data.target[chosen].tolist()
+        self.classes = [str(label) for label in range(10)]
+        self.mode = mode
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int):
+        image = Image.fromarray(self.images[index]).convert(self.mode)
+        return (self.transform(image) if self.transform else image), self.targets[index]
+
+
+class _Part(Dataset):
+    """Some samples of a data set. ``transform`` is the data set's own, so that timm's create_loader can set it."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]):
+        self.dataset = dataset
+        self.indices = indices
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value):
+        self.dataset.transform = value
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.dataset[self.indices[index]]
+
+
+@dataclass
+class Splits:
+    """What a run trains and validates on.
+
+    Attributes:
+        train: training part.
+        validation: validation part; None for none.
+        class_names: names in the order of their numbers; None if the data set does not tell.
+        counts: training images of each class; None if the data set does not tell.
+        held_out: with a held-out share, for each image of the training folder its name and part.
+        fingerprint: a hash of what files or labels the training part consists of.
+        notes: sentences that the user should read.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    class_names: list[str] | None
+    counts: list[int] | None
+    held_out: list[tuple[str, str]] | None
+    fingerprint: str
+    notes: list[str]
+
+
+def open_splits(args: argparse.Namespace, channels: int) -> Splits:
+    """Open the training and validation part that the settings name, with the training part's numbering of classes.
+
+    Raises:
+        UserError: there is no such data, no image in it, no validation part, or a class that training lacks.
+    """
+    names = _class_names_from(args)
+    train = open_part(args, args.train_split, channels, names)
+    train_names = names or _names(train)
+    targets = targets_of(train)
+    notes, held_out, validation = [], None, None
+    if args.val_fraction is not None:
+        train, validation, held_out = _hold_out(args, train, targets, channels, train_names)
+        targets = targets_of(train)
+    elif args.val_split:
+        _check_has_part(args)
+        validation = open_part(args, args.val_split, channels, train_names)
+        notes += _compare_classes(args, train_names, validation)
+    _check_labels(args, targets, train_names)
+    counts = None
+    if targets is not None:
+        found = Counter(targets)
+        counts = [found.get(label, 0) for label in range(len(train_names) if train_names else max(found) + 1)]
+    return Splits(train, validation, train_names, counts, held_out, _fingerprint(train, targets), notes)
+
+
+def open_part(args: argparse.Namespace, split: str, channels: int, names: list[str] | None) -> Dataset:
+    """Open one part of the data, with a given numbering of classes where it is a folder.
+
+    Raises:
+        UserError: it cannot be had, or holds no image.
+    """
+    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
+    if args.dataset == 'digits':
+        return Digits('train' if split == 'train' else 'validation', mode)
+    if '/' not in args.dataset and args.dataset not in ('', 'folder'):
+        raise UserError(
+            f"Unknown data set '{args.dataset}'{did_you_mean(args.dataset, ['digits', 'folder'])} "
+            "Give 'digits', a scheme of timm such as torch/cifar10 or hfds/owner/name, or only --data-dir."
+        )
+    if _is_folder(args) and not os.path.exists(args.data_dir or ''):
+        raise UserError(
+            f"The data folder '{args.data_dir or ''}' does not exist: give an existing one with --data-dir."
+        )
+    try:
+        return timm.data.create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=split == args.train_split,
+            class_map={name: label for label, name in enumerate(names)} if names and _is_folder(args) else '',
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            input_img_mode=mode,
+            input_key=args.input_key,
+            target_key=args.target_key,
+        )
+    except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError) as error:
+        where = f"'{args.dataset}'" if args.dataset else f"'{args.data_dir}'"
+        raise UserError(
+            f"Part '{split}' of the data {where} cannot be opened: {' '.join(str(error).split())}"
+        ) from error
+
+
+def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):
+    """timm's ``create_loader`` with one more option.
+
+    Args:
+        dataset: as timm's; the other arguments too.
+        *args: likewise.
+        pad_crop: > 0: in training, zero-pad by so many pixels and crop at random, as both papers do, in the place of
+            timm's random resized crop.
+        make: what to call in the place of timm's.
+        **kwargs: likewise.
+    """
+    loader = (make or timm.data.create_loader)(dataset, *args, **kwargs)
+    if pad_crop and kwargs.get('is_training') and not kwargs.get('no_aug'):
+        size = tuple((kwargs.get('input_size') or args[0])[-2:])
+        steps = dataset.transform.transforms
+        crop = [transforms.Resize(size), transforms.RandomCrop(size, padding=pad_crop)]
+        dataset.transform = transforms.Compose([*crop, *steps[1:]])  # timm's first step is its crop
+    return loader
+
+
+def write_digits(folder: str | os.PathLike) -> list[Path]:
+    """Write the digits as a folder of images: ``<folder>/{train,validation}/<class>/<number>.png``.
+
+    Raises:
+        UserError: the folder exists and is not empty.
+    """
+    root = Path(folder)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"'{root}' exists and is not empty: name a new folder for the digits.")
+    written = []
+    for split in ('train', 'validation'):
+        digits = Digits(split, mode='L')
+        for number, label in enumerate(digits.targets):
+            path = root / split / str(label) / f'{number:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits[number][0].save(path)
+            written.append(path)
+    return written
+
+
+def _is_folder(args: argparse.Namespace) -> bool:
+    return args.dataset in ('', 'folder')
+
+
+def _class_names_from(args: argparse.Namespace) -> list[str] | None:
+    if args.class_names and args.class_map:
+        raise UserError('--class-names and --class-map say the same thing: give one of them.')
+    if not args.class_map:
+        return list(args.class_names) if args.class_names else None
+    path = Path(args.class_map)
+    if not path.is_file() and args.data_dir:
+        path = Path(args.data_dir) / args.class_map
+    if not path.is_file() or path.suffix == '.pkl':
+        raise UserError(f"The class map '{args.class_map}' is not a text file with one class name a line.")
+    return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+
+
+def _names(dataset: Dataset) -> list[str] | None:
+    reader = getattr(dataset, 'reader', dataset)
+    mapping = getattr(reader, 'class_to_idx', None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    names = getattr(dataset, 'classes', None)
+    return [str(name) for name in names] if names else None
+
+
+def targets_of(dataset: Dataset) -> list[int] | None:
+    """Label of each image, without reading images; None if the data set does not tell."""
+    if isinstance(dataset, _Part):
+        inner = targets_of(dataset.dataset)
+        return [inner[index] for index in dataset.indices]
+    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    if samples is not None:
+        return [int(target) for _, target in samples]
+    targets = getattr(dataset, 'targets', None)
+    return None if targets is None else [int(target) for target in targets]
+
+
+def _file_names(dataset: Dataset) -> list[str]:
+    """A name for each image that does not depend on the order of files."""
+    reader = getattr(dataset, 'reader', None)
+    if hasattr(reader, 'samples'):
+        return [Path(reader.filename(index)).as_posix() for index in range(len(dataset))]
+    return [f'{index:09d}' for index in range(len(dataset))]
+
+
+def _check_has_part(args: argparse.Namespace) -> None:
+    root = args.data_dir
+    if not _is_folder(args) or not os.path.isdir(root):
+        return
+    if os.path.realpath(_search_split(root, args.val_split)) == os.path.realpath(root):
+        raise UserError(
+            f"'{root}' has no part '{args.val_split}' to validate on: add such a folder, name another with "
+            '--val-split, hold out a share of the training images with --val-fraction 0.2, or train without '
+            "validation with --val-split ''."
+        )
+
+
+def _compare_classes(args: argparse.Namespace, names: list[str] | None, validation: Dataset) -> list[str]:
+    """The validation part may lack a class; one that training lacks is an error."""
+    if _is_folder(args):  # timm leaves out unknown classes without a word: list the folder without the numbering
+        validation = open_part(args, args.val_split, 3, None)
+    found = _names(validation)
+    if not names or not found:
+        return []
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise UserError(
+            f"Part '{args.val_split}' has {len(unknown)} classes that '{args.train_split}' lacks, such as "
+            f"'{unknown[0]}': remove them from it, or add training images."
+        )
+    missing = [name for name in names if name not in found]
+    if not missing:
+        return []
+    shown = ', '.join(missing[:_FIRST_FEW]) + (', ...' if len(missing) > _FIRST_FEW else '')
+    return [f"Part '{args.val_split}' has no image of {len(missing)} of {len(names)} classes: {shown}."]
+
+
+def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: list[str] | None) -> None:
+    limit = args.num_classes
+    if targets is None or limit is None:
+        return
+    highest = max(targets)
+    if highest >= limit or min(targets) < 0:
+        raise UserError(
+            f'--num-classes {limit} is too small: the data has labels up to {highest}'
+            + (f" ('{names[highest]}')" if names else '')
+            + f'; give --num-classes {highest + 1}, or leave it out.'
+        )
+
+
+def _hold_out(args, dataset, targets, channels, names):
+    """Split off a share of each class: stratified, seeded, and independent of the order of files."""
+    if isinstance(dataset, IterableDataset) or targets is None:
+        raise UserError(
+            f"--val-fraction needs a data set that can be listed; '{args.dataset}' cannot: use --val-split."
+        )
+    files = _file_names(dataset)
+    held = set()
+    for label in sorted(set(targets)):
+        own = sorted((index for index, target in enumerate(targets) if target == label), key=files.__getitem__)
+        order = np.random.default_rng([args.seed, label]).permutation(len(own))
+        held |= {own[i] for i in order[: min(len(own) - 1, max(1, round(len(own) * args.val_fraction)))]}
+    again = open_part(args, args.train_split, channels, names)  # a second one, since each part has its own transform
+    train = _Part(dataset, [index for index in range(len(files)) if index not in held])
+    validation = _Part(again, sorted(held))
+    record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
+    return train, validation, record
+
+
+def _fingerprint(dataset: Dataset, targets: list[int] | None) -> str:
+    """Hash of the training part: names, sizes and labels of files, or the labels and arrays of a data set."""
+    digest = hashlib.sha256()
+    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, None)
+    samples = getattr(getattr(base, 'reader', None), 'samples', None)
+    if samples is not None:
+        lines = [
+            f'{base.reader.filename(i)} {os.path.getsize(path) if os.path.exists(path) else 0} {target}'
+            for i, (path, target) in enumerate(samples)
+            if isinstance(path, str)
+        ]
+        digest.update('\n'.join(sorted(lines)).encode())
+    else:
+        digest.update(np.asarray(targets if targets is not None else [], dtype=np.int64).tobytes())
+        for name in ('images', 'data'):
+            array = getattr(base, name, None)
+            if isinstance(array, (np.ndarray, torch.Tensor)):
+                digest.update(np.ascontiguousarray(array).tobytes())
+    if indices is not None:
+        digest.update(np.asarray(indices, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]

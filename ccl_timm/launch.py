@@ -1,0 +1,243 @@
+"""Runs a timm script, unmodified, with our models and losses in place."""
+
+import argparse
+import contextlib
+import importlib.util
+import runpy
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+import timm.data
+import timm.task
+import timm.task.classification
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from ccl_timm import data, losses, models, recipes
+from ccl_timm.console import say, warn
+from ccl_timm.errors import UserError
+from ccl_timm.options import train_parser
+from ccl_timm.task import LossTask
+
+__all__ = ['run_script']
+
+# settings of ours that a foreign script can have, and those that only describe a recipe
+_HONOURED = ('loss', 'loss_kwargs', 'pad_crop')
+_IGNORED = (*recipes.DESCRIPTIVE, 'class_names')
+_NEEDED = ('ClassificationTask', '_parse_args', 'main', 'parser')
+
+
+def run_script(script: str, argv: list[str]) -> int:
+    """Run a timm script by path, as ``python SCRIPT ...`` would, with plugins' models registered.
+
+    If a loss of ours is named, by ``--loss`` or in the recipe, timm's ClassificationTask is replaced by
+    :class:`LossTask` while the script runs. timm's own losses pass through untouched.
+
+    Raises:
+        UserError: the script cannot take the loss, or a combination with it makes no sense.
+    """
+    path = Path(script).resolve()
+    say(f'running {script} with timm {timm.__version__}')
+    _warn_of_other_timm(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        own, rest = _split_words(argv, Path(scratch))
+        _register_models(rest, own)
+        if own.loss is None or losses.is_timm_loss(own.loss) or own.loss in timm.loss.LOSS_TYPES:
+            passed = [] if own.loss is None else ['--loss', own.loss]
+            with _as_argv(path, [*rest, *passed]), _pad_crop(own.pad_crop):
+                runpy.run_path(str(path), run_name='__main__')
+        else:
+            losses.loss_options(own.loss)  # an unknown loss is said before anything runs
+            with _as_argv(path, rest), _pad_crop(own.pad_crop):
+                _run_with_loss(path, own)
+    return 0
+
+
+def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, list[str]]:
+    """Take our own settings out of the words and out of the recipe; the script gets a copy of it without them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--loss', default=None)
+    parser.add_argument('--loss-kwargs', nargs='*', default=None, action=ParseKwargs)
+    parser.add_argument('--pad-crop', type=int, default=None)
+    # a stock script takes abbreviations of --config, which must not get past us
+    parser.add_argument('-c', '--config', *(f'--{"config"[:n]}' for n in range(1, 6)), dest='config', default=None)
+    own, rest = parser.parse_known_args(argv)
+    recipe: dict[str, Any] = {}
+    own.model = None
+    if own.config:
+        recipe = recipes.read_recipe(recipes.find_recipe(own.config))
+        own.model = recipe.get('model')
+        _refuse_builtin_only(recipe, own.config)
+        copy = scratch / 'recipe.yaml'
+        kept = {key: value for key, value in recipe.items() if key not in (*_HONOURED, *_IGNORED, *_builtin_only())}
+        copy.write_text(yaml.safe_dump(kept), encoding='utf-8')
+        rest = ['--config', str(copy), *rest]
+    for key in _HONOURED:
+        if getattr(own, key) is None:
+            setattr(own, key, recipe.get(key))
+    return own, rest
+
+
+def _builtin_only() -> dict[str, Any]:
+    """Settings that only the built-in script has, with their defaults."""
+    parser = train_parser()
+    return {key: parser.get_default(key) for key in ('val_fraction', 'class_names')}
+
+
+def _refuse_builtin_only(recipe: dict[str, Any], name: str) -> None:
+    for key, default in _builtin_only().items():
+        if key not in _IGNORED and recipe.get(key, default) != default:
+            raise UserError(
+                f"Recipe {name}: '{key}' works in the built-in script only: `ccl-timm train --config {name}`."
+            )
+    if recipe.get('dataset') == 'digits':
+        raise UserError(
+            f'Recipe {name}: the embedded digits work in the built-in script only. For this one, write them as a '
+            'folder: `ccl-timm data digits DIR`, and give --dataset "" --data-dir DIR.'
+        )
+
+
+def _register_models(rest: list[str], own: argparse.Namespace) -> None:
+    """Load the plugin that has the model, and only that."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--model', '-m', default=own.model)
+    name = parser.parse_known_args(rest)[0].model
+    if name and not name.endswith(('.txt', '.csv')) and not set(name) & set('*?'):  # lists and patterns of benchmark.py
+        models.ensure_registered(name)
+
+
+@contextlib.contextmanager
+def _as_argv(path: Path, words: list[str]) -> Iterator[None]:
+    before, before_path = sys.argv, list(sys.path)
+    sys.argv = [str(path), *words]
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    finally:
+        sys.argv = before
+        sys.path[:] = before_path
+
+
+@contextlib.contextmanager
+def _pad_crop(pixels: int | None) -> Iterator[None]:
+    """While it lasts, timm's create_loader pads and crops in training."""
+    if not pixels:
+        yield
+        return
+    before = timm.data.create_loader
+
+    def create_loader(*args: Any, **kwargs: Any):
+        return data.create_loader(*args, pad_crop=pixels, make=before, **kwargs)
+
+    timm.data.create_loader = create_loader
+    try:
+        yield
+    finally:
+        timm.data.create_loader = before
+
+
+def _run_with_loss(path: Path, own: argparse.Namespace) -> None:
+    spec: dict[str, Any] = {}
+    built = []
+
+    class ScriptTask(LossTask):
+        """What the script builds in the belief that it is timm's ClassificationTask."""
+
+        def __init__(self, model, criterion=None, criterion_kwargs=None, device=None, dtype=None, verbose=True):
+            super().__init__(model, own.loss, device=device, dtype=dtype, verbose=verbose, **spec)
+            built.append(self)
+            if verbose:
+                say(f"loss '{own.loss}' {spec or ''} on {type(model.get_classifier()).__name__}")
+
+    before = timm.task.ClassificationTask
+    timm.task.ClassificationTask = timm.task.classification.ClassificationTask = ScriptTask
+    try:
+        script = _load(path, ScriptTask)
+        script._parse_args = _wrapped_parse_args(script, own, spec)
+        if not torch.accelerator.is_available():
+            script.parser.set_defaults(device='cpu')
+        script.main()
+    finally:
+        timm.task.ClassificationTask = timm.task.classification.ClassificationTask = before
+        sys.modules.pop('train', None)
+    if not built:
+        raise UserError(f"{path} never built its training task: the loss '{own.loss}' was not used.")
+
+
+def _load(path: Path, task: type) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location('train', path)
+    script = importlib.util.module_from_spec(module_spec)
+    sys.modules['train'] = script  # worker processes and pickles look it up by this name
+    module_spec.loader.exec_module(script)
+    missing = [name for name in _NEEDED if not hasattr(script, name)]
+    if missing or script.ClassificationTask is not task:
+        what = f'has no {", ".join(missing)}' if missing else 'brings its own ClassificationTask'
+        raise UserError(
+            f'{path} cannot take a loss of ours: it {what}. It must be a train.py of timm 1.0.31 or later; '
+            '`ccl-timm train` runs the built-in script.'
+        )
+    return script
+
+
+def _wrapped_parse_args(script: ModuleType, own: argparse.Namespace, spec: dict[str, Any]):
+    """The script's own parsing, then refusal of what cannot be combined, and our settings for its args.yaml."""
+    original = script._parse_args
+
+    def parse_args():
+        args, _ = original()
+        _refuse_combinations(args, own.loss)
+        mixes = any(getattr(args, name, None) for name in ('mixup', 'cutmix', 'cutmix_minmax'))
+        if mixes and not losses.takes_soft_targets(own.loss):
+            raise UserError(
+                f"Mixup and CutMix make soft targets, which the loss '{own.loss}' does not take: leave them out."
+            )
+        if 'smoothing' in losses.loss_options(own.loss):
+            spec['smoothing'] = 0.0 if mixes else getattr(args, 'smoothing', 0.0)
+        spec.update(own.loss_kwargs or {})
+        settings = {'loss': own.loss, 'loss_kwargs': dict(own.loss_kwargs or {})}
+        if own.pad_crop:
+            settings['pad_crop'] = own.pad_crop
+        text = yaml.safe_dump({**vars(args), **settings}, default_flow_style=False)
+        args.plugin_loss = settings  # the checkpoint keeps it; plain types, since resume unpickles nothing else
+        return args, text
+
+    return parse_args
+
+
+def _refuse_combinations(args: argparse.Namespace, loss: str) -> None:
+    refused = {
+        'jsd_loss': '--jsd-loss',
+        'bce_loss': '--bce-loss',
+        'kd_model_name': '--kd-model-name (distillation)',
+        'naflex_loader': '--naflex-loader',
+        'multi_label': '--multi-label',
+        'multilabel': '--multilabel',
+        'aug_splits': '--aug-splits',
+        'head_init_scale': '--head-init-scale',
+        'head_init_bias': '--head-init-bias',
+    }
+    for name, flag in refused.items():
+        if getattr(args, name, None):
+            raise UserError(f'{flag} cannot be combined with --loss {loss}: leave one of them out.')
+    if getattr(args, 'loss', None) not in (None, 'ce'):
+        raise UserError(f"Two losses are named, '{args.loss}' and '{loss}': leave one of them out.")
+
+
+def _warn_of_other_timm(path: Path) -> None:
+    version = path.parent / 'timm' / 'version.py'
+    if version.is_file():
+        beside = runpy.run_path(str(version)).get('__version__')
+        if beside != timm.__version__:
+            warn(f'beside the script lies timm {beside}; the installed timm {timm.__version__} is used')
+
+
+if __name__ == '__main__':
+    from ccl_timm.cli import timm as entry_point
+
+    sys.exit(entry_point())

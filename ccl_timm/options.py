@@ -1,0 +1,314 @@
+"""The training script's flags: timm's names and defaults, three of our own, and how recipe and words combine."""
+
+import argparse
+import shlex
+from argparse import SUPPRESS
+from typing import Any
+
+from timm.utils import ParseKwargs
+
+from ccl_timm import recipes
+from ccl_timm.errors import UserError, did_you_mean
+
+__all__ = ['UPSTREAM_ONLY', 'Parser', 'check_flags', 'resolve', 'train_parser']
+
+# flags of timm's train.py that the built-in script leaves to it, with timm's defaults: a recipe may name them if they
+# are off
+UPSTREAM_ONLY: dict[str, Any] = {
+    'aug_repeats': 0,
+    'aug_splits': 0,
+    'bce_loss': False,
+    'bce_pos_weight': None,
+    'bce_sum': False,
+    'bce_target_thresh': None,
+    'dataset_trust_remote_code': False,
+    'distill_loss_weight': None,
+    'drop_block': None,
+    'drop_connect': None,
+    'epoch_repeats': 0.0,
+    'fast_norm': False,
+    'fuser': '',
+    'head_init_bias': None,
+    'head_init_scale': None,
+    'jsd_loss': False,
+    'kd_distill_type': 'logit',
+    'kd_loss_type': 'kl',
+    'kd_model_name': None,
+    'kd_student_feature_dim': None,
+    'kd_teacher_feature_dim': None,
+    'kd_temperature': 4.0,
+    'kd_token_distill_type': 'soft',
+    'local_rank': 0,
+    'lr_cycle_decay': 0.5,
+    'lr_cycle_limit': 1,
+    'lr_cycle_mul': 1.0,
+    'lr_k_decay': 1.0,
+    'lr_noise': None,
+    'lr_noise_pct': 0.67,
+    'lr_noise_std': 1.0,
+    'model_dtype': None,
+    'model_ema_force_cpu': False,
+    'naflex_loader': False,
+    'naflex_loss_scale': 'linear',
+    'naflex_max_seq_len': 576,
+    'naflex_patch_size_probs': None,
+    'naflex_patch_sizes': None,
+    'naflex_patchify_channels_first': False,
+    'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
+    'no_ddp_bb': False,
+    'no_prefetcher': False,
+    'recovery_interval': 0,
+    'resplit': False,
+    'save_images': False,
+    'split_bn': False,
+    'start_epoch': None,
+    'synchronize_step': False,
+    'task_loss_weight': None,
+    'torchscript': False,
+    'train_batch_sizes': None,
+    'train_batches_per_epoch': None,
+    'train_img_sizes': None,
+    'train_num_samples': None,
+    'train_size_probs': None,
+    'train_size_random_mix': 0.1,
+    'train_size_schedule': 'constant',
+    'train_size_schedule_spread': 0.65,
+    'tta': 0,
+    'use_multi_epochs_loader': False,
+    'val_num_samples': None,
+    'variable_batch_loss_scale': 'none',
+    'worker_seeding': 'all',
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UserError`, and that knows which flags are only upstream's."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        """Raise instead of leaving the process."""
+        raise UserError(f'{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.')
+
+    def parse_strictly(self, argv: list[str]) -> argparse.Namespace:
+        """Parse all of ``argv``; a flag that is not ours is named, with where it can be used."""
+        args, rest = self.parse_known_args(argv)
+        check_flags(rest, self)
+        return args
+
+
+def check_flags(rest: list[str], parser: argparse.ArgumentParser) -> None:
+    """Raise a UserError that explains the first word that a parser left over."""
+    if not rest:
+        return
+    flag = next((word for word in rest if word.startswith('-')), rest[0])
+    name = flag.split('=')[0]
+    if name.lstrip('-').replace('-', '_') in UPSTREAM_ONLY:
+        raise UserError(
+            f"The built-in script does not have timm's {name}: run timm's own train.py with it, "
+            '`ccl-timm run path/to/train.py ...`.'
+        )
+    flags = [option for action in parser._actions for option in action.option_strings]
+    raise UserError(f"Unknown argument '{name}'{did_you_mean(name, flags)} See `{parser.prog} --help`.")
+
+
+def train_parser(prog: str = 'timm train.py') -> Parser:
+    """The flags of the built-in training script, with timm's names and defaults."""
+    parser = Parser(
+        prog=prog,
+        description="Train an image classifier. Names and defaults are those of timm's train.py; without any data "
+        'named it trains on the embedded handwritten digits.',
+    )
+    for add in (_add_data, _add_model, _add_training, _add_schedule, _add_augmentation, _add_run):
+        add(parser)
+    return parser
+
+
+def _add_data(parser: Parser) -> None:
+    add = parser.add_argument_group('data').add_argument
+    add('-c', '--config', default='', metavar='RECIPE', help='recipe: a packaged name such as digits, or a YAML file')
+    add('data', nargs='?', default=None, metavar='DIR', help='data folder, the same as --data-dir')
+    add('--data-dir', default=None, metavar='DIR', help='folder with train/ and validation/, a folder a class in each')
+    add('--dataset', default='', metavar='NAME', help="'digits', 'torch/mnist', 'hfds/owner/name', ...; empty: folder")
+    add('--train-split', default='train', metavar='NAME', help='name of the training part')
+    add('--val-split', default='validation', metavar='NAME', help="name of the validation part; '' for none")
+    add('--val-fraction', type=float, default=None, metavar='F', help='hold out this share of each training class')
+    add('--dataset-download', action='store_true', help='let torch/ data sets download themselves')
+    add('--class-map', default='', metavar='FILE', help='class names, one a line, in the order of their numbers')
+    add('--class-names', nargs='+', default=None, metavar='NAME', help='the same in words; args.yaml has it')
+    add('--input-img-mode', default=None, metavar='MODE', help="colour mode of images, default 'RGB', or 'L' for 1")
+    add('--input-key', default=None, help='column of images (hfds/)')
+    add('--target-key', default=None, help='column of labels (hfds/)')
+
+
+def _add_model(parser: Parser) -> None:
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='resnet50', metavar='NAME', help='any timm name, or one of ours such as resnet18_cam')
+    add('--pretrained', action='store_true', help='start from pretrained weights')
+    add('--pretrained-path', default=None, metavar='FILE', help='pretrained weights from a file')
+    add('--initial-checkpoint', default='', metavar='FILE', help='load these weights after building the model')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='small_input=True ...')
+    add('--num-classes', type=int, default=None, metavar='N', help='default: as many as the data has')
+    add('--gp', default=None, metavar='POOL', help='global pooling')
+    add('--img-size', type=int, default=None, metavar='N', help='image size, default that of the model')
+    add('--in-chans', type=int, default=None, metavar='N', help='input channels')
+    add('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height, width')
+    add('--crop-pct', type=float, default=None, metavar='F', help='centre crop at evaluation')
+    add('--mean', type=float, nargs='+', default=None, help='pixel mean for normalisation')
+    add('--std', type=float, nargs='+', default=None, help='pixel standard deviation for normalisation')
+    add('--interpolation', default='', metavar='NAME', help='of resizing')
+    add('--drop', type=float, default=0.0, metavar='P', help='dropout before the classifier')
+    add('--drop-path', type=float, default=None, metavar='P', help='stochastic depth')
+    add('--bn-momentum', type=float, default=None)
+    add('--bn-eps', type=float, default=None)
+    add('--grad-checkpointing', action='store_true', help='less memory, more time')
+    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND', help='compile model and loss')
+    add('--torchcompile-mode', default=None)
+    add('--loss', default='ce', metavar='NAME', help="one of `ccl-timm losses`, or timm's ce, bce, asl, poly")
+    add('--loss-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help="the loss's options")
+    add('--smoothing', type=float, default=0.1, metavar='F', help='label smoothing, for losses that have it')
+
+
+def _add_training(parser: Parser) -> None:
+    add = parser.add_argument_group('optimizer and device').add_argument
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images a step and process')
+    add('-vb', '--validation-batch-size', type=int, default=None, metavar='N')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches an optimizer step')
+    add('--opt', default='sgd', metavar='NAME', help="timm's optimizers")
+    add('--opt-eps', type=float, default=None)
+    add('--opt-betas', type=float, nargs='+', default=None)
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V')
+    add('--momentum', type=float, default=0.9)
+    add('--weight-decay', type=float, default=2e-5)
+    add('--clip-grad', type=float, default=None, metavar='NORM')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'))
+    add('--layer-decay', type=float, default=None, help='factor on the learning rate from layer to layer')
+    add('--layer-decay-min-scale', type=float, default=0.0)
+    add('--layer-decay-no-opt-scale', type=float, default=None)
+    add('--model-ema', action='store_true', help='keep a moving average of the weights, and validate it')
+    add('--model-ema-decay', type=float, default=0.9998)
+    add('--model-ema-warmup', action='store_true')
+    add('--sync-bn', action='store_true', help='batch norm over all processes')
+    add('--dist-bn', default='reduce', choices=('reduce', 'broadcast', ''), help='batch norm statistics after an epoch')
+    add('--device', default='auto', help='cpu, cuda, ...; auto takes an accelerator if there is one')
+    add('--device-modules', nargs='+', default=None, metavar='MODULE', help='modules to import first')
+    add('--amp', action='store_true', help='mixed precision')
+    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'))
+
+
+def _add_schedule(parser: Parser) -> None:
+    add = parser.add_argument_group('learning rate').add_argument
+    add('--epochs', type=int, default=300, metavar='N')
+    add('--lr', type=float, default=None, help='learning rate, overrides --lr-base')
+    add('--lr-base', type=float, default=0.1, help='lr = lr_base * global batch / lr_base_size')
+    add('--lr-base-size', type=int, default=256)
+    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'))
+    add('--sched', default='cosine', metavar='NAME', help="timm's schedulers")
+    add('--sched-on-updates', action='store_true', help='a schedule step with each update, not each epoch')
+    add('--warmup-epochs', type=int, default=5)
+    add('--warmup-lr', type=float, default=1e-5)
+    add('--warmup-prefix', action='store_true')
+    add('--cooldown-epochs', type=int, default=0)
+    add('--min-lr', type=float, default=0.0)
+    add('--decay-epochs', type=float, default=90)
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
+    add('--decay-rate', '--dr', type=float, default=0.1)
+    add('--patience-epochs', type=int, default=10, help='of the plateau schedule')
+
+
+def _add_augmentation(parser: Parser) -> None:
+    add = parser.add_argument_group('augmentation').add_argument
+    add('--no-aug', action='store_true', help='no augmentation')
+    add('--pad-crop', type=int, default=0, metavar='PX', help='zero-pad and crop at random instead of resized crops')
+    add('--train-crop-mode', default=None, choices=('rrc', 'rkrc', 'rkrr'))
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0])
+    add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0])
+    add('--hflip', type=float, default=0.5)
+    add('--vflip', type=float, default=0.0)
+    add('--color-jitter', type=float, default=0.4)
+    add('--color-jitter-prob', type=float, default=None)
+    add('--grayscale-prob', type=float, default=None)
+    add('--gaussian-blur-prob', type=float, default=None)
+    add('--aa', default=None, metavar='POLICY', help='AutoAugment or RandAugment')
+    add('--reprob', type=float, default=0.0, help='random erasing')
+    add('--remode', default='pixel')
+    add('--recount', type=int, default=1)
+    add('--mixup', type=float, default=0.0)
+    add('--cutmix', type=float, default=0.0)
+    add('--cutmix-minmax', type=float, nargs='+', default=None)
+    add('--mixup-prob', type=float, default=1.0)
+    add('--mixup-switch-prob', type=float, default=0.5)
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'))
+    add('--mixup-off-epoch', type=int, default=0)
+    add('--train-interpolation', default='random')
+
+
+def _add_run(parser: Parser) -> None:
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=int, default=42)
+    add('--output', default='', metavar='DIR', help='default ./output/train')
+    add('--experiment', default='', metavar='NAME', help="the run's folder in it; default a time stamp")
+    add('--resume', default='', metavar='FILE', help="a checkpoint to go on from; 'auto': that of --experiment, if any")
+    add('--no-resume-opt', action='store_true', help='without the state of the optimizer')
+    add('--checkpoint-hist', type=int, default=10, metavar='N', help='how many checkpoints to keep')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
+    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what the best checkpoint is best in')
+    add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes; 0 for none')
+    add('--pin-mem', action='store_true')
+    add('--log-wandb', action='store_true')
+    add('--wandb-project', default=None)
+    add('--wandb-tags', nargs='+', default=[])
+    add('--wandb-resume-id', default='')
+
+
+def resolve(argv: list[str], prog: str = 'timm train.py') -> tuple[argparse.Namespace, dict[str, str]]:
+    """Combine defaults, the recipe and the words typed, in this order.
+
+    Args:
+        argv: the words after the script's name.
+        prog: what the help and errors call the script.
+
+    Returns:
+        All settings, of plain types, and for each its source: ``'typed'``, ``'default'``, or the recipe's name.
+
+    Raises:
+        UserError: an unknown flag or recipe key, a value of the wrong type.
+    """
+    parser = train_parser(prog)
+    defaults = {a.dest: a.default for a in parser._actions if a.default is not SUPPRESS and a.dest != 'help'}
+    for action in parser._actions:
+        action.default = SUPPRESS
+    typed = vars(parser.parse_strictly(argv))
+    folder = typed.pop('data', None)
+    if folder is not None:
+        typed.setdefault('data_dir', folder)
+    recipe_name = typed.get('config') or ('' if {'data_dir', 'dataset'} & typed.keys() else 'digits')
+    recipe = read_for(parser, defaults, recipe_name) if recipe_name else {}
+    settings = {**defaults, **recipe, **typed, 'config': recipe_name}
+    settings.pop('data')
+    sources = {key: 'typed' if key in typed else recipe_name if key in recipe else 'default' for key in settings}
+    return argparse.Namespace(**settings), sources
+
+
+def read_for(parser: Parser, defaults: dict[str, Any], name: str) -> dict[str, Any]:
+    """Read a recipe and check its keys and types against the flags; what only describes the recipe is left out."""
+    actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config', 'data')}
+    path = recipes.find_recipe(name)
+    checked = {}
+    for key, value in recipes.read_recipe(path).items():
+        if key in recipes.DESCRIPTIVE or (key in UPSTREAM_ONLY and value in (UPSTREAM_ONLY[key], None)):
+            continue
+        if key in UPSTREAM_ONLY:
+            raise UserError(
+                f"Recipe {path}: '{key}: {value}' needs timm's own train.py: "
+                f'`ccl-timm run path/to/train.py --config {shlex.quote(str(path))}`.'
+            )
+        if key not in actions:
+            raise UserError(
+                f"Recipe {path} has an unknown key '{key}'{did_you_mean(key, actions)} See `{parser.prog} -h`."
+            )
+        checked[key] = recipes.check_value(actions[key], defaults[key], value, path)
+    return checked

@@ -1,0 +1,136 @@
+"""Classification of new images by a trained model."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+
+from ccl_timm.console import table, warn
+from ccl_timm.errors import UserError
+from ccl_timm.hub import Trained, load_trained
+from ccl_timm.options import Parser
+from ccl_timm.validate import pick_device
+
+__all__ = ['main', 'predict']
+
+
+def predict(
+    trained: Trained, paths: list[Path], topk: int = 5, batch_size: int = 32, device: str = 'cpu'
+) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
+    """Classify image files.
+
+    Args:
+        trained: from :func:`ccl_timm.hub.load_trained`.
+        paths: image files.
+        topk: how many classes for each, best first.
+        batch_size: images at a time.
+        device: where to compute.
+
+    Returns:
+        For each image that can be read ``{'image', 'predictions': [{'class', 'index', 'probability'}]}``, in order;
+        and those that cannot, with the reason. None is replaced by another.
+    """
+    config = trained.data_config
+    transform = timm.data.create_transform(**config, is_training=False)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    model = trained.model.to(device).eval()
+    results, unreadable, images, names = [], [], [], []
+
+    def flush() -> None:
+        if images:
+            with torch.inference_mode():
+                probabilities = model(torch.stack(images).to(device)).float().softmax(-1).cpu()
+            results.extend(_ranked(trained, name, row, topk) for name, row in zip(names, probabilities, strict=True))
+            images.clear()
+            names.clear()
+
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(transform(image.convert(mode)))
+            names.append(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            unreadable.append((path, str(error)))
+        if len(images) == batch_size:
+            flush()
+    flush()
+    return results, unreadable
+
+
+def _ranked(trained: Trained, path: Path, probabilities: torch.Tensor, topk: int) -> dict[str, Any]:
+    best = probabilities.topk(min(topk, len(probabilities)))
+    names = trained.class_names or [str(index) for index in range(len(probabilities))]
+    predictions = [
+        {'class': names[index], 'index': index, 'probability': round(value, 6)}
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return {'image': str(path), 'predictions': predictions}
+
+
+def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
+    """Classify files and folders; exit code 1 if an image could not be read."""
+    parser = Parser(prog=prog, description='Classify images with a trained model.')
+    add = parser.add_argument
+    add('source', metavar='RUN_OR_MODEL', help='folder of a run or an export, or a checkpoint file')
+    add('images', nargs='+', metavar='IMAGE', help='files, or folders of them')
+    add('--topk', type=int, default=1, metavar='N', help='how many classes for each image')
+    add('--format', default='table', choices=('table', 'csv', 'json'))
+    add('-b', '--batch-size', type=int, default=32, metavar='N')
+    add('--use-ema', action='store_true')
+    add('--device', default='auto')
+    args = parser.parse_strictly(argv)
+    if args.topk < 1 or args.batch_size < 1:
+        raise UserError('--topk and --batch-size must be at least 1.')
+    paths = find_images(args.images)
+    trained = load_trained(args.source, use_ema=args.use_ema)
+    results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))
+    _write(results, args.format)
+    for path, reason in unreadable:
+        warn(f"'{path}' is not a readable image and was left out: {reason}")
+    return 1 if unreadable else 0
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """The files named, and all images below the folders named, in order.
+
+    Raises:
+        UserError: a name does not exist, or a folder has no image.
+    """
+    extensions = get_img_extensions(as_set=True)
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            below = sorted(file for file in path.rglob('*') if file.suffix.lower() in extensions and file.is_file())
+            if not below:
+                raise UserError(f"Folder '{path}' holds no image.")
+            paths += below
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise UserError(f"'{path}' does not exist.")
+    return paths
+
+
+def _write(results: list[dict[str, Any]], form: str) -> None:
+    if form == 'json':
+        print(json.dumps(results, indent=2))
+        return
+    rows = [
+        (row['image'], str(rank), p['class'], f'{p["probability"]:.4f}')
+        for row in results
+        for rank, p in enumerate(row['predictions'], 1)
+    ]
+    header = ('image', 'rank', 'class', 'probability')
+    if form == 'csv':
+        writer = csv.writer(sys.stdout)
+        writer.writerow(header)
+        writer.writerows(rows)
+    else:
+        print(table(rows, header))

@@ -1,0 +1,104 @@
+"""Recipes: flat YAML files of the training script's settings. Finding, reading and checking them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+
+__all__ = ['DESCRIPTIVE', 'check_value', 'find_recipe', 'list_recipes', 'read_recipe', 'recipe_folder']
+
+# keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
+DESCRIPTIVE = ('assumed', 'config', 'data')
+
+
+def recipe_folder() -> Path:
+    """Where the packaged recipes lie: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / '_recipes'
+    return installed if installed.is_dir() else package.parent / 'recipes'
+
+
+def list_recipes() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in recipe_folder().glob('*.yaml'))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by path or by packaged name.
+
+    Raises:
+        UnknownNameError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = recipe_folder() / f'{name}.yaml'
+    if packaged.parent == recipe_folder() and packaged.is_file():
+        return packaged
+    raise UnknownNameError(
+        f"No recipe '{name}', neither a file nor a packaged one{did_you_mean(name, list_recipes())} "
+        f'Packaged: {", ".join(list_recipes())}.'
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe's settings as they stand.
+
+    Raises:
+        UserError: it is not YAML, or not a mapping of settings.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f'Recipe {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
+    return content
+
+
+def check_value(action: argparse.Action, default: Any, value: Any, path: Path) -> Any:
+    """Return a recipe's value in the type of its flag.
+
+    YAML reads 1e-3 as a word, so that numbers are converted as the command line would.
+
+    Raises:
+        UserError: the value does not fit the flag.
+    """
+    try:
+        return _converted(action, default, value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Recipe {path}: '{action.dest}: {value}' does not fit: {error}.") from error
+
+
+def _converted(action: argparse.Action, default: Any, value: Any) -> Any:
+    if value is None:
+        if default is None or default == '':
+            return default
+        raise ValueError('it needs a value')
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError('it is true or false')
+        return value
+    if isinstance(default, dict):
+        if not isinstance(value, dict):
+            raise ValueError('it is a mapping of names to values')
+        return value
+    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
+        if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+            raise ValueError(f'it is a list{f" of {action.nargs}" if isinstance(action.nargs, int) else ""}')
+        return [_scalar(action, item) for item in value]
+    return _scalar(action, value)
+
+
+def _scalar(action: argparse.Action, value: Any) -> Any:
+    if isinstance(value, (bool, list, dict)):
+        raise ValueError('it is a number' if action.type else 'it is a word')
+    if action.type is int and isinstance(value, float):
+        raise ValueError('it is a whole number')
+    value = (action.type or str)(value)
+    if action.choices and value not in action.choices:
+        raise ValueError(f'it is one of {", ".join(map(repr, action.choices))}')
+    return value

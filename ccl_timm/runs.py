@@ -1,0 +1,207 @@
+"""A run's folder: where it lies, what it may not overwrite, what it can go on from, and what it was made with."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import yaml
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from ccl_timm import plugins
+from ccl_timm.errors import UserError
+
+__all__ = ['checkpoint_of', 'environment', 'plan_folder', 'read_args', 'read_checkpoint', 'write_run_files']
+
+# settings that may differ between a run and its continuation without changing what is computed
+_FREE = {
+    'checkpoint_hist', 'class_names', 'config', 'device', 'experiment', 'log_interval', 'log_wandb', 'no_resume_opt',
+    'num_classes', 'output', 'pin_mem', 'resume', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers',
+}  # fmt: skip
+
+
+def plan_folder(args: argparse.Namespace, sources: dict[str, str], name: str) -> tuple[Path, Path | None]:
+    """Choose the run's folder and the checkpoint to go on from; creates nothing.
+
+    Args:
+        args: settings; ``output``, ``experiment``, ``resume`` are read.
+        sources: where each setting is from: an experiment's name that only a recipe has gets a number when it is taken.
+        name: default name of the folder, after a time stamp.
+
+    Returns:
+        The folder, and a checkpoint or None.
+
+    Raises:
+        UserError: the folder holds a run already, or one of other settings, or there is nothing to go on from.
+    """
+    output = Path(args.output or os.path.join('output', 'train'))
+    folder = output / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
+    if args.resume and args.resume != 'auto':
+        read_checkpoint(Path(args.resume))
+        return _free_folder(folder) if not args.experiment else folder, Path(args.resume)
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
+    if not holds_run(folder):
+        return folder, None
+    if args.resume == 'auto':
+        _check_same_settings(args, folder)
+        return folder, newest_checkpoint(folder)
+    if args.experiment and sources.get('experiment') == 'typed':
+        raise UserError(
+            f"'{folder}' already holds a run: give --resume auto to go on with it, or another --experiment."
+        )
+    return _free_folder(folder), None
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds (part of) a run."""
+    return (folder / 'args.yaml').exists() or (folder / 'summary.csv').exists()
+
+
+def _free_folder(folder: Path) -> Path:
+    number, free = 1, folder
+    while free.exists():
+        free, number = folder.with_name(f'{folder.name}-{number}'), number + 1
+    return free
+
+
+def _check_same_settings(args: argparse.Namespace, folder: Path) -> None:
+    before, now = read_args(folder), vars(args)
+    changed = [key for key in now if key in before and key not in _FREE and _plain(before[key]) != _plain(now[key])]
+    if changed:
+        details = ', '.join(f'{key} was {before[key]!r}, is {now[key]!r}' for key in changed[:3])
+        raise UserError(
+            f"'{folder}' holds a run of other settings ({details}): give the same settings to go on with it, "
+            'or another --experiment.'
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The readable checkpoint of the highest epoch: a kill while one is written must not lose the run."""
+    found = []
+    for path in [folder / 'last.pth.tar', folder / 'tmp.pth.tar', *folder.glob('checkpoint-*.pth.tar')]:
+        try:
+            found.append((read_checkpoint(path)['epoch'], path.name == 'last.pth.tar', path))
+        except UserError:
+            continue
+    return max(found)[-1] if found else None
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that a run's folder stands for, its best one; a file stands for itself.
+
+    Raises:
+        UserError: there is no such folder or file, or no checkpoint in it.
+    """
+    if source.is_file():
+        return source
+    for name in ('model_best.pth.tar', 'last.pth.tar'):
+        if (source / name).is_file():
+            return source / name
+    what = 'holds no checkpoint (model_best.pth.tar or last.pth.tar)' if source.is_dir() else 'does not exist'
+    raise UserError(f"'{source}' {what}: name the folder of a finished run, such as output/train/NAME.")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint, tensors memory-mapped, without unpickling anything but plain types.
+
+    Raises:
+        UserError: the file does not exist or is not a training checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint '{path}'.")
+    try:
+        content = load_checkpoint_metadata(path)
+    except Exception as error:  # a damaged file fails in any of the layers that read it
+        raise UserError(f"'{path}' is not a readable training checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict) or not {'state_dict', 'epoch'} <= content.keys():
+        raise UserError(f"'{path}' is not a training checkpoint: it has no model and epoch of a run in it.")
+    return content
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    path = folder / 'args.yaml'
+    if not path.is_file():
+        raise UserError(f"'{folder}' has no args.yaml: it is not the folder of a run.")
+    return yaml.safe_load(path.read_text(encoding='utf-8'))
+
+
+def write_run_files(
+    folder: Path, settings: dict[str, Any], information: dict[str, Any], held_out: list[tuple[str, str]] | None
+) -> None:
+    """Create the folder and write what the run is made of.
+
+    Args:
+        folder: the run's.
+        settings: of the script, as they were given; args.yaml holds them, a recipe that repeats the run.
+        information: for environment.json.
+        held_out: with a held-out share, the name and part of each training image, for split.csv.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in settings.items() if key != 'config'}
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**kept, 'resume': ''}), encoding='utf-8')
+    (folder / 'environment.json').write_text(json.dumps(information, indent=2) + '\n', encoding='utf-8')
+    if held_out:
+        lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
+        (folder / 'split.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def environment(argv: list[str], device: str, fingerprint: str) -> dict[str, Any]:
+    """What a run was made with: command, versions, commit, device, plugins, data."""
+    import ccl_timm
+
+    return {
+        'command': shlex.join(['timm', 'train.py', *argv]),
+        'started': datetime.now().astimezone().isoformat(timespec='seconds'),
+        'versions': {
+            'ccl_timm': ccl_timm.__version__,
+            'timm': timm.__version__,
+            'torch': torch.__version__,
+            'torchvision': torchvision.__version__,
+            'python': platform.python_version(),
+        },
+        'git_commit': _git_commit(),
+        'platform': platform.platform(),
+        'threads': torch.get_num_threads(),
+        'processes': int(os.environ.get('WORLD_SIZE', 1)),
+        'device': _device_name(device),
+        'plugins': plugins.used_plugins(),
+        'data_fingerprint': fingerprint,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this package runs from; None for an installed one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / '.git').exists():
+        return None
+    command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=40']
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _device_name(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(torch.device(device))
+    return f'{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
