@@ -43,16 +43,16 @@ def _timm(argv: list[str]) -> int:
     if os.path.isfile(script):
         return _run(argv)
     if script in _BUILT_IN:
+        from importlib.metadata import version
+
         from ccl_timm.console import say
 
-        import timm as timm_package
-
-        say(f'no file {script} here: the built-in script, with timm {timm_package.__version__}')
+        say(f'no file {script} here: the built-in script, with timm {version("timm")}')
         return _COMMANDS[_BUILT_IN[script]][0](words, f'timm {script}')
     if script.endswith('.py'):
         raise UserError(
-            f"There is no file '{script}', and it is not built in ({', '.join(_BUILT_IN)} are): timm's scripts do not come "
-            'with its package, give the path of one.'
+            f"There is no file '{script}', and it is not built in ({', '.join(_BUILT_IN)} are): "
+            "timm's scripts do not come with its package, give the path of one."
         )
     raise UserError(f"Unknown script '{script}'{did_you_mean(script, _BUILT_IN)} See `timm --help`.")
 
@@ -167,7 +167,7 @@ def _plugins(argv: list[str], prog: str) -> int:
     from ccl_timm.console import table
 
     def check(kind: str, name: str) -> None:
-        models.ensure_registered(name) if kind == 'model' else losses.create_checked(name)
+        models.ensure_registered(name) if kind == 'model' else losses.loss_class(name)
 
     def taken(kind: str, name: str) -> str | None:
         return models.taken(name) if kind == 'model' else losses.taken(name)

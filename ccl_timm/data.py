@@ -1,13 +1,11 @@
-"""Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share, pad-crop."""
+"""Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share."""
 
 import argparse
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm.data
@@ -15,11 +13,10 @@ import torch
 from PIL import Image
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
-from torchvision import transforms
 
 from ccl_timm.errors import UserError, did_you_mean
 
-__all__ = ['Digits', 'Splits', 'create_loader', 'open_part', 'open_splits', 'targets_of', 'write_digits']
+__all__ = ['Digits', 'Splits', 'open_part', 'open_splits', 'targets_of', 'write_digits']
 
 _FIRST_FEW = 5
 
@@ -35,9 +32,7 @@ class Digits(Dataset):
     """
 
     def __init__(self, split: str, mode: str = 'RGB'):
-        from sklearn.datasets import (
-            load_digits,
-        )  # scikit-learn takes a second to import: only when digits are asked for
+        from sklearn.datasets import load_digits  # takes a second: only when digits are asked for
 
         data = load_digits()
         position = np.zeros(len(data.target), int)  # of an image within its class
@@ -146,9 +141,7 @@ def open_part(args: argparse.Namespace, split: str, channels: int, names: list[s
             "Give 'digits', a scheme of timm such as torch/cifar10 or hfds/owner/name, or only --data-dir."
         )
     if _is_folder(args) and not os.path.exists(args.data_dir or ''):
-        raise UserError(
-            f"The data folder '{args.data_dir or ''}' does not exist: give an existing one with --data-dir."
-        )
+        raise UserError(f"There is no data folder '{args.data_dir or ''}': give an existing one with --data-dir.")
     try:
         return timm.data.create_dataset(
             args.dataset,
@@ -164,30 +157,8 @@ def open_part(args: argparse.Namespace, split: str, channels: int, names: list[s
             target_key=args.target_key,
         )
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError) as error:
-        where = f"'{args.dataset}'" if args.dataset else f"'{args.data_dir}'"
-        raise UserError(
-            f"Part '{split}' of the data {where} cannot be opened: {' '.join(str(error).split())}"
-        ) from error
-
-
-def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):
-    """timm's ``create_loader`` with one more option.
-
-    Args:
-        dataset: as timm's; the other arguments too.
-        *args: likewise.
-        pad_crop: > 0: in training, zero-pad by so many pixels and crop at random, as both papers do, in the place of
-            timm's random resized crop.
-        make: what to call in the place of timm's.
-        **kwargs: likewise.
-    """
-    loader = (make or timm.data.create_loader)(dataset, *args, **kwargs)
-    if pad_crop and kwargs.get('is_training') and not kwargs.get('no_aug'):
-        size = tuple((kwargs.get('input_size') or args[0])[-2:])
-        steps = dataset.transform.transforms
-        crop = [transforms.Resize(size), transforms.RandomCrop(size, padding=pad_crop)]
-        dataset.transform = transforms.Compose([*crop, *steps[1:]])  # timm's first step is its crop
-    return loader
+        reason = ' '.join(str(error).split())
+        raise UserError(f"Part '{split}' of '{args.dataset or args.data_dir}' cannot be opened: {reason}") from error
 
 
 def write_digits(folder: str | os.PathLike) -> list[Path]:
@@ -305,7 +276,7 @@ def _hold_out(args, dataset, targets, channels, names):
     """Split off a share of each class: stratified, seeded, and independent of the order of files."""
     if isinstance(dataset, IterableDataset) or targets is None:
         raise UserError(
-            f"--val-fraction needs a data set that can be listed; '{args.dataset}' cannot: use --val-split."
+            f"--val-fraction cannot split '{args.dataset}', whose images cannot be listed: use --val-split."
         )
     files = _file_names(dataset)
     held = set()

@@ -19,7 +19,7 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-from ccl_timm import data, losses, models, recipes
+from ccl_timm import loaders, losses, models, recipes
 from ccl_timm.console import say, warn
 from ccl_timm.errors import UserError
 from ccl_timm.options import train_parser
@@ -71,7 +71,7 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
     recipe: dict[str, Any] = {}
     own.model = None
     if own.config:
-        recipe = recipes.read_recipe(recipes.find_recipe(own.config))
+        recipe = recipes.split_loss_options(recipes.read_recipe(recipes.find_recipe(own.config)), own.loss)
         own.model = recipe.get('model')
         _refuse_builtin_only(recipe, own.config)
         copy = scratch / 'recipe.yaml'
@@ -133,7 +133,7 @@ def _pad_crop(pixels: int | None) -> Iterator[None]:
     before = timm.data.create_loader
 
     def create_loader(*args: Any, **kwargs: Any):
-        return data.create_loader(*args, pad_crop=pixels, make=before, **kwargs)
+        return loaders.create_loader(*args, pad_crop=pixels, make=before, **kwargs)
 
     timm.data.create_loader = create_loader
     try:

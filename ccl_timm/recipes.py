@@ -8,7 +8,15 @@ import yaml
 
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 
-__all__ = ['DESCRIPTIVE', 'check_value', 'find_recipe', 'list_recipes', 'read_recipe', 'recipe_folder']
+__all__ = [
+    'DESCRIPTIVE',
+    'check_value',
+    'find_recipe',
+    'list_recipes',
+    'read_recipe',
+    'recipe_folder',
+    'split_loss_options',
+]
 
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
 DESCRIPTIVE = ('assumed', 'config', 'data')
@@ -57,6 +65,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
     return content
+
+
+def split_loss_options(recipe: dict[str, Any], typed_loss: str | None) -> dict[str, Any]:
+    """Return the recipe with ``loss_kwargs`` that belong to the loss in use, and without ``loss_options``.
+
+    A recipe may hold options that suit its data for several losses, ``loss_options: {arcface: {scale: 16}, ...}``.
+    Its ``loss_kwargs`` belong to its own loss, and do not go with another one that was typed.
+    """
+    recipe = dict(recipe)
+    options = recipe.pop('loss_options', {})
+    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+        raise UserError("A recipe's loss_options are a mapping of losses to options: {arcface: {scale: 16}}.")
+    loss = typed_loss or recipe.get('loss')
+    if typed_loss and typed_loss != recipe.get('loss'):
+        recipe.pop('loss_kwargs', None)
+    kwargs = {**options.get(loss, {}), **(recipe.get('loss_kwargs') or {})}
+    return {**recipe, 'loss_kwargs': kwargs} if kwargs else recipe
 
 
 def check_value(action: argparse.Action, default: Any, value: Any, path: Path) -> Any:

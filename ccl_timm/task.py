@@ -127,7 +127,8 @@ class ModelWithLoss(nn.Module):
             outputs = _WithFeatureMap(outputs, feature_map)
         terms = self.loss.named_terms(outputs, target)
         loss = torch.stack(list(terms.values())).sum()
-        return {'loss': loss, 'output': logits, **{name: term.detach() for name, term in terms.items()}}
+        result = {'loss': loss, 'output': logits}
+        return result | {name: term.detach() for name, term in terms.items() if name not in result}
 
     def train(self, mode: bool = True) -> 'ModelWithLoss':
         """Set the mode; entering training after at least one training step begins the next epoch."""

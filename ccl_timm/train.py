@@ -4,20 +4,17 @@ import argparse
 import contextlib
 import functools
 import importlib
-import importlib.util
-import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, resolve_data_config
+from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_pretrained_cfg, is_model, parse_model_name, safe_model_name
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import (
@@ -32,22 +29,30 @@ from timm.utils import (
 )
 from timm.utils.summary import trim_summary
 
-from ccl_timm import data, losses, models, options, runs
-from ccl_timm.console import Progress, is_primary, say, warn
-from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm import data, options, runs, settings
+from ccl_timm.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
+from ccl_timm.console import Progress, is_primary, say
+from ccl_timm.errors import UserError
 from ccl_timm.hub import build_model
+from ccl_timm.loaders import make_loaders
 from ccl_timm.task import LossTask, create_task
 from ccl_timm.validate import evaluate, pick_device
 
-__all__ = ['main', 'train']
+__all__ = ['Run', 'main', 'train']
 
 _WARM_STEPS = 3  # the first steps are slow and say nothing about the finishing time
 _TIMED_STEPS = 20
 
 
 @dataclass
-class _Run:
-    """All that the epochs of a run share."""
+class Run:
+    """All that the epochs of a run share.
+
+    Attributes:
+        metric: what the best checkpoint is best in: ``top1``, ``top5`` or ``loss``.
+        best: its value and epoch so far.
+        results: what was measured after each epoch.
+    """
 
     args: argparse.Namespace
     device: torch.device
@@ -67,6 +72,10 @@ class _Run:
     said_no_pairs: bool = False
     best: tuple[float | None, int | None] = (None, None)
     results: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str:
+        return self.args.eval_metric if self.loader_eval is not None else 'loss'
 
     @property
     def updates_per_epoch(self) -> int:
@@ -95,20 +104,20 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     """
     for module in args.device_modules or []:
         importlib.import_module(module)
-    check_settings(args)
-    settings = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
+    settings.check_settings(args)
+    given = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
     args.device = pick_device(args.device)
     folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model))
     device = init_distributed_device(args)
     random_seed(args.seed, args.rank)
-    splits = data.open_splits(args, _channels(args))
+    splits = data.open_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
     run = _prepare(args, device, folder, splits, checkpoint)
-    _say_choices(run, splits, sources)
+    say_choices(run, splits, sources)
     if is_primary():
-        settings |= {'num_classes': args.num_classes, 'class_names': args.class_names}
+        given |= {'num_classes': args.num_classes, 'class_names': args.class_names}
         information = runs.environment(argv, args.device, splits.fingerprint)
-        runs.write_run_files(folder, settings, information, splits.held_out)
+        runs.write_run_files(folder, given, information, splits.held_out)
         _start_saver(run, checkpoint)
     try:
         _fit(run)
@@ -120,48 +129,8 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
-    _say_end(run)
+    say_end(run)
     return folder
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    """Find what cannot work before anything is built.
-
-    Raises:
-        UserError: with the setting and the way out.
-    """
-    models.ensure_registered(args.model)
-    known = losses.loss_options(args.loss)
-    for key in args.loss_kwargs:
-        if key not in known:
-            losses.create_loss(args.loss, **{key: args.loss_kwargs[key]})  # raises, with the options there are
-    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
-    if not 0 <= args.smoothing < 1:
-        raise UserError(f'--smoothing {args.smoothing} must be at least 0 and below 1.')
-    if mixes(args) and not losses.takes_soft_targets(args.loss):
-        raise UserError(
-            f"Mixup and CutMix make soft targets, which the loss '{args.loss}' does not take: "
-            'leave out --mixup and --cutmix, or choose another loss.'
-        )
-    if args.opt.lower() not in list_optimizers():
-        raise UserError(f"Unknown optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
-    if args.log_wandb and importlib.util.find_spec('wandb') is None:
-        raise UserError('--log-wandb needs the package wandb: `pip install wandb`.')
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether Mixup or CutMix is on."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def _channels(args: argparse.Namespace) -> int:
-    source, name = parse_model_name(args.model)
-    cfg = get_pretrained_cfg(name) if source is None and is_model(name.split('.')[0]) else None
-    return resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else None)['input_size'][0]
 
 
 def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[str, str]) -> None:
@@ -174,9 +143,9 @@ def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[s
             raise UserError(f"The data '{args.dataset}' does not tell its classes: give --num-classes N.")
 
 
-def _prepare(args, device, folder, splits, checkpoint) -> _Run:
+def _prepare(args, device, folder, splits, checkpoint) -> Run:
     """Build model, loss, loaders and optimizer, and take up a checkpoint."""
-    model = build_model(vars(args), pretrained=args.pretrained, **_weights(args))
+    model = build_model(vars(args), pretrained=args.pretrained, **settings.weight_settings(args))
     data_config = resolve_data_config(vars(args), model=model)
     model.to(device)
     if args.channels_last:
@@ -186,15 +155,15 @@ def _prepare(args, device, folder, splits, checkpoint) -> _Run:
     if args.distributed and args.sync_bn:
         args.dist_bn = ''
         model = convert_sync_batchnorm(model)
-    task = create_task(model, args.loss, device=device, **_loss_options(args))
-    loader, loader_eval = _loaders(args, device, data_config, splits)
-    _set_learning_rate(args)
+    task = create_task(model, args.loss, device=device, **settings.loss_settings(args))
+    loader, loader_eval = make_loaders(args, device, data_config, splits)
+    args.lr = settings.learning_rate(args)
     optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     autocast, scaler = contextlib.nullcontext, None
     if args.amp:
         autocast = functools.partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype))
         scaler = NativeScaler(device=device.type) if device.type == 'cuda' and args.amp_dtype == 'float16' else None
-    run = _Run(args, device, folder, task, optimizer, loader, loader_eval, data_config, autocast, scaler)
+    run = Run(args, device, folder, task, optimizer, loader, loader_eval, data_config, autocast, scaler)
     _resume(run, checkpoint)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -204,96 +173,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> _Run:
     return run
 
 
-def _weights(args: argparse.Namespace) -> dict[str, Any]:
-    weights: dict[str, Any] = {}
-    if args.pretrained_path:
-        weights['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
-    if args.initial_checkpoint:
-        weights['checkpoint_path'] = args.initial_checkpoint
-    for path in (args.pretrained_path, args.initial_checkpoint):
-        if path and not Path(path).is_file():
-            raise UserError(f"There is no checkpoint '{path}'.")
-    return weights
-
-
-def _loss_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The loss's options, with label smoothing where the loss has it and Mixup has not applied it already."""
-    known = losses.loss_options(args.loss)
-    filled = {'smoothing': 0.0 if mixes(args) else args.smoothing, 'soft_targets': mixes(args)}
-    return {**{key: value for key, value in filled.items() if key in known}, **args.loss_kwargs}
-
-
-def _loaders(args, device, data_config, splits):
-    shared = dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        # workers that live on carry random state from epoch to epoch, which no checkpoint holds
-        persistent_workers=False,
-        distributed=args.distributed,
-        pin_memory=args.pin_mem,
-        device=device,
-    )
-    names = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob')
-    names += ('gaussian_blur_prob', 'no_aug', 'train_crop_mode', 'pad_crop')
-    loader = data.create_loader(
-        splits.train,
-        batch_size=args.batch_size,
-        is_training=True,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        auto_augment=args.aa,
-        interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
-        collate_fn=_mixup(args) if mixes(args) else None,
-        **{name: getattr(args, name) for name in names},
-        **shared,
-    )
-    if len(loader) == 0:
-        raise UserError(
-            f'The training part has {len(splits.train)} images, fewer than a batch of {args.batch_size} '
-            f'(x {args.world_size} processes): give a smaller --batch-size.'
-        )
-    if splits.validation is None:
-        return loader, None
-    return loader, data.create_loader(
-        splits.validation,
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **shared,
-    )
-
-
-def _mixup(args: argparse.Namespace) -> FastCollateMixup:
-    return FastCollateMixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-    )
-
-
-def _set_learning_rate(args: argparse.Namespace) -> None:
-    """timm's rule: from --lr-base and the global batch, unless --lr is given."""
-    if args.lr is not None:
-        return
-    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
-    ratio = _global_batch(args) / args.lr_base_size
-    args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
-
-
-def _global_batch(args: argparse.Namespace) -> int:
-    return args.batch_size * args.world_size * args.grad_accum_steps
-
-
-def _resume(run: _Run, checkpoint: Path | None) -> None:
+def _resume(run: Run, checkpoint: Path | None) -> None:
     args, task = run.args, run.task
     try:
         if checkpoint:
@@ -309,11 +189,11 @@ def _resume(run: _Run, checkpoint: Path | None) -> None:
         raise UserError(f"'{checkpoint}' does not fit this model, loss and optimizer: {reason}") from error
 
 
-def _schedule(run: _Run) -> None:
+def _schedule(run: Run) -> None:
     args = run.args
     run.scheduler, run.epochs = create_scheduler_v2(
         run.optimizer,
-        **scheduler_kwargs(args, decreasing_metric=_decreasing(run)),
+        **scheduler_kwargs(args, decreasing_metric=run.metric == 'loss'),
         updates_per_epoch=run.updates_per_epoch,
     )
     if run.start_epoch and run.scheduler is not None:
@@ -323,15 +203,7 @@ def _schedule(run: _Run) -> None:
             run.scheduler.step(run.start_epoch)
 
 
-def _metric(run: _Run) -> str:
-    return run.args.eval_metric if run.loader_eval is not None else 'loss'
-
-
-def _decreasing(run: _Run) -> bool:
-    return _metric(run) == 'loss'
-
-
-def _start_saver(run: _Run, checkpoint: Path | None) -> None:
+def _start_saver(run: Run, checkpoint: Path | None) -> None:
     run.saver = CheckpointSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,
@@ -339,7 +211,7 @@ def _start_saver(run: _Run, checkpoint: Path | None) -> None:
         amp_scaler=run.scaler,
         checkpoint_dir=str(run.folder),
         recovery_dir=str(run.folder),
-        decreasing=_decreasing(run),
+        decreasing=run.metric == 'loss',
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
@@ -360,7 +232,7 @@ def _start_saver(run: _Run, checkpoint: Path | None) -> None:
         )
 
 
-def _fit(run: _Run) -> None:
+def _fit(run: Run) -> None:
     args = run.args
     for epoch in range(run.start_epoch, run.epochs):
         # each epoch's randomness depends on the seed and the epoch only: a resumed run repeats it
@@ -377,13 +249,13 @@ def _fit(run: _Run) -> None:
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs:
             eval_metrics = _validate(run)
             _record(run, epoch, train_metrics, eval_metrics)
-        _say_epoch(run, epoch, train_metrics, eval_metrics, time.perf_counter() - started)
+        say_epoch(run, epoch, train_metrics, eval_metrics, time.perf_counter() - started)
         if run.scheduler is not None:
-            metric = (eval_metrics or train_metrics).get(_metric(run)) if run.loader_eval is not None else None
+            metric = (eval_metrics or train_metrics).get(run.metric) if run.loader_eval is not None else None
             run.scheduler.step(epoch + 1, metric)
 
 
-def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
+def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     args, task = run.args, run.task
     task.get_trainable_module().train()
     run.optimizer.zero_grad()
@@ -401,7 +273,7 @@ def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
         if index == _WARM_STEPS:
             timer = time.perf_counter()
         if not run.said_finish and index >= min(_TIMED_STEPS, batches - 1) > _WARM_STEPS:
-            _say_finish(run, (time.perf_counter() - timer) / (index - _WARM_STEPS), batches)
+            say_finish(run, (time.perf_counter() - timer) / (index - _WARM_STEPS), batches)
         if progress.wants_report:
             loss = (sums['loss'] / (index + 1)).item()
             _check_finite(run, epoch, loss)
@@ -410,11 +282,11 @@ def _train_epoch(run: _Run, epoch: int) -> dict[str, float]:
     if args.distributed:
         means = {n: reduce_tensor(torch.tensor(v, device=run.device), args.world_size).item() for n, v in means.items()}
     _check_finite(run, epoch, means['loss'])
-    _warn_of_empty_terms(run, {name: (count / batches).item() for name, count in zeros.items()})
+    warn_of_empty_terms(run, {name: (count / batches).item() for name, count in zeros.items()})
     return means
 
 
-def _step(run: _Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+def _step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """One batch: forward, backward, and the optimizer's step when enough batches have been gathered."""
     args, task = run.args, run.task
     batches, accumulate = len(run.loader), args.grad_accum_steps
@@ -436,7 +308,7 @@ def _step(run: _Run, epoch: int, index: int, images: torch.Tensor, target: torch
     return result
 
 
-def _backward(run: _Run, loss: torch.Tensor, update: bool) -> None:
+def _backward(run: Run, loss: torch.Tensor, update: bool) -> None:
     args = run.args
     parameters = None
     if args.clip_grad is not None:
@@ -452,7 +324,7 @@ def _backward(run: _Run, loss: torch.Tensor, update: bool) -> None:
         run.optimizer.step()
 
 
-def _validate(run: _Run) -> dict[str, float] | None:
+def _validate(run: Run) -> dict[str, float] | None:
     if run.loader_eval is None:
         return None
     args = run.args
@@ -465,7 +337,7 @@ def _validate(run: _Run) -> dict[str, float] | None:
     return metrics
 
 
-def _record(run: _Run, epoch: int, train_metrics: dict[str, float], eval_metrics: dict[str, float] | None) -> None:
+def _record(run: Run, epoch: int, train_metrics: dict[str, float], eval_metrics: dict[str, float] | None) -> None:
     run.results.append({'epoch': epoch, 'train': train_metrics})
     if eval_metrics:
         run.results[-1]['validation'] = eval_metrics
@@ -479,15 +351,15 @@ def _record(run: _Run, epoch: int, train_metrics: dict[str, float], eval_metrics
         lr=_learning_rate(run),
         log_wandb=run.args.log_wandb,
     )
-    run.best = run.saver.save_checkpoint(epoch, metric=(eval_metrics or train_metrics)[_metric(run)])
+    run.best = run.saver.save_checkpoint(epoch, metric=(eval_metrics or train_metrics)[run.metric])
 
 
-def _learning_rate(run: _Run) -> float:
+def _learning_rate(run: Run) -> float:
     rates = [group['lr'] for group in run.optimizer.param_groups]
     return sum(rates) / len(rates)
 
 
-def _check_finite(run: _Run, epoch: int, loss: float) -> None:
+def _check_finite(run: Run, epoch: int, loss: float) -> None:
     if loss - loss != 0:  # true for infinity and not-a-number
         raise UserError(
             f'The loss became {loss} in epoch {epoch + 1}: lower the learning rate (now {_learning_rate(run):.3g}) '
@@ -502,93 +374,3 @@ def _explain_memory(error: RuntimeError, args: argparse.Namespace) -> None:
             f'{max(1, args.batch_size // 2)} --grad-accum-steps {2 * args.grad_accum_steps}; --amp, '
             '--grad-checkpointing and a smaller --img-size help too.'
         ) from error
-
-
-def _warn_of_empty_terms(run: _Run, share: dict[str, float]) -> None:
-    """A term over pairs of one class says nothing where no two images of one class meet."""
-    if run.said_no_pairs or not run.task.loss.batch_statistics or not getattr(run.task.loss, 'weight', 1.0):
-        return
-    for name, zero in share.items():
-        if name != 'loss' and zero > 0.5:
-            run.said_no_pairs = True
-            warn(
-                f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches: no two images of one class met. "
-                'A larger --batch-size lets it work.'
-            )
-
-
-def _say_choices(run: _Run, splits: data.Splits, sources: dict[str, str]) -> None:
-    """One block with what was chosen, and whether it was typed, from the recipe or a default."""
-    args, loss = run.args, run.task.loss
-    model = run.task.get_eval_model()
-    counts = splits.counts or [0]
-    values = ', '.join(f'{k}={v}' for k, v in vars(loss).items() if isinstance(v, (int, float, str)) and k in
-                       losses.loss_options(args.loss))  # fmt: skip
-    start = 'pretrained' if args.pretrained or args.pretrained_path else 'from scratch'
-    start = f'weights of {args.initial_checkpoint}' if args.initial_checkpoint else start
-    batch = _global_batch(args)
-    rows = [
-        ('model', f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters', 'model'),
-        ('head', type(model.get_classifier()).__name__, 'model'),
-        ('start', start, 'initial_checkpoint' if args.initial_checkpoint else 'pretrained'),
-        ('loss', f'{args.loss} ({values})' if values else args.loss, 'loss'),
-        ('smoothing', str(_loss_options(args).get('smoothing', 'not taken by this loss')), 'smoothing'),
-        ('data', args.dataset or str(args.data_dir), 'dataset' if args.dataset else 'data_dir'),
-        ('images', f'{len(splits.train)} to train on, {len(splits.validation or [])} to validate on', 'val_split'),
-        ('classes', f'{args.num_classes}, {min(counts)} to {max(counts)} images each', 'num_classes'),
-        ('input', 'x'.join(map(str, run.data_config['input_size'])), 'input_size' if args.input_size else 'img_size'),
-        ('device', args.device, 'device'),
-        ('precision', f'mixed {args.amp_dtype}' if args.amp else 'float32', 'amp'),
-        ('batch', f'{batch} = {args.batch_size} x {args.world_size} processes x {args.grad_accum_steps} accumulated',
-         'batch_size'),
-        ('lr', f'{args.lr:.4g}, {args.opt}, {args.sched}', 'lr' if sources.get('lr') != 'default' else 'lr_base'),
-        ('epochs', f'{run.epochs}' + (f', going on after {run.start_epoch}' if run.start_epoch else ''), 'epochs'),
-    ]  # fmt: skip
-    for name, value, key in rows:
-        source = sources.get(key, 'default')
-        say(f'{name:>10}  {value}  [{source if source in ("typed", "default", "the data") else f"recipe {source}"}]')
-    for note in splits.notes:
-        warn(note)
-
-
-def _say_finish(run: _Run, seconds_a_step: float, batches: int) -> None:
-    run.said_finish = True
-    left = seconds_a_step * batches * (run.epochs - run.start_epoch)
-    say(
-        f'expected to finish at {datetime.now() + timedelta(seconds=left):%H:%M} (in {_duration(left)}, plus validation)'
-    )
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f'{seconds:.0f} s'
-        if seconds < 100
-        else f'{seconds / 60:.0f} min'
-        if seconds < 6000
-        else f'{seconds / 3600:.1f} h'
-    )
-
-
-def _say_epoch(run, epoch, train_metrics, eval_metrics, seconds) -> None:
-    terms = ', '.join(f'{name} {value:.4g}' for name, value in train_metrics.items() if name != 'loss')
-    validation = f'  top-1 {eval_metrics["top1"]:.2f}%  val loss {eval_metrics["loss"]:.4g}' if eval_metrics else ''
-    say(f'epoch {epoch + 1}/{run.epochs}  loss {train_metrics["loss"]:.4g} ({terms}){validation}  {seconds:.1f} s')
-
-
-def _say_end(run: _Run) -> None:
-    """Results to stdout as timm prints them; then, for people, the best and what to do next."""
-    if not is_primary():
-        return
-    metric = _metric(run)
-    ordered = sorted(
-        run.results, key=lambda r: r.get('validation', r['train']).get(metric, 0), reverse=_decreasing(run)
-    )
-    print(f'--result\n{json.dumps(ordered[-10:], indent=4)}', flush=True)
-    value, epoch = run.best
-    if value is not None:
-        label = {'top1': f'best top-1 {value:.2f}%', 'top5': f'best top-5 {value:.2f}%'}.get(
-            metric, f'best loss {value:.4g}'
-        )
-        say(f'{label} (epoch {epoch + 1}); the run is in {run.folder}')
-    say(f'next: timm validate.py {run.folder}')
-    say(f'      ccl-timm export {run.folder} DIR   ccl-timm predict {run.folder} IMAGES...')

@@ -14,6 +14,7 @@ from ccl_timm import data
 from ccl_timm.console import Progress, say
 from ccl_timm.errors import UserError
 from ccl_timm.hub import load_trained
+from ccl_timm.loaders import create_loader
 from ccl_timm.options import Parser
 
 __all__ = ['evaluate', 'main', 'pick_device']
@@ -77,7 +78,7 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     config = trained.data_config
     dataset = _open(settings, config['input_size'][0], trained.class_names)
     _check_labels(dataset, trained)
-    loader = data.create_loader(
+    loader = create_loader(
         dataset,
         input_size=config['input_size'],
         batch_size=args.batch_size,

@@ -1,13 +1,16 @@
 """Losses by name: ours, plugins', and timm's own."""
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES, create_classification_loss
+from torch import Tensor
 
 from ccl_timm import plugins
-from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
 from ccl_timm.losses.base import Loss, cross_entropy, full_precision
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 
@@ -18,12 +21,15 @@ __all__ = [
     'LogitsLoss',
     'channel_correlation',
     'create_loss',
+    'explain',
     'cross_entropy',
     'full_precision',
     'is_timm_loss',
     'list_losses',
     'loss_class',
     'loss_options',
+    'overview',
+    'taken',
     'takes_soft_targets',
 ]
 
@@ -34,17 +40,23 @@ LOSSES: dict[str, str] = {
 
 
 class LogitsLoss(Loss):
-    """Any criterion of logits and target, such as timm's own, in the form of our losses. Term: ``loss``."""
+    """Any criterion of logits and target, such as timm's own, in the form of our losses.
+
+    Args:
+        criterion: called with logits (N, K) and the target.
+        name: of its one term.
+    """
 
     soft_targets = True
 
-    def __init__(self, criterion):
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], name: str = 'criterion'):
         super().__init__()
         self.criterion = criterion
+        self.name = name
 
     def terms(self, outputs, target):
-        """Return the criterion's value under the name ``loss``."""
-        return {'loss': self.criterion(outputs.logits, target)}
+        """Return the criterion's value under its name."""
+        return {self.name: self.criterion(outputs.logits, target)}
 
 
 def list_losses(timm: bool = False) -> list[str]:
@@ -71,7 +83,7 @@ def loss_class(name: str) -> type[Loss]:
     if found is None:
         raise UnknownNameError(
             f"Unknown loss '{name}'{did_you_mean(name, list_losses(timm=True))} "
-            f'Losses: {", ".join(list_losses())}; of timm: {", ".join(sorted(set(list_losses(True)) - set(list_losses())))}.'
+            f'Losses: {", ".join(list_losses())}; of timm: {", ".join(filter(is_timm_loss, LOSS_TYPES))}.'
         )
     return found
 
@@ -110,17 +122,52 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
         )
     try:
         if is_timm_loss(name):
-            return LogitsLoss(create_classification_loss(name, **kwargs))
+            return LogitsLoss(create_classification_loss(name, **kwargs), name)
         return loss_class(name)(**kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(f"Loss '{name}' cannot be built with {kwargs}: {error}") from error
 
 
+def taken(name: str) -> str | None:
+    """Who has a loss's name already, in words; None if it is free."""
+    return (
+        'a loss of ccl_timm has this name'
+        if name in LOSSES
+        else f'timm has a loss {name!r}'
+        if name in LOSS_TYPES
+        else None
+    )
+
+
+def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Rows and header of the table of losses; a plugin that cannot be loaded is left out."""
+    rows = []
+    for name in list_losses():
+        with contextlib.suppress(PluginLoadError):
+            cls = loss_class(name)
+            facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'reads', ())))
+            soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
+            rows.append((name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'inferred', '') or '-'))
+    return rows, ('name', 'head', 'reads', 'soft targets', 'paper', 'inferred')
+
+
+def explain(name: str) -> str:
+    """What a loss computes, its options, cautions, and what in it no source states."""
+    if is_timm_loss(name):
+        return f"{name}: timm's own loss; its options are those of timm.loss.create_classification_loss."
+    cls = loss_class(name)
+    rows, header = overview()
+    facts = next(dict(zip(header, row, strict=True)) for row in rows if row[0] == name)
+    options = ', '.join(str(option) for option in loss_options(name).values())
+    lines = [f'{name}({options})', '', inspect.getdoc(cls) or '', '']
+    return '\n'.join([*lines, *(f'{key}: {value}' for key, value in facts.items() if key != 'name')])
+
+
 def _verify_loss(name: str, obj: Any) -> None:
     if not callable(obj):
         raise TypeError('the object must be a class or function that returns a loss')
-    if name in LOSSES or name in LOSS_TYPES:
-        raise TypeError(f"'{name}' is taken")
+    if taken(name):
+        raise TypeError(taken(name))
     kinds = {p.kind for p in inspect.signature(obj).parameters.values()}
     if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
         raise TypeError('its options must be explicit: no *args or **kwargs')

@@ -19,12 +19,19 @@ __all__ = [
     'ensure_registered',
     'load_plugins',
     'register_variant',
+    'taken',
     'variant_cfg',
 ]
 
 _NAMED = (
     ('resnet18', 'cam'),
+    ('resnet18', 'cosine'),
+    ('resnet18', 'mc'),
+    ('resnet18', 'pedcc'),
     ('vgg16', 'cam'),
+    ('vgg16', 'cosine'),
+    ('vgg16', 'mc'),
+    ('vgg16', 'pedcc'),
     ('vit_tiny_patch16_224', 'cam'),
     ('vit_small_patch16_224', 'cam'),
     ('vit_base_patch16_224', 'cam'),
@@ -83,6 +90,17 @@ def ensure_registered(model_name: str) -> None:
 def load_plugins() -> None:
     """Register the models of all plugins; one that fails is warned of and left out."""
     plugins.load_all('model', verify=_verify_model, guard=_no_overwriting)
+
+
+def taken(name: str) -> str | None:
+    """Who has a model's name already, in words; None if it is free."""
+    return (
+        'a model of ccl_timm has this name'
+        if name in MODELS
+        else f'timm has a model {name!r}'
+        if is_model(name)
+        else None
+    )
 
 
 @contextlib.contextmanager

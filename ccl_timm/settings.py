@@ -1,0 +1,102 @@
+"""What settings mean: what cannot work, found before anything is built, and the values computed from others."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, is_model, parse_model_name
+from timm.optim import list_optimizers
+
+from ccl_timm import losses, models
+from ccl_timm.errors import UserError, did_you_mean
+
+__all__ = [
+    'check_settings',
+    'global_batch',
+    'input_channels',
+    'learning_rate',
+    'loss_settings',
+    'mixes',
+    'weight_settings',
+]
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Find what cannot work before anything is built.
+
+    Raises:
+        UserError: with the setting and the way out.
+    """
+    models.ensure_registered(args.model)
+    known = losses.loss_options(args.loss)
+    for key in args.loss_kwargs:
+        if key not in known:
+            losses.create_loss(args.loss, **{key: args.loss_kwargs[key]})  # raises, with the options there are
+    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
+    if not 0 <= args.smoothing < 1:
+        raise UserError(f'--smoothing {args.smoothing} must be at least 0 and below 1.')
+    if mixes(args) and not losses.takes_soft_targets(args.loss):
+        raise UserError(
+            f"Mixup and CutMix make soft targets, which the loss '{args.loss}' does not take: "
+            'leave out --mixup and --cutmix, or choose another loss.'
+        )
+    if args.opt.lower() not in list_optimizers():
+        raise UserError(f"Unknown optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
+    if args.log_wandb and importlib.util.find_spec('wandb') is None:
+        raise UserError('--log-wandb needs the package wandb: `pip install wandb`.')
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether Mixup or CutMix is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def input_channels(args: argparse.Namespace) -> int:
+    """Number of image channels that the settings, or else the model's default, ask for."""
+    source, name = parse_model_name(args.model)
+    cfg = get_pretrained_cfg(name) if source is None and is_model(name.split('.')[0]) else None
+    return resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else None)['input_size'][0]
+
+
+def weight_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of create_model for weights from files.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    weights: dict[str, Any] = {}
+    if args.pretrained_path:
+        weights['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+    if args.initial_checkpoint:
+        weights['checkpoint_path'] = args.initial_checkpoint
+    for path in (args.pretrained_path, args.initial_checkpoint):
+        if path and not Path(path).is_file():
+            raise UserError(f"There is no checkpoint '{path}'.")
+    return weights
+
+
+def loss_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The loss's options, with label smoothing where the loss has it and Mixup has not applied it already."""
+    known = losses.loss_options(args.loss)
+    filled = {'smoothing': 0.0 if mixes(args) else args.smoothing, 'soft_targets': mixes(args)}
+    return {**{key: value for key, value in filled.items() if key in known}, **args.loss_kwargs}
+
+
+def learning_rate(args: argparse.Namespace) -> float:
+    """--lr, or timm's rule: from --lr-base and the global batch."""
+    if args.lr is not None:
+        return args.lr
+    scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+    ratio = global_batch(args) / args.lr_base_size
+    return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images an optimizer step: per process, times processes, times accumulated batches."""
+    return args.batch_size * args.world_size * args.grad_accum_steps

@@ -1,0 +1,72 @@
+"""Small data and short runs that tests share."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccl_timm import cli
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach a network
+torch.set_num_threads(2)
+
+TINY = ['--model', 'resnet18_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1']
+
+
+def write_folder(root, classes=('ant', 'bee', 'cat'), train=8, validation=4, seed=0):
+    """A folder of noise images whose classes differ in brightness."""
+    random = np.random.default_rng(seed)
+    for part, count in (('train', train), ('validation', validation)):
+        for label, name in enumerate(classes):
+            for number in range(count):
+                path = root / part / name / f'{number}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(random.integers(0, 100, (12, 12, 3), np.uint8) + np.uint8(50 * (label % 4))).save(path)
+    return root
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """A folder of 3 classes with 8 training and 4 validation images each. Do not change it."""
+    return write_folder(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def words(capsys):
+    """Run a command line in this process: ``words('timm', 'train.py', ...)`` -> (code, stdout, stderr)."""
+
+    def run(program, *argv):
+        entry = {'timm': cli.timm, 'ccl-timm': cli.main}[program]
+        capsys.readouterr()
+        try:
+            code = entry([str(word) for word in argv])
+        except SystemExit as stop:  # argparse's --help, and scripts that leave by themselves
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def trained(folder, tmp_path_factory):
+    """Folder of a finished run of two epochs. Do not change it."""
+    output = tmp_path_factory.mktemp('runs')
+    argv = ['train.py', *TINY, '--epochs', '2', '--data-dir', str(folder), '--output', str(output)]
+    assert cli.timm([*argv, '--experiment', 'run', '--mean', '0.4', '--std', '0.2', '--crop-pct', '1.0']) == 0
+    return output / 'run'
+
+
+def results(stdout):
+    """The JSON that a script printed after ``--result``."""
+    return json.loads(stdout.split('--result')[-1])

@@ -1,0 +1,70 @@
+"""The words of the command line that no other test speaks."""
+
+import pytest
+
+from ccl_timm import cli, losses, recipes
+
+
+def test_help_lists_every_command(words):
+    code, out, err = words('ccl-timm')
+    assert code == 0
+    assert all(f'  {name} ' in out for name in cli._COMMANDS)
+    assert words('timm')[1].startswith('usage: timm SCRIPT')
+
+
+@pytest.mark.parametrize('command', sorted(cli._COMMANDS))
+def test_every_command_has_help(command, words):
+    code, out, err = words('ccl-timm', command, '--help')
+    assert code == 0 and out.startswith(f'usage: ccl-timm {command}')
+
+
+@pytest.mark.parametrize(
+    'program, argv, message',
+    [
+        ('ccl-timm', ['trian'], "Unknown command 'trian'; did you mean 'train'?"),
+        ('timm', ['trane.py'], "There is no file 'trane.py'"),
+        ('timm', ['train'], "Unknown script 'train'; did you mean 'train.py'?"),
+        ('ccl-timm', ['losses', 'ccc'], "Unknown loss 'ccc'; did you mean 'cc'?"),
+        ('ccl-timm', ['recipes', 'digit'], "No recipe 'digit'"),
+        ('ccl-timm', ['data', 'mnist', 'x'], "invalid choice: 'mnist'"),
+    ],
+)
+def test_wrong_words_get_a_suggestion(program, argv, message, words):
+    code, out, err = words(program, *argv)
+    assert code == 2 and message in err
+
+
+def test_losses_are_listed_and_explained(words):
+    code, out, err = words('ccl-timm', 'losses')
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == sorted(losses.LOSSES)
+    for name in losses.LOSSES:
+        code, out, err = words('ccl-timm', 'losses', name)
+        assert code == 0 and out.startswith(f'{name}(') and 'paper: ' in out and 'Args:' in out or name == 'cosine'
+
+
+def test_recipes_are_listed_and_printed(words):
+    assert words('ccl-timm', 'recipes')[1].split() == recipes.list_recipes()
+    assert 'dataset: digits' in words('ccl-timm', 'recipes', 'digits')[1]
+
+
+def test_data_digits_writes_a_folder(words, place):
+    code, out, err = words('ccl-timm', 'data', 'digits', 'here')
+    assert code == 0 and '1797 images in here' in out
+    assert len(list((place / 'here').rglob('*.png'))) == 1797
+    assert words('ccl-timm', 'data', 'digits', 'here')[0] == 2
+
+
+def test_version(words):
+    import ccl_timm
+
+    assert words('ccl-timm', '--version')[1].strip() == ccl_timm.__version__
+
+
+def test_reader_that_goes_away_is_no_error(place):
+    import subprocess
+    import sys
+
+    command = f'{sys.executable} -c "from ccl_timm.cli import main; main()" losses | true'
+    result = subprocess.run(['bash', '-c', f'set -o pipefail; {command}'], capture_output=True, text=True)
+    assert 'Traceback' not in result.stderr

@@ -1,0 +1,149 @@
+"""Data sets: digits, numbering of classes, held-out share, pad-crop."""
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ccl_timm import UserError, data, loaders
+from ccl_timm.options import resolve
+
+from .conftest import write_folder
+
+
+def settings(*argv):
+    return resolve([str(word) for word in argv])[0]
+
+
+def open_splits(*argv, channels=3):
+    return data.open_splits(settings(*argv), channels)
+
+
+def test_digits_are_whole_and_split_for_good():
+    train, validation = data.Digits('train'), data.Digits('validation')
+    assert (len(train), len(validation)) == (1442, 355)
+    assert np.bincount(validation.targets).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
+    image, label = data.Digits('train', mode='L')[0]
+    assert (image.mode, image.size, label) == ('L', (8, 8), 0)
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in validation.images) == 0
+
+
+def test_digits_as_a_folder_are_the_same_images(tmp_path):
+    assert len(data.write_digits(tmp_path / 'digits')) == 1797
+    splits = open_splits('--data-dir', tmp_path / 'digits')
+    assert splits.class_names == [str(label) for label in range(10)]
+    assert (len(splits.train), len(splits.validation)) == (1442, 355)
+    own = data.Digits('validation', mode='L')
+    written = sorted((tmp_path / 'digits' / 'validation' / '7').iterdir())
+    expected = [image for image, label in zip(own.images, own.targets, strict=True) if label == 7]
+    assert all((np.asarray(Image.open(path)) == image).all() for path, image in zip(written, expected, strict=True))
+    with pytest.raises(UserError, match='exists and is not empty'):
+        data.write_digits(tmp_path / 'digits')
+
+
+def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
+    root = write_folder(tmp_path)
+    shutil.rmtree(root / 'validation' / 'ant')
+    splits = open_splits('--data-dir', root)
+    assert splits.class_names == ['ant', 'bee', 'cat']
+    assert set(data.targets_of(splits.validation)) == {1, 2}
+    assert splits.notes == ["Part 'validation' has no image of 1 of 3 classes: ant."]
+
+
+def test_validation_with_an_unknown_class_is_an_error(tmp_path):
+    root = write_folder(tmp_path)
+    shutil.copytree(root / 'validation' / 'ant', root / 'validation' / 'dog')
+    with pytest.raises(UserError, match="Part 'validation' has 1 classes that 'train' lacks, such as 'dog'"):
+        open_splits('--data-dir', root)
+
+
+def test_no_validation_part_names_the_ways_out(tmp_path):
+    root = write_folder(tmp_path)
+    shutil.rmtree(root / 'validation')
+    with pytest.raises(UserError, match="no part 'validation'.*--val-fraction 0.2"):
+        open_splits('--data-dir', root)
+    assert open_splits('--data-dir', root, '--val-split', '').validation is None
+
+
+def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, train=10, validation=0)
+    splits = open_splits('--data-dir', root, '--val-fraction', '0.2')
+    assert np.bincount(data.targets_of(splits.validation)).tolist() == [2, 2, 2]
+    assert np.bincount(data.targets_of(splits.train)).tolist() == [8, 8, 8]
+    held = {name for name, part in splits.held_out if part == 'validation'}
+    assert len(held) == 6 and len(splits.held_out) == 30
+    reader = type(splits.train.dataset.reader)
+    init = reader.__init__
+
+    def reversed_order(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.samples.reverse()
+
+    monkeypatch.setattr(reader, '__init__', reversed_order)
+    again = open_splits('--data-dir', root, '--val-fraction', '0.2')
+    assert {name for name, part in again.held_out if part == 'validation'} == held
+    other = open_splits('--data-dir', root, '--val-fraction', '0.2', '--seed', '1')
+    assert {name for name, part in other.held_out if part == 'validation'} != held
+
+
+def test_each_part_has_its_own_transform(tmp_path):
+    splits = open_splits('--data-dir', write_folder(tmp_path), '--val-fraction', '0.5')
+    splits.train.transform = lambda image: 'train'
+    splits.validation.transform = lambda image: 'validation'
+    assert (splits.train[0][0], splits.validation[0][0]) == ('train', 'validation')
+
+
+def test_fingerprint_tells_data_apart(tmp_path):
+    first = open_splits('--data-dir', write_folder(tmp_path / 'a'))
+    copy = open_splits('--data-dir', shutil.copytree(tmp_path / 'a', tmp_path / 'b'))
+    fewer = open_splits('--data-dir', write_folder(tmp_path / 'c', train=7))
+    assert first.fingerprint == copy.fingerprint != fewer.fingerprint
+
+
+def test_label_out_of_range(folder):
+    with pytest.raises(UserError, match=r"--num-classes 2 is too small: the data has labels up to 2 \('cat'\)"):
+        open_splits('--data-dir', folder, '--num-classes', '2')
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
+        (['--dataset', 'digit'], "Unknown data set 'digit'; did you mean 'digits'?"),
+        (['--dataset', 'torch/nothing', '--data-dir', '.'], "Part 'train' of 'torch/nothing' cannot be opened"),
+        (['--dataset', 'torch/mnist', '--data-dir', '.'], "Part 'train' of 'torch/mnist' cannot be opened"),
+    ],
+)
+def test_data_that_is_not_there(argv, message, place):
+    with pytest.raises(UserError, match=message.replace('?', r'\?')):
+        open_splits(*argv)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match='Found 0 images'):
+        open_splits('--data-dir', tmp_path, '--val-split', '')
+
+
+def test_class_map_sets_the_order(folder, tmp_path):
+    (tmp_path / 'names.txt').write_text('cat\nbee\nant\n')
+    splits = open_splits('--data-dir', folder, '--class-map', tmp_path / 'names.txt')
+    assert splits.class_names == ['cat', 'bee', 'ant']
+    brightest = [i for i, target in enumerate(data.targets_of(splits.train)) if target == 0]
+    assert np.asarray(splits.train[brightest[0]][0]).mean() > 120  # cat is the brightest class
+
+
+def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
+    args = argparse.Namespace(**vars(settings('--data-dir', folder)))
+    splits = data.open_splits(args, 3)
+    options = dict(batch_size=4, is_training=True, hflip=0.0, color_jitter=None, device=torch.device('cpu'))
+    loaders.create_loader(splits.train, input_size=(3, 32, 32), pad_crop=4, **options)
+    torch.manual_seed(0)
+    images = torch.stack([torch.as_tensor(np.asarray(splits.train[i][0])) for i in range(20)])
+    assert images.shape[1:] == (3, 32, 32)
+    assert (images.amin(1) == 0).any()  # no pixel of the images themselves is black in all channels
+    names = [type(step).__name__ for step in splits.train.transform.transforms]
+    assert names[:2] == ['Resize', 'RandomCrop'] and 'RandomResizedCropAndInterpolation' not in names

@@ -1,0 +1,119 @@
+"""Trained models out of a run: export, load, evaluate, predict."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import ccl_timm
+from ccl_timm.hub import export, load_trained
+
+from .conftest import results
+
+
+@pytest.fixture(scope='session')
+def exported(trained, tmp_path_factory):
+    """An exported model. Do not change it."""
+    folder = tmp_path_factory.mktemp('export') / 'model'
+    export(trained, folder)
+    return folder
+
+
+def test_export_gives_the_same_logits_through_timm(trained, exported):
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(f'local-dir:{exported}', pretrained=True).eval()
+    assert torch.equal(model(images), load_trained(trained).model(images))
+    again = ccl_timm.create_model(f'local-dir:{exported}', pretrained=True).eval()
+    assert torch.equal(model(images), again(images))
+
+
+def test_export_holds_what_it_was_trained_with(exported):
+    assert sorted(path.name for path in exported.iterdir()) == ['config.json', 'model.safetensors']
+    config = json.loads((exported / 'config.json').read_text())
+    assert config['architecture'] == 'resnet18_cam' and config['label_names'] == ['ant', 'bee', 'cat']
+    cfg = config['pretrained_cfg']
+    assert cfg['input_size'] == [3, 32, 32] and cfg['mean'] == [0.4] * 3 and cfg['std'] == [0.2] * 3
+    assert cfg['crop_pct'] == 1.0 and config['ccl_timm']['package'] == 'ccl-timm'
+
+
+def test_export_loads_in_a_fresh_process(exported):
+    code = f"import ccl_timm, timm; print(timm.create_model('local-dir:{exported}', pretrained=True).num_classes)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
+
+
+def test_export_writes_nothing_over(words, trained, exported):
+    code, out, err = words('ccl-timm', 'export', trained, exported)
+    assert code == 2 and 'already holds model.safetensors' in err
+
+
+def test_validate_gives_what_training_reported(words, trained, place):
+    code, out, err = words('timm', 'validate.py', trained, '-j', '0')
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO((trained / 'summary.csv').read_text())))
+    best = max(rows, key=lambda row: float(row['eval_top1']))
+    assert results(out)['top1'] == float(best['eval_top1'])
+    assert results(out)['images'] == 12
+
+
+def test_validate_an_export_on_data_given(words, exported, folder, place):
+    code, out, err = words('timm', 'validate.py', exported, '--data-dir', folder, '--split', 'train', '-j', '0')
+    assert code == 0 and results(out)['images'] == 24
+    code, out, err = words('timm', 'validate.py', exported)
+    assert code == 2 and 'No data to evaluate on' in err
+
+
+def test_predict_files_and_folders_in_three_formats(words, trained, folder):
+    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation' / 'cat', '--topk', '2')
+    assert code == 0 and len(out.splitlines()) == 1 + 4 * 2
+    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation' / 'cat' / '0.png', '--format', 'json')
+    row = json.loads(out)[0]
+    assert row['image'].endswith('0.png') and row['predictions'][0]['class'] in ('ant', 'bee', 'cat')
+    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv', '-b', '5')
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 12 and {row['rank'] for row in rows} == {'1'}
+
+
+def test_predictions_are_those_of_the_validation(words, trained, folder):
+    _, out, _ = words('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv')
+    rows = list(csv.DictReader(io.StringIO(out)))
+    correct = sum(row['image'].split('/')[-2] == row['class'] for row in rows)
+    _, out, _ = words('timm', 'validate.py', trained, '-j', '0')
+    assert 100 * correct / len(rows) == pytest.approx(results(out)['top1'])
+
+
+def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_path):
+    Image.new('RGB', (20, 20), 'red').save(tmp_path / 'a.png')
+    (tmp_path / 'b.png').write_bytes(b'not an image')
+    Image.new('I;16', (20, 20)).save(tmp_path / 'c.png')
+    code, out, err = words('ccl-timm', 'predict', trained, tmp_path, '--format', 'json')
+    assert code == 1
+    assert [row['image'].split('/')[-1] for row in json.loads(out)] == ['a.png', 'c.png']
+    assert "b.png' is not a readable image and was left out" in err
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['predict', 'nowhere', '{trained}/args.yaml'], "'nowhere' does not exist"),
+        (['predict', '{trained}', 'nothing.png'], "'nothing.png' does not exist"),
+        (['predict', '{trained}', '{empty}'], 'holds no image'),
+        (['predict', '{empty}', '{trained}/args.yaml'], 'holds no checkpoint'),
+        (['predict', '{trained}', '{trained}/args.yaml', '--use-ema'], 'has no moving average'),
+        (['export', '{empty}', 'x'], 'holds no checkpoint'),
+        (
+            ['validate', '{trained}', '--dataset', 'digits', '-j', '0'],
+            'The data has labels up to 9, the model 3 classes',
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, message, words, trained, place):
+    (place / 'empty').mkdir()
+    argv = [word.format(trained=trained, empty=place / 'empty') for word in argv]
+    code, out, err = words('ccl-timm', *argv)
+    assert code == 2 and message in err.splitlines()[-1]

@@ -1,0 +1,107 @@
+"""Recipes and words: what is read, what is checked, which comes first."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ccl_timm import UserError, recipes
+from ccl_timm.options import UPSTREAM_ONLY, resolve, train_parser
+
+
+def write(place, text):
+    (place / 'recipe.yaml').write_text(text)
+    return ['--config', 'recipe.yaml']
+
+
+def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
+    argv = write(place, 'epochs: 7\nlr: 1e-3\nbatch_size: 16\ndata_dir: here\n')
+    args, sources = resolve([*argv, '--epochs', '3'])
+    assert (args.epochs, args.lr, args.batch_size, args.momentum) == (3, 0.001, 16, 0.9)
+    assert [sources[key] for key in ('epochs', 'lr', 'momentum')] == ['typed', 'recipe.yaml', 'default']
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('learnign_rate: 1', "unknown key 'learnign_rate'"),
+        ('epoch: 1', "unknown key 'epoch'; did you mean 'epochs'?"),
+        ('epochs: many', "'epochs: many' does not fit"),
+        ('epochs: 1.5', 'it is a whole number'),
+        ('epochs: true', 'it is a number'),
+        ('epochs: [1]', 'it is a number'),
+        ('epochs: null', 'it needs a value'),
+        ('pretrained: "no"', 'it is true or false'),
+        ('input_size: [3, 32]', 'it is a list of 3'),
+        ('mean: 0.5', 'it is a list'),
+        ('model_kwargs: small', 'it is a mapping'),
+        ('model: [a]', 'it is a word'),
+        ('eval_metric: f1', "it is one of 'top1', 'top5', 'loss'"),
+        ('aug_splits: 3', "'aug_splits: 3' needs timm's own train.py"),
+        ('- a\n- b', 'must be a mapping of settings'),
+        ('a: [', 'is not YAML'),
+        ('loss_options: {arcface: 3}', 'loss_options are a mapping'),
+    ],
+)
+def test_recipes_with_mistakes(text, message, place):
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(write(place, text))
+
+
+def test_upstreams_settings_may_stand_in_a_recipe_if_they_are_off(place):
+    argv = write(place, yaml.safe_dump(UPSTREAM_ONLY))
+    args, _ = resolve(argv)
+    assert not set(UPSTREAM_ONLY) & set(vars(args))
+
+
+def test_options_of_a_loss_go_with_that_loss(place):
+    argv = write(place, 'loss: cc\nloss_kwargs: {weight: 2}\nloss_options: {cc: {eps: 1e-6}, arcface: {scale: 16}}\n')
+    assert resolve(argv)[0].loss_kwargs == {'eps': 1e-6, 'weight': 2} or resolve(argv)[0].loss_kwargs == {
+        'eps': '1e-6',
+        'weight': 2,
+    }
+    assert resolve([*argv, '--loss', 'arcface'])[0].loss_kwargs == {'scale': 16}
+    assert resolve([*argv, '--loss', 'ce'])[0].loss_kwargs == {}
+    assert resolve([*argv, '--loss-kwargs', 'weight=3'])[0].loss_kwargs == {'weight': 3}
+
+
+def test_without_data_the_digits_recipe_is_the_base():
+    args, sources = resolve(['--model', 'resnet18_cam'])
+    assert (args.config, args.dataset, sources['dataset']) == ('digits', 'digits', 'digits')
+    assert resolve(['--data-dir', 'x'])[0].config == ''
+
+
+@pytest.mark.parametrize('name', recipes.list_recipes())
+def test_packaged_recipe_is_sound(name):
+    args, _ = resolve(['--config', name, '--data-dir', 'x'])
+    content = recipes.read_recipe(recipes.find_recipe(name))
+    assert content['device_modules'] == ['ccl_timm.autoload']  # stops a stock script from training something else
+    assert content['assumed'] and args.loss
+    header = recipes.find_recipe(name).read_text().split('\n\n')[0]
+    assert '# command' in header and '# paper' in header
+
+
+def test_recipe_by_name_by_path_and_unknown(place):
+    assert recipes.find_recipe('digits').name == 'digits.yaml'
+    assert recipes.find_recipe(str(recipes.find_recipe('digits'))) == recipes.find_recipe('digits')
+    with pytest.raises(UserError, match="No recipe 'digit'.*did you mean 'digits'"):
+        recipes.find_recipe('digit')
+
+
+def test_defaults_are_timms():
+    """Against timm's own script, where TIMM_SCRIPTS names its folder."""
+    import importlib.util
+    import os
+
+    folder = os.environ.get('TIMM_SCRIPTS')
+    if not folder:
+        pytest.skip('TIMM_SCRIPTS names no folder')
+    spec = importlib.util.spec_from_file_location('upstream', Path(folder) / 'train.py')
+    upstream = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(upstream)
+    theirs = {action.dest: action.default for action in upstream.parser._actions if action.dest != 'help'}
+    own = {action.dest: action.default for action in train_parser()._actions}
+    different = {key: (value, own[key]) for key, value in theirs.items() if key in own and own[key] != value}
+    assert different == {'device': ('cuda', 'auto')}
+    assert {key: theirs[key] for key in theirs if key not in own} == UPSTREAM_ONLY

@@ -1,0 +1,356 @@
+"""Plugins: fake installed distributions, found, listed, loaded, and kept apart when they fail."""
+
+import ast
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from ccl_timm import plugins
+from ccl_timm.errors import PluginLoadError, UserError
+
+MODELS = '[ccl_timm.models]\n'
+LOSSES = '[ccl_timm.losses]\n'
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that writes a distribution and its modules into a folder on sys.path."""
+    monkeypatch.delenv(plugins.SWITCH, raising=False)
+    monkeypatch.setattr(plugins, '_loaded', {})
+    modules_before = set(sys.modules)
+
+    def write(name, entry_points, version='1.0', folder='site', metadata=None, **modules):
+        site = tmp_path / folder
+        # importlib takes all folders that start with 'plug-' for one distribution 'plug', hence the underscores
+        info = site / f'{name.replace("-", "_")}-{version}.dist-info'
+        info.mkdir(parents=True)
+        if metadata is None:
+            metadata = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'.encode()
+        (info / 'METADATA').write_bytes(metadata)
+        data = entry_points if isinstance(entry_points, bytes) else entry_points.encode()
+        (info / 'entry_points.txt').write_bytes(data)
+        for module, code in modules.items():
+            (site / f'{module}.py').write_text(code)
+        if str(site) not in sys.path:
+            monkeypatch.syspath_prepend(site)
+        plugins.refresh()
+
+    yield write
+    monkeypatch.undo()
+    plugins.refresh()
+    for module in set(sys.modules) - modules_before:
+        if module.startswith('fake_'):
+            del sys.modules[module]
+
+
+def rows(**kwargs):
+    return {(row['kind'], row['name']): row for row in plugins.describe(**kwargs)}
+
+
+def states(**kwargs):
+    return {key: row['state'] for key, row in rows(**kwargs).items()}
+
+
+def test_good_plugins_are_found_sorted_and_loaded(install):
+    install('plug-b', LOSSES + 'second = fake_b:make\n', fake_b='def make(): return 2\n')
+    install(
+        'plug-a',
+        LOSSES + 'zeta = fake_a : Outer.Inner [extra]\n' + MODELS + 'net_1 = fake_a:net\n[console_scripts]\nx = y:z\n',
+        fake_a='class Outer:\n    class Inner:\n        pass\ndef net(): pass\n',
+    )
+    found = plugins.find_plugins()
+    assert [(p.kind, p.name, p.distribution, p.version, p.error) for p in found] == [
+        ('loss', 'second', 'plug-b', '1.0', None),
+        ('loss', 'zeta', 'plug-a', '1.0', None),
+        ('model', 'net_1', 'plug-a', '1.0', None),
+    ]
+    assert [p.name for p in plugins.find_plugins('model')] == ['net_1']
+    assert plugins.plugin_names('loss') == ['second', 'zeta']
+    assert plugins.load_plugin('loss', 'zeta').__qualname__ == 'Outer.Inner'
+    assert plugins.load_plugin('loss', 'unknown') is None
+    assert plugins.load_plugin('model', 'zeta') is None
+    assert plugins.load_plugin('loss', '') is None
+
+
+def test_our_own_distribution_is_skipped(install):
+    install('ccl_timm', LOSSES + 'ours = fake_ours:Loss\n')
+    assert plugins.find_plugins() == ()
+
+
+def test_found_once_until_refresh(install):
+    install('plug-a', LOSSES + 'one = fake_a:x\n')
+    first = plugins.find_plugins()
+    assert plugins.find_plugins()[0] is first[0]
+    install('plug-b', LOSSES + 'two = fake_b:x\n')
+    assert plugins.plugin_names('loss') == ['one', 'two']
+
+
+def test_missing_module(install):
+    install('plug-a', LOSSES + 'gone = fake_gone:Loss\n', version='2.3')
+    install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
+    with pytest.raises(PluginLoadError) as caught:
+        plugins.load_plugin('loss', 'gone')
+    assert str(caught.value) == (
+        "Cannot load the loss plugin 'gone' of plug-a 2.3 (fake_gone:Loss): ModuleNotFoundError: No module named "
+        "'fake_gone'. Uninstall or repair plug-a, or leave it out with CCL_TIMM_PLUGINS='plug-b'."
+    )
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_missing_object(install):
+    install('plug-a', LOSSES + 'bare = fake_bare:Loss\n', fake_bare='')
+    with pytest.raises(
+        PluginLoadError, match=r"AttributeError: module 'fake_bare' has no attribute 'Loss'\. Uninstall"
+    ):
+        plugins.load_plugin('loss', 'bare')
+
+
+def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
+    monkeypatch.setattr(sys, 'fake_imports', 0, raising=False)
+    code = 'import sys\nsys.fake_imports += 1\nraise RuntimeError("no licence")\n'
+    install('plug-a', LOSSES + 'bad = fake_bad:Loss\nworse = fake_bad:Other\n', fake_bad=code)
+    install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
+    with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as first:
+        plugins.load_plugin('loss', 'bad')
+    assert plugins.load_plugin('loss', 'good') == 1
+    with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as second:
+        plugins.load_plugin('loss', 'bad')
+    assert second.value is not first.value and second.value.__cause__ is first.value.__cause__
+    with pytest.raises(PluginLoadError, match="'worse' of plug-a 1.0 .*RuntimeError: no licence"):
+        plugins.load_plugin('loss', 'worse')
+    assert sys.fake_imports == 1
+    assert states() == {('loss', 'bad'): 'broken', ('loss', 'good'): 'loaded', ('loss', 'worse'): 'broken'}
+    assert rows()['loss', 'bad']['error'] == 'RuntimeError: no licence'
+    plugins.refresh()
+    with pytest.raises(PluginLoadError):
+        plugins.load_plugin('loss', 'bad')
+    assert sys.fake_imports == 2
+
+
+def test_only_exceptions_are_caught(install):
+    install('plug-a', LOSSES + 'quits = fake_quits:Loss\n', fake_quits='raise SystemExit(3)\n')
+    with pytest.raises(SystemExit):
+        plugins.load_plugin('loss', 'quits')
+    assert states() == {('loss', 'quits'): 'available'}
+
+
+@pytest.mark.parametrize(
+    ('entry', 'sentence'),
+    [
+        (LOSSES + 'bare = fake_a\n', "the value 'fake_a' must have the form module:object"),
+        (LOSSES + 'bare = no such:thing\n', "the value 'no such:thing' must have the form module:object"),
+        (LOSSES + 'Bare = fake_a:x\n', "the name 'Bare' must consist of a letter a-z, then a-z, 0-9 and _"),
+        (LOSSES + '2nd = fake_a:x\n', "the name '2nd' must consist of a letter a-z, then a-z, 0-9 and _"),
+        (MODELS + 'net.tag = fake_a:x\n', "the name 'net.tag' must consist of a-z, 0-9 and _"),
+    ],
+)
+def test_bad_name_or_value_is_listed_and_raised_at_use(install, entry, sentence):
+    install('plug-a', entry)
+    (plugin,) = plugins.find_plugins()
+    assert plugin.error == sentence
+    assert plugins.plugin_names(plugin.kind) == []
+    assert [(row['state'], row['error']) for row in plugins.describe()] == [('broken', sentence)]
+    with pytest.raises(PluginLoadError, match="leave it out with CCL_TIMM_PLUGINS=''") as caught:
+        plugins.load_plugin(plugin.kind, plugin.name)
+    assert sentence in str(caught.value)
+
+
+def test_malformed_file_with_our_group_is_listed(install):
+    install('plug-a', LOSSES + 'no equals sign\n')
+    install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
+    assert states() == {('loss', ''): 'broken', ('loss', 'good'): 'available'}
+    row = rows()['loss', '']
+    assert row['distribution'] == 'plug-a' and row['error'].startswith('its entry_points.txt cannot be read (TypeError')
+    with pytest.warns(UserWarning, match=r'Cannot load the loss plugins of plug-a 1\.0: its entry_points\.txt cannot'):
+        assert plugins.load_all('loss') == {'good': 1}
+
+
+def test_two_malformed_files_are_not_a_clash(install):
+    install('plug-a', LOSSES + 'no equals sign\n')
+    install('plug-b', LOSSES + MODELS + 'no equals sign\n')
+    assert [(row['kind'], row['distribution'], row['state']) for row in plugins.describe()] == [
+        ('loss', 'plug-a', 'broken'),
+        ('loss', 'plug-b', 'broken'),
+        ('model', 'plug-b', 'broken'),
+    ]
+
+
+def test_malformed_file_of_others_is_ignored(install):
+    install('plug-a', '[pytest11]\nno equals sign\n')
+    install('plug-c', b'[pytest11]\n\xff\xfe = x:y\n')
+    install('plug-b', LOSSES + 'good = fake_good:Loss\n')
+    assert states() == {('loss', 'good'): 'available'}
+
+
+def test_undecodable_files_are_listed(install):
+    install('plug-a', LOSSES.encode() + b'\xff\xfe = x:y\n')
+    install('plug-b', LOSSES + 'good = fake_good:Loss\n', metadata=b'Name: \xff\n')
+    install('plug-c', LOSSES + 'good = fake_good:Loss\n', metadata=b'Version: 1.0\n')
+    found = plugins.find_plugins()
+    assert len(found) == 3 and all(p.error and not p.name for p in found)
+    assert sorted(p.error.split(' cannot be read')[0] for p in found) == ['its METADATA'] * 2 + ['its entry_points.txt']
+    assert any(p.error == 'its METADATA cannot be read (ValueError: no Name in it)' for p in found)
+
+
+def test_same_name_from_two_distributions(install, monkeypatch):
+    install('plug-b', LOSSES + 'pod = fake_b:Loss\n', fake_b='Loss = "b"\n')
+    install('plug-a', LOSSES + 'pod = fake_a:Loss\n', fake_a='Loss = "a"\n', version='2.0')
+    assert plugins.plugin_names('loss') == []
+    assert [row['state'] for row in plugins.describe()] == ['clash', 'clash']
+    with pytest.raises(PluginLoadError) as caught:
+        plugins.load_plugin('loss', 'pod')
+    assert str(caught.value) == (
+        "Cannot choose: the loss 'pod' is declared by plug-a 2.0 (fake_a:Loss) and by plug-b 1.0 (fake_b:Loss): "
+        "uninstall one of them, or leave one out, for example with CCL_TIMM_PLUGINS='plug-a'."
+    )
+    with pytest.warns(UserWarning, match='Cannot choose') as record:
+        assert plugins.load_all('loss') == {}
+    assert len(record) == 1
+    monkeypatch.setenv(plugins.SWITCH, 'plug-b')
+    assert plugins.load_plugin('loss', 'pod') == 'b'
+    assert [row['state'] for row in plugins.describe()] == ['disabled', 'loaded']
+
+
+def test_stale_duplicate_of_a_distribution_is_ignored(install):
+    install('plug-a', LOSSES + 'old = fake_old:Loss\nboth = fake_old:Loss\n', version='1.0', folder='behind')
+    install('Plug.A', LOSSES + 'both = fake_new:Loss\n', version='2.0', folder='front')
+    assert [(p.name, p.value, p.version) for p in plugins.find_plugins()] == [('both', 'fake_new:Loss', '2.0')]
+
+
+def test_stale_duplicate_stays_ignored_if_the_new_one_has_no_plugins(install):
+    install('plug-a', LOSSES + 'old = fake_old:Loss\n', version='1.0', folder='behind')
+    install('plug-a', '[console_scripts]\nx = y:z\n', version='2.0', folder='front')
+    assert plugins.find_plugins() == ()
+
+
+def test_switch_has_three_meanings_and_is_read_at_each_call(install, monkeypatch):
+    install('plug-a', LOSSES + 'one = fake_a:Loss\n', fake_a='Loss = "a"\n')
+    install('plug-b', LOSSES + 'two = fake_b:Loss\n', fake_b='Loss = "b"\n')
+    assert plugins.plugin_names('loss') == ['one', 'two']
+    monkeypatch.setenv(plugins.SWITCH, '')
+    assert plugins.plugin_names('loss') == []
+    assert states() == {('loss', 'one'): 'disabled', ('loss', 'two'): 'disabled'}
+    assert plugins.load_all('loss') == {}
+    monkeypatch.setenv(plugins.SWITCH, ' Plug_B , plug-z')
+    assert plugins.plugin_names('loss') == ['two']
+    assert plugins.load_plugin('loss', 'two') == 'b'
+    with pytest.raises(PluginLoadError) as caught:
+        plugins.load_plugin('loss', 'one')
+    assert str(caught.value) == (
+        "The loss plugin 'one' of plug-a 1.0 (fake_a:Loss) is disabled by CCL_TIMM_PLUGINS=' Plug_B , plug-z'. "
+        'Unset CCL_TIMM_PLUGINS, or add plug-a to it.'
+    )
+    monkeypatch.delenv(plugins.SWITCH)
+    assert plugins.load_plugin('loss', 'one') == 'a'
+
+
+def test_verify_and_guard(install):
+    install('plug-a', LOSSES + 'one = fake_a:Loss\n', fake_a='import warnings\nwarnings.warn("taken")\nLoss = 1\n')
+    install('plug-b', LOSSES + 'two = fake_b:Loss\n', fake_b='Loss = 2\n')
+
+    @contextlib.contextmanager
+    def warnings_are_errors():
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            yield
+
+    def verify(name, obj):
+        raise UserError(f'{name} {obj} is not a Loss.')
+
+    with pytest.raises(PluginLoadError, match='UserWarning: taken'):
+        plugins.load_plugin('loss', 'one', guard=warnings_are_errors)
+    assert plugins.load_plugin('loss', 'two') == 2
+    with pytest.raises(PluginLoadError, match=r'\(fake_b:Loss\): two 2 is not a Loss\. Uninstall') as caught:
+        plugins.load_plugin('loss', 'two', verify=verify)
+    assert isinstance(caught.value.__cause__, UserError)
+    assert plugins.used_plugins() == []
+    with pytest.raises(PluginLoadError, match='two 2 is not a Loss'):
+        plugins.load_plugin('loss', 'two')
+
+
+def test_load_all_warns_once_for_each_failure(install):
+    install('plug-a', MODELS + 'gone = fake_gone:net\n' + LOSSES + 'one = fake_one:Loss\n', fake_one='Loss = 1\n')
+    install('plug-b', MODELS + 'net = fake_net:net\n', fake_net='net = 2\n')
+    with pytest.warns(UserWarning, match="model plugin 'gone' of plug-a") as record:
+        assert plugins.load_all('model') == {'net': 2}
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert plugins.load_all('model') == {'net': 2}
+    assert 'fake_one' not in sys.modules
+
+
+def test_used_plugins(install):
+    install('plug-a', LOSSES + 'one = fake_a:Loss\n' + MODELS + 'net = fake_a:net\n', fake_a='Loss = net = 1\n')
+    assert plugins.used_plugins() == []
+    plugins.load_plugin('model', 'net')
+    plugins.load_plugin('model', 'net')
+    assert plugins.used_plugins() == [
+        {'kind': 'model', 'name': 'net', 'value': 'fake_a:net', 'distribution': 'plug-a', 'version': '1.0'}
+    ]
+
+
+def test_describe_imports_nothing_and_reports_taken_names(install):
+    install('plug-a', LOSSES + 'one = fake_a:Loss\n' + MODELS + 'resnet50 = fake_a:net\n', fake_a='Loss = net = 1\n')
+
+    def reserved(kind, name):
+        return 'timm has a model of this name' if (kind, name) == ('model', 'resnet50') else None
+
+    assert plugins.describe(reserved=reserved) == [
+        dict(
+            kind='loss',
+            name='one',
+            value='fake_a:Loss',
+            distribution='plug-a',
+            version='1.0',
+            state='available',
+            error=None,
+        ),
+        dict(
+            kind='model',
+            name='resnet50',
+            value='fake_a:net',
+            distribution='plug-a',
+            version='1.0',
+            state='clash',
+            error='timm has a model of this name',
+        ),
+    ]
+    assert 'fake_a' not in sys.modules
+    plugins.load_plugin('model', 'resnet50')
+    assert states(reserved=reserved)['model', 'resnet50'] == 'loaded'
+
+
+def test_describe_checks_what_is_available(install, monkeypatch):
+    install('plug-a', LOSSES + 'gone = fake_gone:Loss\nodd = fake_a:Loss\none = fake_a:Loss\n', fake_a='Loss = 1\n')
+    install('plug-b', LOSSES + 'off = fake_off:Loss\n')
+    monkeypatch.setenv(plugins.SWITCH, 'plug-a')
+
+    def check(kind, name):
+        plugins.load_plugin(kind, name)
+        if name == 'odd':
+            raise UserError('Takes **kwargs.')
+
+    assert states(check=check) == {
+        ('loss', 'gone'): 'broken',
+        ('loss', 'odd'): 'broken',
+        ('loss', 'off'): 'disabled',
+        ('loss', 'one'): 'loaded',
+    }
+    assert rows(check=check)['loss', 'odd']['error'] == 'Takes **kwargs'
+
+
+def test_knows_neither_torch_nor_timm():
+    tree = ast.parse(Path(plugins.__file__).read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert 'ccl_timm.errors' in imported
+    outside = {name for name in imported if name.partition('.')[0] not in sys.stdlib_module_names}
+    assert outside == {'ccl_timm.errors'}

@@ -1,0 +1,205 @@
+"""Model and loss as one trainable module, in a plain loop and as timm's scripts drive it."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ccl_timm
+from ccl_timm.losses import Loss
+from ccl_timm.task import ModelWithLoss, probe
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ccl_timm.create_model('resnet18_cam', num_classes=4)
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
+
+
+class Recorder(Loss):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+        self.register_buffer('seen', torch.zeros(()))
+
+    def terms(self, outputs, target):
+        self.seen += 1
+        return {'ce': nn.functional.cross_entropy(outputs.logits, target)}
+
+    def set_epoch(self, epoch):
+        self.told.append(('epoch', epoch))
+
+    def set_step(self, step):
+        self.told.append(('step', step))
+
+
+def test_plain_loop_learns_a_batch(model, batch):
+    task = ccl_timm.create_task(model, 'cc')
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
+    values = []
+    for _ in range(12):
+        result = task(*batch)
+        result['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(result['loss'].item())
+    assert values[-1] < 0.5 * values[0]
+    assert task.get_eval_model() is model
+
+
+def test_result_has_logits_and_terms_that_sum_to_the_loss(model, batch):
+    result = ccl_timm.create_task(model, 'cc', weight=2.0)(*batch)
+    assert result['output'].shape == (8, 4)
+    assert torch.isclose(result['loss'], result['ce'] + result['cc'])
+    assert not result['cc'].requires_grad
+
+
+def test_loss_without_the_head_it_needs_says_what_to_use():
+    with pytest.raises(ccl_timm.UserError) as caught:
+        ccl_timm.create_task(timm.create_model('resnet18', num_classes=4), 'cc')
+    assert str(caught.value) == "loss 'cc' reads attention; resnet18 has a linear classifier: use resnet18_cam."
+
+
+def test_models_with_several_heads_are_refused():
+    with pytest.raises(ccl_timm.UserError, match="'deit_tiny_distilled_patch16_224' cannot be trained"):
+        ccl_timm.create_task(timm.create_model('deit_tiny_distilled_patch16_224', num_classes=4), 'ce')
+
+
+def test_options_of_a_built_loss_are_refused(model):
+    with pytest.raises(ccl_timm.UserError, match='is built already'):
+        ccl_timm.create_task(model, ccl_timm.create_loss('cc'), weight=2.0)
+
+
+def test_timms_own_losses_come_by_the_same_way(model, batch):
+    task = ccl_timm.create_task(model, 'ce', smoothing=0.1)
+    expected = nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
+    assert torch.isclose(task(*batch)['loss'], expected, rtol=1e-4)
+
+
+def test_probe_leaves_model_and_random_state_alone(model):
+    model.train()
+    model.layer1.eval()
+    before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    found = probe(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert model.training and not model.layer1.training and not model.layer1[0].training
+    assert {'logits', 'features', 'attention', 'weight', 'feature_map'} == set(found)
+
+
+def test_epochs_are_detected_and_steps_counted_in_a_plain_loop(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    trainable = task.get_trainable_module()
+    trainable.train()  # before any step: still the first epoch
+    for _ in range(2):
+        task(*batch)
+    trainable.eval()
+    task(*batch)  # evaluation counts nothing
+    trainable.train()
+    task(*batch)
+    assert task.loss.told == [('step', 1), ('step', 2), ('epoch', 1), ('step', 3)]
+
+
+def test_steps_are_those_of_the_optimizer_when_a_script_tells_them(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.update_ema(step=1)
+    for step in (2, 3):
+        task(*batch)
+        task(*batch)  # gradient accumulation
+        task.update_ema(step=step)
+    assert task.loss.told == [('step', 1), ('step', 2), ('step', 3)]
+
+
+def test_set_epoch_turns_detection_off(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.set_epoch(5)
+    task(*batch)
+    task.get_trainable_module().train()
+    assert [kind for kind in task.loss.told if kind[0] == 'epoch'] == [('epoch', 5)]
+
+
+def test_state_of_the_loss_and_counters_come_back(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    for _ in range(3):
+        task(*batch)
+    saved = copy.deepcopy(task.get_checkpoint_state())
+    assert set(saved) == {'state_dict', 'task_state'}
+    assert not any(key.startswith(('model.', 'loss.')) for key in saved['state_dict'])
+    other = ccl_timm.create_task(copy.deepcopy(model), Recorder())
+    other.load_checkpoint_state(saved['state_dict'], saved['task_state'])
+    assert other.loss.seen == 3 and other.get_task_state()['step'] == 3
+    other.get_trainable_module().train()
+    assert other.loss.told == [('epoch', 1)]
+
+
+def test_ema_holds_the_loss_too(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.setup_ema(decay=0.5)
+    task(*batch)
+    task.update_ema(step=1)
+    state = task.get_checkpoint_state(ema=True)
+    assert set(state) == {'state_dict_ema', 'task_state_ema'}
+    assert task.get_eval_model(ema=True)(batch[0]).shape == (8, 4)
+
+
+def test_compiled_equals_plain(model, batch):
+    plain = ccl_timm.create_task(copy.deepcopy(model), 'cc')
+    compiled = ccl_timm.create_task(model, 'cc')
+    evaluated = compiled.compile(backend='eager')
+    assert compiled.get_eval_model() is evaluated
+    for task in (plain, compiled):
+        task(*batch)['loss'].backward()
+    assert torch.isclose(plain(*batch)['loss'], compiled(*batch)['loss'])
+    gradients = [torch.cat([p.grad.flatten() for p in task.get_clip_parameters()]) for task in (plain, compiled)]
+    assert torch.allclose(*gradients, atol=1e-6)
+    assert isinstance(compiled._bare(), ModelWithLoss)
+
+
+def test_adaptive_clipping_leaves_the_classifier_out(model):
+    task = ccl_timm.create_task(model, 'cc')
+    head = {id(p) for p in model.get_classifier().parameters()}
+    assert not head & {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert head <= {id(p) for p in task.get_clip_parameters()}
+
+
+def test_layer_decay_and_weight_decay_see_the_model(model):
+    vit = ccl_timm.create_model('vit_tiny_patch16_224_cam', num_classes=3, img_size=32, depth=2)
+    trainable = ccl_timm.create_task(vit, 'cc').get_trainable_module()
+    assert 'model.pos_embed' in trainable.no_weight_decay()
+    groups = timm.optim.create_optimizer_v2(trainable, opt='sgd', lr=1.0, layer_decay=0.5).param_groups
+    scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    assert scale[id(vit.head.out.weight)] == 1.0
+    assert scale[id(vit.patch_embed.proj.weight)] < scale[id(vit.blocks[1].mlp.fc1.weight)] < 1.0
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_computes_the_loss_in_full_precision(model, batch, dtype):
+    task = ccl_timm.create_task(model, 'cc')
+    with torch.autocast('cpu', dtype=dtype):
+        result = task(*batch)
+    assert result['loss'].dtype == torch.float32
+    result['loss'].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradient_checkpointing_and_channels_last(model, batch):
+    model.set_grad_checkpointing(True)
+    model.to(memory_format=torch.channels_last)
+    task = ccl_timm.create_task(model, 'cc')
+    task(batch[0].contiguous(memory_format=torch.channels_last), batch[1])['loss'].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_targets_of_a_wrong_kind_are_explained(model, batch):
+    task = ccl_timm.create_task(model, 'cc')
+    with pytest.raises(ccl_timm.UserError, match=r'target of shape \(8,\) and type torch.float32'):
+        task(batch[0], batch[1].float())

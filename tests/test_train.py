@@ -1,0 +1,276 @@
+"""The built-in script, run by its words: what it trains, prints, writes, repeats, resumes, and refuses."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ccl_timm import runs, train
+
+from .conftest import TINY, results, write_folder
+
+
+@pytest.fixture
+def tiny(words, folder, place):
+    """Train on the small folder with the words given."""
+
+    def run(*argv, data=True):
+        return words('timm', 'train.py', *TINY, *(['--data-dir', folder] if data else []), *argv)
+
+    return run
+
+
+def summary(run):
+    with open(Path(run) / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_literal_words_in_an_empty_folder(words, place):
+    code, out, err = words('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', '--epochs', '4')
+    assert code == 0, err
+    assert 'no file train.py here: the built-in script' in err
+    assert 'No data named: training on the embedded handwritten digits, with recipe digits' in err
+    assert results(out)[-1]['validation']['top1'] > 50  # chance is 10
+    assert 'best top-1' in err.splitlines()[-3]
+    assert 'next: timm validate.py output/train/' in err
+
+
+def test_choices_are_said_in_one_block_with_their_source(tiny):
+    code, out, err = tiny('--lr', '0.01')
+    lines = {line.split()[0]: line for line in err.splitlines() if line.endswith(']')}
+    assert lines['model'].split('model')[1].strip().startswith('resnet18_cam, 11.5 M parameters  [typed]')
+    assert 'CamHead' in lines['head']
+    assert 'from scratch  [default]' in lines['start']
+    assert 'cc (weight=1.0, eps=1e-08, smoothing=0.1)  [typed]' in lines['loss']
+    assert '24 to train on, 12 to validate on' in lines['images']
+    assert '3, 8 to 8 images each  [the data]' in lines['classes']
+    assert '3x32x32  [typed]' in lines['input']
+    assert '8 = 8 x 1 processes x 1 accumulated  [typed]' in lines['batch']
+    assert '0.01, sgd, cosine  [typed]' in lines['lr']
+
+
+def test_run_folder_is_timms_and_more(tiny, folder):
+    assert tiny('--experiment', 'a', '--epochs', '2')[0] == 0
+    run = Path('output/train/a')
+    names = {path.name for path in run.iterdir()}
+    checkpoints = {'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
+    assert names == checkpoints | {'args.yaml', 'summary.csv', 'environment.json'}
+    assert list(summary(run)[0]) == [
+        'epoch', 'train_loss', 'train_ce', 'train_cc', 'eval_loss', 'eval_top1', 'eval_top5', 'lr',
+    ]  # fmt: skip
+    row = summary(run)[1]
+    assert float(row['train_loss']) == pytest.approx(float(row['train_ce']) + float(row['train_cc']), rel=1e-5)
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    assert args['class_names'] == ['ant', 'bee', 'cat'] and args['num_classes'] == 3 and args['lr'] is None
+    information = json.loads((run / 'environment.json').read_text())
+    assert information['command'].startswith('timm train.py --model resnet18_cam --loss cc')
+    assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
+    checkpoint = runs.read_checkpoint(run / 'last.pth.tar')
+    assert checkpoint['args'].class_names == ['ant', 'bee', 'cat']
+    assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())
+
+
+def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, words):
+    assert tiny('--experiment', 'a', '--epochs', '2', '-j', '1')[0] == 0
+    code, out, err = words('timm', 'train.py', '--config', 'output/train/a/args.yaml')
+    assert code == 0, err
+    assert summary('output/train/a') == summary('output/train/a-1')
+
+
+@pytest.mark.parametrize('loss', ['cc', 'ce'])
+def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
+    words = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
+    assert tiny(*words, '--experiment', 'whole')[0] == 0
+    step, seen = train._step, []
+
+    def dies(run, epoch, *rest):
+        seen.append(epoch)
+        if epoch == 2 and seen.count(2) == 2:
+            raise RuntimeError('the machine went away')
+        return step(run, epoch, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='went away'):
+        patch.setattr(train, '_step', dies)
+        tiny(*words, '--experiment', 'cut')
+    code, out, err = tiny(*words, '--experiment', 'cut', '--resume', 'auto')
+    assert code == 0, err
+    assert 'going on after 2' in err
+    assert summary('output/train/whole') == summary('output/train/cut')
+    whole, cut = (runs.read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
+
+
+def test_damaged_last_checkpoint_does_not_lose_the_run(tiny):
+    assert tiny('--experiment', 'a', '--epochs', '2')[0] == 0
+    last = Path('output/train/a/last.pth.tar')
+    last.unlink()
+    last.write_bytes(b'cut off in the middle')
+    assert runs.newest_checkpoint(last.parent).name == 'checkpoint-1.pth.tar'
+
+
+def test_a_run_is_never_written_over(tiny):
+    assert tiny('--experiment', 'a')[0] == 0
+    before = Path('output/train/a/summary.csv').read_text()
+    code, out, err = tiny('--experiment', 'a')
+    assert code == 2 and "'output/train/a' already holds a run: give --resume auto" in err
+    code, out, err = tiny('--experiment', 'a', '--resume', 'auto', '--lr', '0.3', '--seed', '7')
+    assert code == 2 and "'output/train/a' holds a run of other settings" in err and 'lr was None, is 0.3' in err
+    assert Path('output/train/a/summary.csv').read_text() == before
+
+
+def test_held_out_share_is_kept_with_the_run(words, place):
+    write_folder(place / 'images', validation=0)
+    argv = ['--data-dir', 'images', '--val-fraction', '0.25', '--experiment', 'a']
+    code, out, err = words('timm', 'train.py', *TINY, *argv)
+    assert code == 0, err
+    rows = Path('output/train/a/split.csv').read_text().splitlines()
+    assert rows[0] == 'file,part' and sum(row.endswith(',validation') for row in rows) == 6
+    code, out, err = words('timm', 'validate.py', 'output/train/a', '-j', '0')
+    assert code == 0 and results(out)['images'] == 6
+
+
+def test_mixup_gives_soft_targets_to_losses_that_take_them(tiny):
+    code, out, err = tiny('--mixup', '0.5', '--cutmix', '1.0', '--mixup-off-epoch', '1', '--epochs', '2')
+    assert code == 0, err
+    assert 'smoothing=0.0' in err  # Mixup has applied it already
+
+
+def test_options_that_change_the_step_train(tiny):
+    argv = ['--grad-accum-steps', '2', '--clip-grad', '1', '--clip-mode', 'agc', '--channels-last', '--amp']
+    argv += ['--amp-dtype', 'bfloat16', '--torchcompile', 'eager', '--layer-decay', '0.8', '--model-ema']
+    code, out, err = tiny(*argv, '--opt', 'adamw', '--val-interval', '2', '--epochs', '2')
+    assert code == 0, err
+    assert len(results(out)) == 1
+    assert tiny('--grad-checkpointing')[0] == 0
+
+
+def test_without_validation_the_training_loss_decides(tiny):
+    code, out, err = tiny('--val-split', '', '--experiment', 'a')
+    assert code == 0, err
+    assert 'best loss' in err and 'eval_top1' not in summary('output/train/a')[0]
+
+
+def test_vision_transformer_takes_its_image_size(words, folder, place):
+    argv = ['--model', 'vit_tiny_patch16_224_cam', '--model-kwargs', 'patch_size=8', 'depth=2', '--data-dir', folder]
+    code, out, err = words('timm', 'train.py', *TINY, *argv)
+    assert code == 0, err
+
+
+def test_batches_without_a_pair_of_one_class_are_warned_of(words, place):
+    write_folder(place / 'images', classes=[f'c{i}' for i in range(24)], train=1, validation=1)
+    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--epochs', '2')
+    assert code == 0, err
+    assert err.count("warning: loss term 'cc' was zero in 100% of this epoch's batches") == 1
+
+
+def test_finishing_time_is_said(words, place):
+    write_folder(place / 'images', train=16)
+    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--log-interval', '2')
+    assert 'expected to finish at' in err and 'epoch 1/1     2/6  loss' in err
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--model', 'resnet18_can'], "Unknown model 'resnet18_can'; did you mean 'resnet18_cam'?"),
+        (['--loss', 'ccc'], "Unknown loss 'ccc'; did you mean 'cc'?"),
+        (['--model', 'resnet18'], "loss 'cc' reads attention; resnet18 has a linear classifier: use resnet18_cam."),
+        (['--num-classes', '2'], '--num-classes 2 is too small: the data has labels up to 2'),
+        (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
+        (['--resume', 'nothing.pth.tar'], "no checkpoint 'nothing.pth.tar'"),
+        (['--resume', 'auto'], '--resume auto needs --experiment NAME'),
+        (['--learning-rate', '1'], "Unknown argument '--learning-rate'"),
+        (['--naflex-loader'], "does not have timm's --naflex-loader: run timm's own train.py"),
+        (['--epochs', 'many'], "argument --epochs: invalid int value: 'many'"),
+        (['-b', '0'], '--batch-size 0 must be at least 1'),
+        (['-b', '64'], 'The training part has 24 images, fewer than a batch of 64'),
+        (['--opt', 'sgdd'], "Unknown optimizer 'sgdd'; did you mean"),
+        (['--val-fraction', '2'], '--val-fraction 2.0 must lie between 0 and 1'),
+        (['--device', 'cuda:9'], "Device 'cuda:9' is not available here"),
+        (['--loss-kwargs', 'lambda=1'], "Loss 'cc' has no option 'lambda'"),
+        (['--model-kwargs', 'wings=2'], "Model 'resnet18_cam' cannot be built with"),
+        (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
+        (['--loss', 'jsd'], "Unknown loss 'jsd'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(argv, message, tiny, place):
+    code, out, err = tiny(*argv)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith('error: ') and message.lower() in last.lower()
+    assert list(place.iterdir()) == []
+
+
+def test_resume_from_what_is_not_a_checkpoint(tiny, place):
+    (place / 'junk.pth.tar').write_bytes(b'not a checkpoint')
+    torch.save({'weights': torch.zeros(1)}, place / 'other.pth.tar')
+    code, out, err = tiny('--resume', 'junk.pth.tar')
+    assert code == 2 and "'junk.pth.tar' is not a readable training checkpoint" in err
+    code, out, err = tiny('--resume', 'other.pth.tar')
+    assert code == 2 and "'other.pth.tar' is not a training checkpoint" in err
+
+
+def test_resume_of_another_model(tiny, trained, place):
+    code, out, err = tiny('--model', 'vgg16_cam', '--resume', trained / 'last.pth.tar')
+    assert code == 2 and 'does not fit this model, loss and optimizer' in err
+    assert not Path('output').exists()
+
+
+def test_empty_data_folder(words, place):
+    (place / 'images').mkdir()
+    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--val-split', '')
+    assert code == 2 and 'Found 0 images' in err
+
+
+@pytest.mark.parametrize(
+    'error', [torch.OutOfMemoryError('CUDA'), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_helps(error, tiny, monkeypatch):
+    def step(*args):
+        raise error
+
+    monkeypatch.setattr(train, '_step', step)
+    code, out, err = tiny()
+    assert code == 2
+    assert '--batch-size 4 --grad-accum-steps 2' in err and '--grad-checkpointing' in err
+
+
+def test_loss_that_is_not_finite_stops_the_run(tiny):
+    code, out, err = tiny('--lr', '1e30', '--epochs', '3')
+    assert code == 2 and 'The loss became' in err and 'lower the learning rate' in err
+
+
+def test_stopped_by_hand_keeps_what_was_done(tiny, monkeypatch):
+    fit_epoch = train._train_epoch
+
+    def interrupted(run, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return fit_epoch(run, epoch)
+
+    monkeypatch.setattr(train, '_train_epoch', interrupted)
+    code, out, err = tiny('--epochs', '3', '--experiment', 'a')
+    assert code == 0 and 'stopped by hand' in err
+    assert len(summary('output/train/a')) == 1
+
+
+def test_device_modules_are_imported(tiny, place, monkeypatch):
+    (place / 'my_device_module.py').write_text("from pathlib import Path\nPath('imported').touch()\n")
+    monkeypatch.syspath_prepend(str(place))
+    assert tiny('--device-modules', 'my_device_module')[0] == 0
+    assert (place / 'imported').exists()
+
+
+def test_positional_data_folder(words, folder, place):
+    assert words('timm', 'train.py', folder, *TINY)[0] == 0
+
+
+def test_real_folder_without_validation_part(words, place):
+    shutil.rmtree(write_folder(place / 'images') / 'validation')
+    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images')
+    assert code == 2 and '--val-fraction 0.2' in err
