@@ -22,14 +22,15 @@ from timm.utils import ParseKwargs
 from ccl_timm import loaders, losses, models, recipes
 from ccl_timm.console import say, warn
 from ccl_timm.errors import UserError
-from ccl_timm.options import train_parser
+from ccl_timm.options import OWN, train_parser
 from ccl_timm.task import LossTask
 
 __all__ = ['run_script']
 
-# settings of ours that a foreign script can have, and those that only describe a recipe
+# settings of ours that a foreign script can have, those that only describe a recipe, and those that are refused
 _HONOURED = ('loss', 'loss_kwargs', 'pad_crop')
 _IGNORED = (*recipes.DESCRIPTIVE, 'class_names')
+_REFUSED = tuple(key for key in OWN if key not in (*_HONOURED, *_IGNORED))
 _NEEDED = ('ClassificationTask', '_parse_args', 'main', 'parser')
 
 
@@ -75,7 +76,7 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
         own.model = recipe.get('model')
         _refuse_builtin_only(recipe, own.config)
         copy = scratch / 'recipe.yaml'
-        kept = {key: value for key, value in recipe.items() if key not in (*_HONOURED, *_IGNORED, *_builtin_only())}
+        kept = {key: value for key, value in recipe.items() if key not in (*OWN, *_IGNORED)}
         copy.write_text(yaml.safe_dump(kept), encoding='utf-8')
         rest = ['--config', str(copy), *rest]
     for key in _HONOURED:
@@ -84,18 +85,10 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
     return own, rest
 
 
-def _builtin_only() -> dict[str, Any]:
-    """Settings that only the built-in script has, with their defaults."""
-    parser = train_parser()
-    return {key: parser.get_default(key) for key in ('val_fraction', 'class_names')}
-
-
 def _refuse_builtin_only(recipe: dict[str, Any], name: str) -> None:
-    for key, default in _builtin_only().items():
-        if key not in _IGNORED and recipe.get(key, default) != default:
-            raise UserError(
-                f"Recipe {name}: '{key}' works in the built-in script only: `ccl-timm train --config {name}`."
-            )
+    for key in _REFUSED:
+        if recipe.get(key) not in (None, train_parser().get_default(key)):
+            raise UserError(f"Recipe {name}: '{key}' works in the built-in script only, `ccl-timm train`.")
     if recipe.get('dataset') == 'digits':
         raise UserError(
             f'Recipe {name}: the embedded digits work in the built-in script only. For this one, write them as a '

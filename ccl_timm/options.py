@@ -10,7 +10,7 @@ from timm.utils import ParseKwargs
 from ccl_timm import recipes
 from ccl_timm.errors import UserError, did_you_mean
 
-__all__ = ['UPSTREAM_ONLY', 'Parser', 'check_flags', 'resolve', 'train_parser']
+__all__ = ['OWN', 'UPSTREAM_ONLY', 'Parser', 'check_flags', 'resolve', 'train_parser']
 
 # flags of timm's train.py that the built-in script leaves to it, with timm's defaults: a recipe may name them if they
 # are off
@@ -79,6 +79,10 @@ UPSTREAM_ONLY: dict[str, Any] = {
     'variable_batch_loss_scale': 'none',
     'worker_seeding': 'all',
 }
+
+
+# flags that timm's train.py does not have
+OWN = ('class_names', 'loss', 'loss_kwargs', 'pad_crop', 'val_fraction')
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ccl_timm import UserError, recipes
-from ccl_timm.options import UPSTREAM_ONLY, resolve, train_parser
+from ccl_timm.options import OWN, UPSTREAM_ONLY, resolve, train_parser
 
 
 def write(place, text):
@@ -105,3 +105,4 @@ def test_defaults_are_timms():
     different = {key: (value, own[key]) for key, value in theirs.items() if key in own and own[key] != value}
     assert different == {'device': ('cuda', 'auto')}
     assert {key: theirs[key] for key in theirs if key not in own} == UPSTREAM_ONLY
+    assert {key for key in own if key not in theirs} - {'help', 'config'} == set(OWN)

@@ -1,0 +1,66 @@
+"""What an installed package holds."""
+
+import importlib
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ccl_timm
+from ccl_timm import recipes
+from ccl_timm.losses import LOSSES
+from ccl_timm.models import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def declared(group):
+    """Entry points that pyproject.toml declares in a group."""
+    section = (ROOT / 'pyproject.toml').read_text().split(f'[project.entry-points."{group}"]')[1].split('\n[')[0]
+    return dict(re.findall(r'^(\w+) = "(.+)"$', section, re.M))
+
+
+def test_our_own_entry_points_are_our_tables():
+    assert declared('ccl_timm.models') == MODELS
+    assert declared('ccl_timm.losses') == LOSSES
+
+
+@pytest.mark.parametrize('value', sorted({**MODELS, **LOSSES}.values()))
+def test_every_entry_point_leads_somewhere(value):
+    module, name = value.split(':')
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_checkout_finds_its_recipes():
+    assert recipes.recipe_folder() == ROOT / 'recipes'
+    assert 'digits' in recipes.list_recipes()
+
+
+def test_version_is_said_once():
+    assert f'version = "{ccl_timm.__version__}"' in (ROOT / 'pyproject.toml').read_text()
+
+
+def test_public_names_are_there():
+    assert all(hasattr(ccl_timm, name) for name in ccl_timm.__all__)
+
+
+@pytest.mark.slow
+def test_wheel_holds_recipes_and_runs_them(tmp_path):
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', tmp_path, ROOT], check=True, capture_output=True)
+    wheel = next(tmp_path.glob('*.whl'))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / 'installed')
+    assert 'ccl_timm/_recipes/digits.yaml' in names
+    assert any(name.startswith('ccl_timm/plugin_template/') for name in names)
+    code = 'import ccl_timm.cli; raise SystemExit(ccl_timm.cli.timm())'
+    argv = ['train.py', '--model', 'resnet18_cam', '--loss', 'cc', '--epochs', '1']
+    environment = {'PYTHONPATH': str(tmp_path / 'installed'), 'PATH': '', 'HOME': str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, '-c', code, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'recipe digits' in result.stderr

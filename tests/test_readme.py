@@ -1,0 +1,52 @@
+"""Every command and every piece of Python in the README runs."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .conftest import write_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / 'README.md').read_text()
+BASH = [line for block in re.findall(r'```bash\n(.*?)```', TEXT, re.S) for line in block.splitlines() if line.strip()]
+PYTHON = re.findall(r'```python\n(.*?)```', TEXT, re.S)
+INSTALLS = [line for line in BASH if 'pip install' in line]
+COMMANDS = [line for line in BASH if line not in INSTALLS]
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A folder with what the README speaks of; the commands run in it one after another."""
+    root = tmp_path_factory.mktemp('readme')
+    write_folder(root / 'my_images')
+    (root / 'path' / 'to').mkdir(parents=True)
+    shutil.copy(ROOT / 'tests' / 'upstream_train.py', root / 'path' / 'to' / 'train.py')
+    return root
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_command(line, workshop, words, monkeypatch):
+    monkeypatch.chdir(workshop)
+    program, *argv = shlex.split(line)
+    if program == 'torchrun':
+        pytest.skip('run by the tests of several processes')
+    if any(word.endswith('train.py') for word in argv):
+        argv += ['--epochs', '1']
+    code, out, err = words(program, *argv)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize('code', PYTHON)
+def test_python(code, workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+    exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def test_two_commands_install():
+    assert len(INSTALLS) == 2
+    assert INSTALLS[0].endswith('timm train.py --model resnet18_cam --loss cc')
+    assert INSTALLS[1].endswith('pytest')
+    assert INSTALLS[1] in (ROOT / '.ci' / 'run').read_text()
