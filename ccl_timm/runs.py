@@ -46,7 +46,10 @@ def plan_folder(args: argparse.Namespace, sources: dict[str, str], name: str) ->
     folder = output / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
     if args.resume and args.resume != 'auto':
         read_checkpoint(Path(args.resume))
-        return _free_folder(folder) if not args.experiment else folder, Path(args.resume)
+        if args.experiment and holds_run(folder):
+            _check_same_settings(args, folder)
+            return folder, Path(args.resume)
+        return _free_folder(folder), Path(args.resume)
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
     if not holds_run(folder):
@@ -155,12 +158,20 @@ def write_run_files(
         held_out: with a held-out share, the name and part of each training image, for split.csv.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in settings.items() if key != 'config'}
-    (folder / 'args.yaml').write_text(yaml.safe_dump({**kept, 'resume': ''}), encoding='utf-8')
-    (folder / 'environment.json').write_text(json.dumps(information, indent=2) + '\n', encoding='utf-8')
+    record = folder / 'environment.json'
+    if record.exists():  # the run goes on: what it began with stays
+        information = _continued(json.loads(record.read_text(encoding='utf-8')), information)
+    else:
+        kept = {key: value for key, value in settings.items() if key != 'config'}
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**kept, 'resume': ''}), encoding='utf-8')
+    record.write_text(json.dumps(information, indent=2) + '\n', encoding='utf-8')
     if held_out:
         lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
         (folder / 'split.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def _continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return {**before, 'resumed': [*before.get('resumed', []), now]}
 
 
 def environment(argv: list[str], device: str, fingerprint: str) -> dict[str, Any]:

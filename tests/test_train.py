@@ -100,6 +100,8 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     assert code == 0, err
     assert 'going on after 2' in err
     assert summary('output/train/whole') == summary('output/train/cut')
+    information = json.loads(Path('output/train/cut/environment.json').read_text())
+    assert '--resume' not in information['command'] and '--resume auto' in information['resumed'][0]['command']
     whole, cut = (runs.read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
     for key in ('state_dict', 'state_dict_ema'):
         assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
