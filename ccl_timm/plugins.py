@@ -201,9 +201,15 @@ def _state(plugin: Plugin, reserved: Callable[[str, str], str | None]) -> tuple[
     if plugin in _failed:
         return 'broken', _sentence(_failed[plugin])
     if plugin in _loaded:
-        return 'loaded', None  # asked before reserved(): timm knows the name of a loaded model
+        return 'loaded', None
+    if _module(plugin) in map(_module, _loaded):
+        return 'available', None  # the names that this module registered when it was imported are its own
     taken = reserved(plugin.kind, plugin.name)
     return ('clash', taken) if taken else ('available', None)
+
+
+def _module(plugin: Plugin) -> str:
+    return plugin.value.partition(':')[0].strip()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.metadata
 import sys
 import warnings
 from pathlib import Path
@@ -226,6 +227,27 @@ def test_stale_duplicate_stays_ignored_if_the_new_one_has_no_plugins(install):
     assert plugins.find_plugins() == ()
 
 
+def test_a_folder_that_is_not_named_after_its_distribution(install):
+    install('weird', LOSSES + 'one = fake_a:Loss\n', metadata=b'Name: Plug_X\nVersion: 3\n')
+    assert [(p.name, p.distribution, p.version) for p in plugins.find_plugins()] == [('one', 'plug-x', '3')]
+
+
+def test_a_distribution_that_cannot_be_read_at_all_is_ignored(install, monkeypatch):
+    install('plug-a', LOSSES + 'one = fake_a:Loss\n')
+    real = list(importlib.metadata.distributions())
+
+    class Unreadable(importlib.metadata.Distribution):
+        def read_text(self, filename):
+            raise OSError('stale file handle')
+
+        def locate_file(self, path):
+            return path
+
+    monkeypatch.setattr(importlib.metadata, 'distributions', lambda: [Unreadable(), *real])
+    plugins.refresh()
+    assert states() == {('loss', 'one'): 'available'}
+
+
 def test_switch_has_three_meanings_and_is_read_at_each_call(install, monkeypatch):
     install('plug-a', LOSSES + 'one = fake_a:Loss\n', fake_a='Loss = "a"\n')
     install('plug-b', LOSSES + 'two = fake_b:Loss\n', fake_b='Loss = "b"\n')
@@ -322,6 +344,19 @@ def test_describe_imports_nothing_and_reports_taken_names(install):
     assert 'fake_a' not in sys.modules
     plugins.load_plugin('model', 'resnet50')
     assert states(reserved=reserved)['model', 'resnet50'] == 'loaded'
+
+
+def test_describe_takes_names_of_an_imported_module_for_its_own(install):
+    install('plug-a', MODELS + 'a = fake_a:a\nb = fake_a:b\nc = fake_c:c\n', fake_a='a = b = 1\n', fake_c='c = 1\n')
+    registered = {'c'}
+
+    def check(kind, name):
+        plugins.load_plugin(kind, name)
+        registered.update({'a', 'b'})
+
+    taken = {'reserved': lambda kind, name: 'taken' if name in registered else None}
+    expected = {('model', 'a'): 'loaded', ('model', 'b'): 'loaded', ('model', 'c'): 'clash'}
+    assert states(check=check, **taken) == expected
 
 
 def test_describe_checks_what_is_available(install, monkeypatch):
