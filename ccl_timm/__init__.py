@@ -1,7 +1,17 @@
 """Channel-attention classifiers and discriminative losses for timm. Importing this registers the models with timm."""
 
+from ccl_timm.centroids import largest_cosine, pedcc
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError
-from ccl_timm.losses import Loss, channel_correlation, create_loss, list_losses
+from ccl_timm.losses import (
+    Loss,
+    channel_correlation,
+    cosine_loss,
+    create_loss,
+    focal_loss,
+    list_losses,
+    norm_adaptive_cosine,
+    self_correlation,
+)
 from ccl_timm.models import build_variant, create_model, register_variant
 from ccl_timm.task import LossTask, create_task
 
@@ -15,9 +25,15 @@ __all__ = [
     'UserError',
     'build_variant',
     'channel_correlation',
+    'cosine_loss',
     'create_loss',
     'create_model',
     'create_task',
+    'focal_loss',
+    'largest_cosine',
     'list_losses',
+    'norm_adaptive_cosine',
+    'pedcc',
     'register_variant',
+    'self_correlation',
 ]

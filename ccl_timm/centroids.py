@@ -1,5 +1,6 @@
 """PEDCC: class centroids that are spread evenly over the unit sphere and never learnt."""
 
+import functools
 import math
 
 import torch
@@ -19,12 +20,12 @@ def pedcc(num_classes: int, dim: int, seed: int = 0) -> Tensor:
 
     - K <= D + 1: the regular simplex, every pair at cosine -1 / (K - 1), exact in closed form (arXiv 2105.00401 has
       the theorem and another construction; this one, a Helmert basis times a random rotation, is [inferred]).
-    - D + 2 <= K <= 2 D: K - D regular simplices of about equal size in mutually orthogonal subspaces, again exact. Classes of
-      one simplex are neighbours in number, at a negative cosine; all other pairs are at 0. No arrangement has a smaller
-      largest cosine than 0 here (Rankin's bound), so that no energy minimisation could do better [inferred; the
-      papers do not say what they take for K > D + 1].
-    - K > 2 D: minimum of the soft maximum of all cosines, found by annealed L-BFGS from random points; a local one, within
-      1e-3 of the best known cosine in small cases. Needs K x K memory and some seconds for K = 1000 [inferred].
+    - D + 2 <= K <= 2 D: K - D regular simplices of about equal size in mutually orthogonal subspaces, again exact.
+      Classes of one simplex are neighbours in number, at a negative cosine; all other pairs are at 0. No arrangement
+      has a smaller largest cosine than 0 here (Rankin's bound), so that no energy minimisation could do better
+      [inferred; the papers do not say what they take for K > D + 1].
+    - K > 2 D: minimum of the soft maximum of all cosines, found by annealed L-BFGS from random points; a local one,
+      within 1e-3 of the best known cosine in small cases. Needs K x K memory and some seconds for K = 1000 [inferred].
 
     Args:
         num_classes: K >= 2.
@@ -59,7 +60,7 @@ def largest_cosine(centroids: Tensor) -> float:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Divide vectors (..., D) by their norm; one shorter than 1e-12 stays as it is, with a gradient that stays finite."""
+    """Divide vectors (..., D) by their norm; one shorter than 1e-12 stays as it is, so that its gradient is finite."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > 1e-12, norm, 1.0)
 
@@ -86,19 +87,17 @@ def _random_columns(dim: int, number: int, generator: torch.Generator) -> Tensor
 def _minimise_energy(start: Tensor) -> Tensor:
     points = unit_rows(start).float().requires_grad_()  # half the time of float64, and the minimum is as good
 
-    def energy() -> Tensor:
-        rows = unit_rows(points)
-        cosines = (rows @ rows.T * sharpness).fill_diagonal_(-math.inf)
-        return cosines.flatten().logsumexp(0) / sharpness
-
-    def closure() -> Tensor:
+    def energy(sharpness: float) -> Tensor:
         points.grad = None
-        value = energy()
+        rows = unit_rows(points)
+        cosines = (sharpness * rows @ rows.T).fill_diagonal_(-math.inf)
+        value = cosines.flatten().logsumexp(0) / sharpness
         value.backward()
         return value
 
+    options = dict(max_iter=_ITERATIONS, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
     with torch.enable_grad():
         for sharpness in _SHARPNESS:
-            options = dict(max_iter=_ITERATIONS, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
-            torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **options).step(closure)
+            optimizer = torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **options)
+            optimizer.step(functools.partial(energy, sharpness))
     return unit_rows(points.detach().double())

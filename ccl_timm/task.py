@@ -33,8 +33,10 @@ def create_task(
         device: where the loss's own state lives; default the model's device.
         dtype: kept for timm's scripts; the loss computes in float32 whatever it is.
         verbose: log the choice.
-        **loss_kwargs: options of a loss given by name. ``num_classes`` and ``num_features`` are filled in from the
-            model where the loss takes them.
+        **loss_kwargs: options of a loss given by name. ``num_classes``, ``num_features`` and ``num_channels`` are
+            filled in from the model where the loss takes them.
+
+    A head that scales its logits gets the loss's ``scale``.
 
     Returns:
         A task: ``task(images, target)['loss'].backward()``; ``task.get_eval_model()`` is the bare model.
@@ -50,6 +52,12 @@ def read_head(classifier: nn.Module, pooled: Tensor) -> Any:
     if hasattr(classifier, 'outputs'):
         return classifier.outputs(pooled)
     return HeadOutputs(classifier(pooled), pooled, weight=getattr(classifier, 'weight', None))
+
+
+def channels_first(model: nn.Module, feature_map: Tensor) -> Tensor:
+    """What forward_features returns as (N, C, H, W), where it is a map; families such as Swin keep channels last."""
+    channels_last = getattr(model, 'output_fmt', None) == 'NHWC' and feature_map.ndim == 4
+    return feature_map.permute(0, 3, 1, 2) if channels_last else feature_map
 
 
 @torch.no_grad()
@@ -86,15 +94,29 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
             f"'{name}' cannot be trained with these losses: its output is not get_classifier() of its pooled features "
             '(a model with several heads, for instance); use another architecture.'
         )
-    found = {**outputs._asdict(), 'feature_map': feature_map}
+    found = {**outputs._asdict(), 'feature_map': channels_first(model, feature_map)}
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _facts(available: dict[str, Tensor]) -> dict[str, int]:
+    feature_map = available['feature_map']
+    return {
+        'num_classes': available['logits'].shape[1],
+        'num_features': available['features'].shape[1],
+        'num_channels': feature_map.shape[1 if feature_map.ndim == 4 else -1],
+    }
 
 
 def _check_fit(model: nn.Module, loss: Loss, loss_name: str, available: dict[str, Tensor]) -> None:
     missing = [name for name in loss.reads if name not in available]
+    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+    if 'feature_map' in loss.reads and available['feature_map'].ndim != 4:
+        raise UserError(
+            f"loss '{loss_name}' reads a feature map (N, C, H, W); that of {name} is "
+            f'{tuple(available["feature_map"].shape)}: use a convolutional network.'
+        )
     if not missing:
         return
-    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
     kind = type(model.get_classifier()).__name__
     kind = 'a linear classifier' if kind in ('Linear', 'NormLinear') else f'the head {kind}'
     backbone = next((name.removesuffix(f'_{head}') for head in HEADS if name.endswith(f'_{head}')), name)
@@ -124,7 +146,7 @@ class ModelWithLoss(nn.Module):
         outputs = read_head(self.model.get_classifier(), pooled)
         logits = outputs.logits
         if self.reads_feature_map:
-            outputs = _WithFeatureMap(outputs, feature_map)
+            outputs = _WithFeatureMap(outputs, channels_first(self.model, feature_map))
         terms = self.loss.named_terms(outputs, target)
         loss = torch.stack(list(terms.values())).sum()
         result = {'loss': loss, 'output': logits}
@@ -195,12 +217,14 @@ class LossTask(TrainingTask):
         available = probe(model)
         name = loss if isinstance(loss, str) else type(loss).__name__
         if isinstance(loss, str):
-            facts = {'num_classes': available['logits'].shape[1], 'num_features': available['features'].shape[1]}
-            facts = {key: value for key, value in facts.items() if key in loss_options(loss)}
+            facts = {key: value for key, value in _facts(available).items() if key in loss_options(loss)}
             loss = create_loss(loss, **{**facts, **loss_kwargs})
         elif loss_kwargs:
             raise UserError(f'{name} is built already: give its options {sorted(loss_kwargs)} to its constructor.')
         _check_fit(model, loss, name, available)
+        scale = getattr(model.get_classifier(), 'scale', None)
+        if isinstance(scale, Tensor) and hasattr(loss, 'scale'):
+            scale.fill_(loss.scale)
         self.trainable_module = ModelWithLoss(model, loss.to(device))
         self._told_steps = False
 

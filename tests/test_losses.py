@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import random
+import re
 import traceback
 from datetime import timedelta
 from functools import partial
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ccl_timm import channel_correlation, create_loss
+from ccl_timm import losses
 from ccl_timm.errors import UserError
-from ccl_timm.losses import LOSSES, loss_class
+from ccl_timm.losses import LOSSES, channel_correlation, loss_class
 from ccl_timm.models import MODELS
 from ccl_timm.testing import LOSS_CHECKS, LossCase, check_loss, make_outputs, make_target
 from tests import references
@@ -99,6 +100,30 @@ def test_options_against_the_reference(name, options):
 def test_steps_against_the_reference(name, options, step):
     reference = partial(REFERENCES[name], step=step, **options)
     check_loss(name, reference, prepare=lambda loss: loss.set_step(step), checks=VALUE_CHECKS[:1], **options)
+
+
+WITH_STATE = [
+    ('center', {'weight': 1.0, 'alpha': 0.9}),
+    ('fical', {'momentum': 0.9}),
+    ('nac', {'norm': 'logits', 'denominator': 'sum'}),
+]
+
+
+@pytest.mark.parametrize('check', LOSS_CHECKS[7:13], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(('name', 'options'), WITH_STATE, ids=lambda value: str(value).replace(' ', ''))
+def test_check_of_options_with_state(name, options, check):
+    check_loss(name, checks=[check], **options)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_docstring_names_the_terms(name):
+    outputs, target = make_outputs(name), make_target()
+    terms = build(name).named_terms(outputs, target)
+    text = loss_class(name).__doc__
+    stated = text.partition('Terms:')[2].partition('\n')[0]
+    assert re.findall('``(.*?)``', stated.partition(';')[0]) == list(terms)
+    assert 'Shapes:' in text
+    assert loss_class(name).paper
 
 
 def test_entry_points_are_the_tables():
@@ -265,7 +290,7 @@ def test_focal_differentiates_its_factor():
 
 
 def test_focal_takes_a_factor_for_each_class():
-    alpha = [0.1, 0.5, 1.0, 2.0, 3.0]
+    alpha = [0.125, 0.5, 1.0, 2.0, 3.0]
     loss = build('focal', alpha=alpha)
     expected = partial(references.focal, loss=None, alpha=alpha)
     assert_same(loss, lambda o, t: expected(o, t), ('logits',), target=torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]))
@@ -373,6 +398,23 @@ def test_fical_of_a_simplex():
     assert value.item() == pytest.approx(-5 / 4, rel=1e-6)
 
 
+def test_fical_momentum():
+    """A class in the batch keeps a share of its former rates, an absent one all of them."""
+    loss, rates, kept = build('fical', momentum=0.75), [[0.0] * 5 for _ in range(5)], 0.75
+    plain = build('fical', weight=0.0)
+    for seed in range(3):
+        outputs, target = make_outputs('fical', seed=seed), make_target(seed=seed)
+        logits = (outputs.features.norm(dim=1, keepdim=True) * outputs.cosine).tolist()
+        now = references.confusion_rates(logits, references.weights(target, 5), 'soft')
+        for i in set(target.tolist()):
+            rates[i] = [kept * a + (1 - kept) * b for a, b in zip(rates[i], now[i], strict=True)]
+        shares = torch.tensor(rates, dtype=torch.float64)
+        shares = ((shares + shares.T) / 2).fill_diagonal_(0.0)
+        expected = 5 * (shares * (outputs.weight @ outputs.weight.T)).sum() / shares.sum()
+        value = loss(outputs, target) - plain(outputs, target)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_fical_holds_confusion_constant():
     """The second term moves class vectors, not samples."""
     outputs, target = make_outputs('fical'), make_target()
@@ -396,17 +438,17 @@ def test_center_of_features_at_their_centres():
 
 def test_cosine_losses_of_exact_angles():
     centroids = torch.eye(3, dtype=torch.float64)
-    features = 5 * torch.tensor([[1, 0, 0], [0, 1, 0], [-1, 0, 0]], dtype=torch.float64)
+    features = 5 * torch.tensor([[1, 0, 0], [0, 1, 0], [-1, 0, 0], [0, 0, -1]], dtype=torch.float64)
     outputs = SimpleNamespace(features=features, centroids=centroids, cosine=F.normalize(features, dim=1) @ centroids.T)
-    target = torch.zeros(3, dtype=torch.long)
+    target = torch.zeros(4, dtype=torch.long)
     sizes = {'num_classes': 3, 'num_features': 3}
-    assert build('cosine', **sizes)(outputs, target).item() == pytest.approx((0 + 1 + 4) / 3, rel=1e-12)
+    assert build('cosine', **sizes)(outputs, target).item() == pytest.approx((0 + 1 + 4 + 1) / 4, rel=1e-12)
     for denominator, best in (('root', math.sqrt(0.5)), ('sum', 0.5)):
         value = build('nac', delta=5.0, denominator=denominator, **sizes)(outputs, target)
-        expected = ((1 - best) ** 2 + 1 + (1 + best) ** 2) / 3
+        expected = ((1 - best) ** 2 + 1 + (1 + best) ** 2 + 1) / 4
         assert value.item() == pytest.approx(expected, rel=1e-12)
     distance = build('pedcc', **sizes)(outputs, target) - build('pedcc', weight=0.0, **sizes)(outputs, target)
-    assert distance.item() == pytest.approx((0 + 2 + 4) / 3, rel=1e-9)
+    assert distance.item() == pytest.approx((0 + 2 + 4 + 2) / 4, rel=1e-9)
 
 
 def test_cot_of_equal_logits():
@@ -422,6 +464,34 @@ def test_cc_of_four_points_on_a_line():
     attention = torch.tensor([[0.0], [1.0], [3.0], [5.0]], dtype=torch.float64)
     value = channel_correlation(attention, torch.tensor([0, 0, 1, 1]))
     assert value.item() == pytest.approx(5 / 54, rel=1e-9)
+
+
+FUNCTIONS = {
+    'amsoftmax': lambda o, t: losses.additive_margin(o.cosine, t, 30.0, 0.35),
+    'arcface': lambda o, t: losses.combined_margin(o.cosine, t, 64.0, 1.0, 0.5, 0.0),
+    'asoftmax': lambda o, t: losses.angular_margin(o.features, o.cosine, t, 4, 1000 / 1.12),
+    'cc': lambda o, t: ce(o, t) + losses.channel_correlation(o.attention, t),
+    'cm': lambda o, t: losses.combined_margin(o.cosine, t, 64.0, 1.0, 0.3, 0.2),
+    'cosine': lambda o, t: losses.cosine_loss(o.features, o.centroids, t),
+    'focal': lambda o, t: losses.focal_loss(o.logits, t),
+    'nac': lambda o, t: losses.norm_adaptive_cosine(o.features, o.centroids, t, 0.05),
+    'pod': lambda o, t: FUNCTIONS['nac'](o, t) + losses.self_correlation(o.features, o.centroids, t),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_function_is_module(name, dtype):
+    """The public functions compute what the modules do, also of half precision, in float32."""
+    outputs, target = make_outputs(name), make_target()
+    read = {key: getattr(outputs, key).detach().to(dtype) for key in loss_class(name).reads}
+    loss = build(name, dtype=torch.promote_types(dtype, torch.float32))
+    value = FUNCTIONS[name](SimpleNamespace(**read), target)
+    expected = loss(SimpleNamespace(**read), target)
+    if name == 'cc' and dtype == torch.bfloat16:
+        return  # its cross-entropy is torch's here, in half precision
+    assert value.dtype == expected.dtype
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
 
 
 # --- MC-Loss ---------------------------------------------------------------------------------------------------------
@@ -539,16 +609,16 @@ def test_delta_does_not_move_without_epochs():
 
 @pytest.mark.parametrize(('batch', 'dim'), [(2, 2), (3, 7), (7, 3), (6, 6), (16, 5), (5, 16)])
 def test_self_correlation_both_ways(batch, dim):
-    """POD less NaC against the D x D loop: the package takes the smaller Gram matrix, N x N where N < D."""
-    sizes = {'num_classes': 4, 'num_features': dim}
-
-    def difference(outputs, target):
-        return build('pod', **sizes)(outputs, target) - build('nac', **sizes)(outputs, target)
-
-    def loop(outputs, target):
-        return references.self_correlation(outputs.features, outputs.centroids, target)
-
-    assert_same(difference, loop, ('features', 'centroids'), batch, **sizes)
+    """Against the D x D loop: the package takes the smaller Gram matrix, N x N where N < D."""
+    found, wanted = losses.self_correlation, references.self_correlation
+    assert_same(
+        lambda o, t: found(o.features, o.centroids, t),
+        lambda o, t: wanted(o.features, o.centroids, t),
+        ('features', 'centroids'),
+        batch,
+        num_classes=4,
+        num_features=dim,
+    )
 
 
 # --- CC-Loss ---------------------------------------------------------------------------------------------------------
@@ -714,12 +784,22 @@ def test_thousand_random_batches_are_finite(name):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
+DISTRIBUTED = [(name, {}) for name in ALL] + [
+    ('center', {'reduction': 'sum'}),
+    ('fical', {'momentum': 0.9}),
+    ('nac', {'norm': 'logits', 'alpha': 0.5}),
+    ('pedcc', {'reduction': 'sum'}),
+    ('pedcc', {'root': 2.0}),
+    ('pod', {'weight': 100.0, 'alpha': 0.5}),
+]
+
+
 class Scaled(nn.Module):
     """Drawn tensors times learnt factors, then the loss: something to distribute, with no model."""
 
-    def __init__(self, name):
+    def __init__(self, name, options):
         super().__init__()
-        self.loss = build(name)
+        self.loss = build(name, **options)
         drawn = self.draw(0)[0]
         self.factors = nn.ParameterDict(
             {
@@ -772,39 +852,39 @@ def run_steps(module, rows):
     return found, bare.loss.state_dict()
 
 
-def process(rank, names, folder):
+def process(rank, folder):
     os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    results = {}
-    for name in names:
+    results = []
+    for name, options in DISTRIBUTED:
         try:
-            module = nn.parallel.DistributedDataParallel(Scaled(name), find_unused_parameters=True)
-            results[name] = run_steps(module, slice(4 * rank, 4 * rank + 4))
+            module = nn.parallel.DistributedDataParallel(Scaled(name, options), find_unused_parameters=True)
+            results.append(run_steps(module, slice(4 * rank, 4 * rank + 4)))
         except Exception:
-            results[name] = traceback.format_exc()
+            results.append(traceback.format_exc())
     torch.save(results, f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
-    """What each of two processes found, by loss."""
+    """What each of two processes found, in the order of DISTRIBUTED."""
     folder = str(tmp_path_factory.mktemp('ddp'))
-    torch.multiprocessing.spawn(process, (ALL, folder), nprocs=2)
+    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
     return [torch.load(f'{folder}/{rank}.pt', weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize('name', ALL)
-def test_two_processes_are_one(name, two_processes):
+@pytest.mark.parametrize('case', range(len(DISTRIBUTED)), ids=lambda i: '-'.join(map(str, DISTRIBUTED[i])))
+def test_two_processes_are_one(case, two_processes):
     """Half the batch each: gradients of the whole batch, and the same state everywhere."""
     for rank, results in enumerate(two_processes):
-        assert not isinstance(results[name], str), f'process {rank}: {results[name]}'
-    expected, state = run_steps(Scaled(name), slice(0, 8))
+        assert not isinstance(results[case], str), f'process {rank}: {results[case]}'
+    expected, state = run_steps(Scaled(*DISTRIBUTED[case]), slice(0, 8))
     for results in two_processes:
-        found, its_state = results[name]
+        found, its_state = results[case]
         for step in range(4):
             for key, gradient in expected[step].items():
                 message = f'step {step}, gradient on {key}'
@@ -813,10 +893,9 @@ def test_two_processes_are_one(name, two_processes):
                 )
         for key, tensor in state.items():
             torch.testing.assert_close(its_state[key], tensor, rtol=1e-6, atol=1e-9)
-            assert torch.equal(its_state[key], two_processes[0][name][1][key]), f'{key} differs between the processes'
+            assert torch.equal(its_state[key], two_processes[0][case][1][key]), f'{key} differs between the processes'
 
 
 def test_every_loss_has_a_reference():
-    """Ours have one; a new one of ours must bring it."""
+    """A new loss of ours must bring its formula."""
     assert set(REFERENCES) == set(LOSSES)
-    assert all(callable(create_loss) for _ in ALL)

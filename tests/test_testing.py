@@ -3,10 +3,12 @@
 import os
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ccl_timm.heads import HEADS
 from ccl_timm.losses import Loss
 from ccl_timm.models import register_variant
 from ccl_timm.testing import (
@@ -306,8 +308,6 @@ def test_tensors_of_a_plugin():
 
 
 def test_model_of_a_plugin():
-    import timm
-
     model = timm.create_model('test_resnet', num_classes=5)
     model.fc = PullHead(model.num_features, 5)
     check_loss(Pull, outputs=own, model=model, checks=[named('trains_in_a_task')])
@@ -444,6 +444,11 @@ def test_every_check_of_a_model_can_fail():
 @pytest.mark.parametrize(('name', 'options'), [(CAM, {'hidden_features': 3}), ('test_resnet', {})])
 def test_good_model_passes(name, options):
     check_model(name, img_size=64, **options)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_models_of_every_head_pass(head):
+    check_model(register_variant('test_resnet', head).__name__, img_size=64)
 
 
 def test_good_transformer_passes():

@@ -2,8 +2,11 @@
 
 from ccl_timm.heads.base import Head, HeadOutputs
 from ccl_timm.heads.cam import CamHead
+from ccl_timm.heads.cosine import CosineHead
+from ccl_timm.heads.mc import McHead
+from ccl_timm.heads.pedcc import PedccHead
 
-__all__ = ['HEADS', 'CamHead', 'Head', 'HeadOutputs']
+__all__ = ['HEADS', 'CamHead', 'CosineHead', 'Head', 'HeadOutputs', 'McHead', 'PedccHead']
 
 # the suffix of a model's name -> its head
-HEADS: dict[str, type[Head]] = {'cam': CamHead}
+HEADS: dict[str, type[Head]] = {'cam': CamHead, 'cosine': CosineHead, 'mc': McHead, 'pedcc': PedccHead}

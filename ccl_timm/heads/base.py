@@ -15,7 +15,8 @@ class HeadOutputs(NamedTuple):
         features: (N, D), what the last layer reads, not normalised.
         attention: (N, D) in (0, 1), channel attention; None if the head has none.
         cosine: (N, K) in [-1, 1], cosine of features and class vectors; None for a linear layer.
-        weight: (K, D), the class vectors of the last layer; None if it has fixed centroids.
+        weight: (K, D), the class vectors of the last layer, divided by their norm where logits are cosines; None if it
+            has fixed centroids.
         centroids: (K, D), fixed unit vectors; None if the class vectors are learnt.
     """
 
@@ -50,3 +51,10 @@ class Head(nn.Module):
     def reset(self, num_classes: int) -> None:
         """Replace what depends on the number of classes, keep the rest."""
         raise NotImplementedError
+
+    def feature_stage(self) -> nn.Module | None:
+        """A new module that the model is to run at the end of its feature map, shaped by the classes; None for none.
+
+        It has ``in_channels`` and ``out_channels``; a change of classes replaces it.
+        """
+        return None

@@ -11,31 +11,87 @@ from torch import Tensor
 
 from ccl_timm import plugins
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
-from ccl_timm.losses.base import Loss, cross_entropy, full_precision
+from ccl_timm.losses.base import Loss, cross_entropy, full_precision, in_full_precision
 from ccl_timm.losses.cc import CCLoss, channel_correlation
+from ccl_timm.losses.center import CenterLoss
+from ccl_timm.losses.cot import COTLoss, complement_entropy
+from ccl_timm.losses.focal import FocalLoss, focal_loss
+from ccl_timm.losses.ical import FICALLoss, ICALLoss, mean_class_cosine
+from ccl_timm.losses.margin import (
+    AMSoftmaxLoss,
+    ArcFaceLoss,
+    ASoftmaxLoss,
+    CombinedMarginLoss,
+    additive_margin,
+    angular_margin,
+    combined_margin,
+)
+from ccl_timm.losses.mc import MCLoss, channel_discriminality, channel_diversity
+from ccl_timm.losses.pedcc import PEDCCLoss
+from ccl_timm.losses.pod import CosineLoss, NaCLoss, PODLoss, cosine_loss, norm_adaptive_cosine, self_correlation
 
 __all__ = [
     'LOSSES',
+    'AMSoftmaxLoss',
+    'ASoftmaxLoss',
+    'ArcFaceLoss',
     'CCLoss',
-    'Loss',
+    'COTLoss',
+    'CenterLoss',
+    'CombinedMarginLoss',
+    'CosineLoss',
+    'FICALLoss',
+    'FocalLoss',
+    'ICALLoss',
     'LogitsLoss',
+    'Loss',
+    'MCLoss',
+    'NaCLoss',
+    'PEDCCLoss',
+    'PODLoss',
+    'additive_margin',
+    'angular_margin',
     'channel_correlation',
+    'channel_discriminality',
+    'channel_diversity',
+    'combined_margin',
+    'complement_entropy',
+    'cosine_loss',
     'create_loss',
-    'explain',
     'cross_entropy',
+    'explain',
+    'focal_loss',
     'full_precision',
+    'in_full_precision',
     'is_timm_loss',
     'list_losses',
     'loss_class',
     'loss_options',
+    'mean_class_cosine',
+    'norm_adaptive_cosine',
     'overview',
+    'self_correlation',
     'taken',
     'takes_soft_targets',
 ]
 
 # name -> module:class; pyproject.toml declares the same as entry points
 LOSSES: dict[str, str] = {
+    'amsoftmax': 'ccl_timm.losses:AMSoftmaxLoss',
+    'arcface': 'ccl_timm.losses:ArcFaceLoss',
+    'asoftmax': 'ccl_timm.losses:ASoftmaxLoss',
     'cc': 'ccl_timm.losses:CCLoss',
+    'center': 'ccl_timm.losses:CenterLoss',
+    'cm': 'ccl_timm.losses:CombinedMarginLoss',
+    'cosine': 'ccl_timm.losses:CosineLoss',
+    'cot': 'ccl_timm.losses:COTLoss',
+    'fical': 'ccl_timm.losses:FICALLoss',
+    'focal': 'ccl_timm.losses:FocalLoss',
+    'ical': 'ccl_timm.losses:ICALLoss',
+    'mc': 'ccl_timm.losses:MCLoss',
+    'nac': 'ccl_timm.losses:NaCLoss',
+    'pedcc': 'ccl_timm.losses:PEDCCLoss',
+    'pod': 'ccl_timm.losses:PODLoss',
 }
 
 
@@ -124,19 +180,16 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
         if is_timm_loss(name):
             return LogitsLoss(create_classification_loss(name, **kwargs), name)
         return loss_class(name)(**kwargs)
+    except UserError as error:
+        raise UserError(f"Loss '{name}': {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"Loss '{name}' cannot be built with {kwargs}: {error}") from error
 
 
 def taken(name: str) -> str | None:
-    """Who has a loss's name already, in words; None if it is free."""
-    return (
-        'a loss of ccl_timm has this name'
-        if name in LOSSES
-        else f'timm has a loss {name!r}'
-        if name in LOSS_TYPES
-        else None
-    )
+    """Whether timm or this package has a loss of that name, in words; None if neither has."""
+    owner = 'ccl_timm' if name in LOSSES else 'timm' if name in LOSS_TYPES else None
+    return f'{owner} has a loss of this name' if owner else None
 
 
 def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

@@ -1,5 +1,7 @@
-"""What every loss shares: declared facts, named terms, full precision, and cross-entropy with smoothing."""
+"""What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +11,70 @@ from torch import Tensor, nn
 
 from ccl_timm.errors import UserError
 
-__all__ = ['Loss', 'cross_entropy', 'full_precision']
+__all__ = [
+    'Loss',
+    'at_target',
+    'batch_mean',
+    'cross_entropy',
+    'full_precision',
+    'in_full_precision',
+    'norm_times_cosine',
+    'require',
+    'without_class',
+]
 
 
 def full_precision(x: Tensor) -> Tensor:
     """Return ``x`` in float32 (float64 stays float64)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of tensors compute outside autocast and in float32, or in float64 if its first tensor is that."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in [*args, *kwargs.values()] if _is_real(x))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        args = [x.to(dtype) if _is_real(x) else x for x in args]
+        kwargs = {name: x.to(dtype) if _is_real(x) else x for name, x in kwargs.items()}
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def at_target(x: Tensor, target: Tensor) -> Tensor:
+    """What of (N, K) concerns the target: the entries (N,) at class indices (N,), or all for probabilities (N, K)."""
+    return x if target.ndim == 2 else x.gather(1, target[:, None])[:, 0]
+
+
+def batch_mean(values: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of values (N,) for class indices, or (N, K) weighted by the target's probabilities (N, K)."""
+    return values.mean() if target.ndim == 1 else (target * values).sum(1).mean()
+
+
+def without_class(logits: Tensor, index: Tensor) -> Tensor:
+    """Take the class ``index`` (N,) out of a softmax over logits (N, K): no share of the sum, no gradient.
+
+    Its logit becomes the lowest finite number: with -inf, 0 * -inf would be NaN.
+    """
+    return logits.scatter(1, index[:, None], torch.finfo(logits.dtype).min)
+
+
+def norm_times_cosine(features: Tensor, cosine: Tensor) -> Tensor:
+    """Logits of a classifier with unit class vectors, no bias and features as they are: ``||f|| * cos`` (N, K)."""
+    return torch.linalg.vector_norm(features, dim=1, keepdim=True) * cosine
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -36,7 +96,7 @@ class Loss(nn.Module):
         reads: tensors it takes from the model: ``logits`` (N, K), ``cosine`` (N, K), ``features`` (N, D),
             ``feature_map`` (what forward_features returns), ``attention`` (N, D), ``centroids`` (K, D),
             ``weight`` (K, D), or any name that a plugin's head gives out.
-        head: the head it is made for (``'cam'``, ``'cosine'``, ``'pedcc'``), or None if every head will do.
+        head: the head it is made for (``'cam'``, ``'cosine'``, ``'mc'``, ``'pedcc'``), or None if every head will do.
         soft_targets: True if targets may be class probabilities (N, K), as Mixup and CutMix make them.
         batch_statistics: True if a sample's loss depends on the other samples of the batch.
         paper: where the formula is from.

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy
+from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision
 
 __all__ = ['CCLoss', 'channel_correlation']
 
 
+@in_full_precision
 def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | None = None, eps: float = 1e-8) -> Tensor:
     """Intra-class over inter-class squared distance of attention vectors (CC-Loss paper, eq. 8, second term).
 
@@ -30,14 +31,10 @@ def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | No
     Returns:
         Scalar >= 0. Exactly 0, with zero gradient, if there is no pair of one class or only one class at all.
     """
-    attention = attention if attention.dtype == torch.float64 else attention.float()
-    with torch.autocast(attention.device.type, enabled=False):
-        if target.ndim == 2:
-            pairs = _soft_pair_sums(attention, target.to(attention.dtype))
-        else:
-            num_classes = num_classes or int(target.max()) + 1
-            pairs = _pair_sums(attention, target, num_classes)
-    intra, inter, classes = pairs
+    if target.ndim == 2:
+        intra, inter, classes = _soft_pair_sums(attention, target)
+    else:
+        intra, inter, classes = _pair_sums(attention, target, num_classes or int(target.max()) + 1)
     several = classes > 1
     # with a single class the paper's ratio is intra / eps, about 1e9: there is nothing to push apart, so no term
     return torch.where(several, intra, 0.0) / torch.where(several, inter + eps, 1.0)

@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import timm
-from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
+from timm.models import is_model, list_models, model_entrypoint, parse_model_name, split_model_name_tag
 from torch import nn
 
 from ccl_timm import plugins
@@ -78,7 +78,9 @@ def ensure_registered(model_name: str) -> None:
     if source:
         return
     name, _ = split_model_name_tag(name)
-    if is_model(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
+    if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
+        return
+    if is_model(name):  # registered by hand, by neither timm nor a plugin
         return
     known = [*list_models(), *plugins.plugin_names('model')]
     raise UnknownNameError(
@@ -93,14 +95,11 @@ def load_plugins() -> None:
 
 
 def taken(name: str) -> str | None:
-    """Who has a model's name already, in words; None if it is free."""
-    return (
-        'a model of ccl_timm has this name'
-        if name in MODELS
-        else f'timm has a model {name!r}'
-        if is_model(name)
-        else None
-    )
+    """Whether timm or this package has a model of that name, in words; None if neither has."""
+    if not is_model(name):
+        return None
+    owner = model_entrypoint(name).__module__.partition('.')[0]
+    return f'{owner} has a model of this name' if owner in ('timm', 'ccl_timm') else None
 
 
 @contextlib.contextmanager

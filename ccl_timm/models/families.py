@@ -8,7 +8,18 @@ from torch import nn
 
 from ccl_timm.errors import UserError
 
-__all__ = ['build_options', 'make_small_input', 'prepare_for_head']
+__all__ = [
+    'build_options',
+    'feature_stage_path',
+    'make_small_input',
+    'prepare_feature_stage',
+    'prepare_for_head',
+    'put_feature_stage',
+    'take_out_feature_stage',
+]
+
+# timm module of a family -> path of a stage at the end of the feature map, among what forward_features runs
+_FEATURE_STAGES = {'timm.models.resnet': 'layer4.channels', 'timm.models.vgg': 'features.channels'}
 
 
 def build_options(backbone: str, pretrained: bool) -> dict[str, Any]:
@@ -28,6 +39,68 @@ def prepare_for_head(model: nn.Module) -> None:
     if isinstance(model, VGG):
         model.pre_logits = nn.Identity()
         model.head.in_features = model.head.num_features = model.head_hidden_size = model.num_features
+
+
+def feature_stage_path(family: str) -> str:
+    """Path, in a model, of the stage that the head ``mc`` has at the end of the feature map.
+
+    Args:
+        family: name of the timm module that defines the model, such as ``'timm.models.resnet'``.
+
+    Raises:
+        UserError: the family has no place for it.
+    """
+    if family not in _FEATURE_STAGES:
+        raise UserError(
+            f"The head 'mc' fits the models of {' and '.join(_FEATURE_STAGES)} only, not those of {family}: give the "
+            "loss 'mc' the stock model, whose channels it divides among the classes."
+        )
+    return _FEATURE_STAGES[family]
+
+
+def prepare_feature_stage(model: nn.Module, family: str) -> None:
+    """Make room, in place, for a stage at the end of the feature map, which has twice the resolution from then on.
+
+    ResNet: the last stage has stride 1. VGG: the stage stands for the last max-pool. Both as in the official code of
+    MC-Loss, which compares places: 14x14 of them at 224 px.
+    """
+    parent, _, name = feature_stage_path(family).rpartition('.')
+    parent = model.get_submodule(parent)
+    if isinstance(model, VGG):
+        del parent[-1]
+    else:
+        for module in parent[0].modules():
+            if isinstance(module, nn.AvgPool2d):
+                module.kernel_size = 1
+            if hasattr(module, 'stride'):
+                module.stride = (1,) * len(module.stride) if isinstance(module.stride, tuple) else 1
+    parent.add_module(name, nn.Identity())
+
+
+def put_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
+    """Put a stage at the end of a feature map, in place; the model's width becomes that of the stage.
+
+    Args:
+        model: see :func:`prepare_feature_stage`; without a stage.
+        family: see :func:`feature_stage_path`.
+        stage: has ``in_channels`` and ``out_channels``.
+
+    Raises:
+        UserError: the model's pooling changes the width.
+    """
+    if model.num_features != stage.in_channels:
+        raise UserError("The head 'mc' needs a pooling that keeps the number of channels: use global_pool='avg'.")
+    model.set_submodule(feature_stage_path(family), stage)
+    model.num_features = model.head_hidden_size = stage.out_channels
+
+
+def take_out_feature_stage(model: nn.Module, family: str) -> None:
+    """Undo :func:`put_feature_stage`, in place; nothing if there is no stage."""
+    parent, _, name = _FEATURE_STAGES.get(family, '').rpartition('.')
+    stage = model.get_submodule(parent)._modules.get(name)
+    if hasattr(stage, 'in_channels'):
+        model.num_features = model.head_hidden_size = stage.in_channels
+        model.set_submodule(f'{parent}.{name}', nn.Identity())
 
 
 def make_small_input(model: nn.Module, name: str) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import Head
+from ccl_timm.models.families import put_feature_stage, take_out_feature_stage
 
 __all__ = ['WithHead', 'backbone_class', 'classifier_path', 'put_head']
 
@@ -22,6 +23,7 @@ class WithHead:
         """
         head = self.get_classifier()
         training = head.training
+        take_out_feature_stage(self, backbone_class(self).__module__)
         super().reset_classifier(0, global_pool)
         self.num_classes = num_classes
         if num_classes == 0:
@@ -30,7 +32,7 @@ class WithHead:
             head = _new_head(self, self._head_class, num_classes, self._head_options)
         else:
             head.reset(num_classes)
-        self.set_submodule(self._head_path, head.train(training))
+        _place(self, head.train(training))
 
     def __reduce_ex__(self, protocol):
         # the class is made at run time: pickle the recipe for it instead of its name
@@ -51,7 +53,7 @@ def put_head(model: nn.Module, head_class: type[Head], num_classes: int, options
     model._head_class, model._head_options, model._head_path = head_class, dict(options), path
     model.num_classes = num_classes
     if num_classes > 0:
-        model.set_submodule(path, _new_head(model, head_class, num_classes, options))
+        _place(model, _new_head(model, head_class, num_classes, options))
     return model
 
 
@@ -80,6 +82,13 @@ def backbone_class(model: nn.Module) -> type[nn.Module]:
 def _empty_instance(backbone: type[nn.Module]) -> nn.Module:
     cls = headed_class(backbone)
     return cls.__new__(cls)
+
+
+def _place(model: nn.Module, head: Head) -> None:
+    model.set_submodule(model._head_path, head)
+    stage = head.feature_stage()
+    if stage is not None:
+        put_feature_stage(model, backbone_class(model).__module__, stage)
 
 
 def _new_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> Head:

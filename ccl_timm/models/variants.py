@@ -15,7 +15,13 @@ from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, Head
-from ccl_timm.models.families import build_options, make_small_input, prepare_for_head
+from ccl_timm.models.families import (
+    build_options,
+    feature_stage_path,
+    make_small_input,
+    prepare_feature_stage,
+    prepare_for_head,
+)
 from ccl_timm.models.headed import backbone_class, put_head
 
 __all__ = ['build_variant', 'register_variant', 'variant_cfg']
@@ -64,7 +70,7 @@ def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
     cfg = get_pretrained_cfg(backbone)
     if not isinstance(cfg.classifier, str):
         raise UserError(f"'{backbone}' has no single classifier to put a head in the place of; choose another.")
-    return dataclasses.replace(cfg, **_NO_WEIGHTS, classifier=_class_tensors(cfg.classifier, head_class))
+    return dataclasses.replace(cfg, **_NO_WEIGHTS, classifier=_class_tensors(backbone, cfg.classifier, head_class))
 
 
 def build_variant(
@@ -130,6 +136,8 @@ def build_variant(
     prepare_for_head(model)
     if small_input:
         make_small_input(model, name)
+    if _has_feature_stage(head_class):
+        prepare_feature_stage(model, timm.models.model_entrypoint(backbone).__module__)
     put_head(model, head_class, cfg.num_classes if num_classes is None else num_classes, options)
     model.pretrained_cfg = model.default_cfg = dataclasses.replace(cfg, state_dict=None).to_dict()
     model.pretrained_model_args = pretrained_model_args or {}
@@ -150,8 +158,14 @@ def _holds_head(weights: dict[str, Any], path: str, head_class: type[Head], opti
     return bool(found - {'weight', 'bias'}) or found == set(own)
 
 
-def _class_tensors(path: str, head_class: type[Head]) -> Any:
+def _has_feature_stage(head_class: type[Head]) -> bool:
+    return head_class.feature_stage is not Head.feature_stage
+
+
+def _class_tensors(backbone: str, path: str, head_class: type[Head]) -> Any:
     paths = tuple(f'{path}.{name}' if name else path for name in head_class.class_tensors)
+    if _has_feature_stage(head_class):
+        paths += (feature_stage_path(timm.models.model_entrypoint(backbone).__module__),)
     return paths[0] if len(paths) == 1 else paths
 
 

@@ -1,0 +1,83 @@
+"""The classifier of the margin losses: cosines between features and learnt class vectors."""
+
+import torch
+from torch import Tensor, nn
+
+from ccl_timm.centroids import unit_rows
+from ccl_timm.heads.base import Head, HeadOutputs
+
+__all__ = ['CosineHead', 'cosine_logits']
+
+
+def cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of features (N, D) with class vectors (K, D), and the vectors divided by their norm.
+
+    In float32 (float64 for float64 features) even under autocast: half precision tells cosines apart to 1e-3 only,
+    which a scale of 64 makes 0.06.
+
+    Returns:
+        (N, K) in [-1, 1] up to rounding, 0 for a zero row; (K, D).
+    """
+    if torch.jit.is_scripting():
+        return _cosine_logits(features, vectors)
+    else:
+        with torch.autocast(features.device.type, enabled=False):
+            return _cosine_logits(features, vectors)
+
+
+def _cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    unit_vectors = unit_rows(vectors.to(dtype))
+    return unit_rows(features.to(dtype)) @ unit_vectors.T, unit_vectors
+
+
+class CosineHead(Head):
+    """Logits are cosines times a scale; no bias, and no margin, which belongs to the loss.
+
+    For A-Softmax, AM-Softmax, ArcFace, CM, ICAL and FICAL.
+
+    Args:
+        in_features: D, width of the features.
+        num_classes: K.
+        scale: of the logits that the model gives out. ``create_task`` puts that of the loss in its place; it is saved
+            with the weights. Losses read the cosines, which have no scale.
+        normalize_features: False for logits ``||f|| * cosine``, as A-Softmax, ICAL and FICAL train them. Classes come
+            out the same, only their probabilities differ.
+
+    Outputs are float32 whatever the model's type is (float64 in a float64 model). The class vectors start as random
+    directions of about unit length [inferred; their length changes nothing but how fast the optimizer turns them].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        scale: float = 30.0,
+        normalize_features: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.normalize_features = normalize_features
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.register_buffer('scale', torch.tensor(float(scale), device=device))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the class vectors, keep the scale."""
+        self.weight = nn.Parameter(self.weight.new_empty(num_classes, self.in_features))
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def outputs(self, pooled: Tensor) -> HeadOutputs:
+        """Features (N, D) to logits (N, K), features (N, D), cosine (N, K), weight (K, D): unit class vectors."""
+        cosine, weight = cosine_logits(pooled, self.weight)
+        if self.normalize_features:
+            logits = self.scale.to(cosine.dtype) * cosine
+        else:
+            logits = torch.linalg.vector_norm(pooled.to(cosine.dtype), dim=1, keepdim=True) * cosine
+        return HeadOutputs(logits, pooled, cosine=cosine, weight=weight)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Features (N, D) to logits (N, K)."""
+        return self.outputs(pooled).logits

@@ -1,0 +1,66 @@
+"""The classifier of PEDCC-Loss and POD-Loss: a linear layer, then fixed class centroids."""
+
+import torch
+from torch import Tensor, nn
+
+from ccl_timm.centroids import pedcc
+from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.cosine import cosine_logits
+
+__all__ = ['PedccHead']
+
+
+class PedccHead(Head):
+    """``f = Linear(F)``; logits are the cosines of f and K fixed, evenly distributed centroids.
+
+    The cosines have no scale: the class is the nearest centroid, the softmax of logits in [-1, 1] says little.
+
+    Args:
+        in_features: width of the pooled features F.
+        num_classes: K >= 2.
+        feature_dim: width D of f. The default is 512, or the smallest power of two that is at least 2 K if that is
+            more: what POD-Loss takes for 100, 200, 500 and 1000 classes (512, 512, 1024, 2048; for 10 it takes 256,
+            with 512 close behind). It is more than K - 1, so that all pairs of classes are equally far apart.
+        seed: of the centroids' rotation. They are saved with the weights, since another machine may round otherwise.
+
+    The centroids are a buffer ``weight`` (K, D), not a parameter, and stay float32 in a half-precision model, where
+    their cosines would move by 7e-4. Outputs but the features are float32 likewise.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        feature_dim: int | None = None,
+        seed: int = 0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.seed = seed
+        feature_dim = feature_dim or max(512, 1 << (2 * num_classes - 1).bit_length())
+        self.linear = nn.Linear(in_features, feature_dim, device=device, dtype=dtype)
+        self.register_buffer('weight', pedcc(num_classes, feature_dim, seed).to(device, torch.float32))
+
+    def reset(self, num_classes: int) -> None:
+        """Make new centroids of the same width, keep the linear layer."""
+        self.weight = pedcc(num_classes, self.linear.out_features, self.seed).to(self.weight)
+
+    def outputs(self, pooled: Tensor) -> HeadOutputs:
+        """Pooled features (N, in_features) to logits = cosine (N, K), features (N, D), centroids (K, D)."""
+        features = self.linear(pooled)
+        cosine, _ = cosine_logits(features, self.weight)
+        return HeadOutputs(cosine, features, cosine=cosine, centroids=self.weight)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled features (N, in_features) to cosines (N, K)."""
+        return self.outputs(pooled).logits
+
+    def _apply(self, fn, recurse=True):
+        # what .half() and .to(torch.bfloat16) go through
+        centroids = self.weight
+        super()._apply(fn, recurse)
+        if self.weight.dtype.itemsize < centroids.dtype.itemsize:
+            self.weight = centroids.to(self.weight.device)
+        return self

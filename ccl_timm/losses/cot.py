@@ -1,0 +1,83 @@
+"""Complement objective training (ICLR 2019)."""
+
+import torch
+from torch import Tensor
+
+from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision, require, without_class
+
+__all__ = ['COTLoss', 'complement_entropy']
+
+
+@in_full_precision
+def complement_entropy(logits: Tensor, target: Tensor, divisor: str = 'paper') -> Tensor:
+    """Negative entropy of the softmax over the classes other than the target, balanced by their number.
+
+    With q the softmax without the target's logit::
+
+        mean over the batch of  (1 / (K - 1)) sum_(j != y) q_j log q_j
+
+    Equal to the official form p_j / (1 - p_y), whose eps switches it off where p_y is nearly 1.
+
+    Args:
+        logits: (N, K), floating point; half precision is computed in float32.
+        target: (N,) class indices.
+        divisor: ``'paper'`` for K - 1, ``'code'`` for K, as in the official code.
+
+    Returns:
+        Scalar in [-log(K - 1) / (K - 1), 0], to be minimised. 0 for K < 3. The gradient on the target's logit is
+        exactly 0.
+    """
+    number = logits.shape[1] if divisor == 'code' else max(1, logits.shape[1] - 1)
+    log_q = without_class(logits, target).log_softmax(1)
+    return (log_q.exp() * log_q).sum(1).mean() / number
+
+
+class COTLoss(Loss):
+    """COT: cross-entropy, and an even distribution over the wrong classes; see :func:`complement_entropy`.
+
+    The paper takes two optimizer steps a batch: one on cross-entropy, then, after another forward pass, one on the
+    complement objective, with an optimizer (and so momentum and weight decay) of its own for each. Here a batch is one
+    step [inferred]:
+
+    - ``mode='alternate'``: the even steps minimise cross-entropy, the odd ones the complement objective, of another
+      batch and with one optimizer: half the paper's updates in the same epochs.
+    - ``mode='sum'``: every step minimises the sum of both: one forward pass, one momentum.
+
+    Args:
+        mode: ``'alternate'`` or ``'sum'``.
+        divisor: ``'paper'`` for K - 1, ``'code'`` for K.
+        smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
+
+    Shapes: logits (N, K); target (N,) indices.
+    Terms: ``ce``, ``complement``; with ``'alternate'`` the one whose turn it is not is 0.
+    State: ``step``, optimizer steps taken, as told by :meth:`set_step`.
+
+    Raises:
+        UserError: an unknown mode or divisor.
+    """
+
+    reads = ('logits',)
+    paper = 'Complement objective training, ICLR 2019'
+    inferred = 'one optimizer step a batch instead of two'
+
+    def __init__(self, mode: str = 'alternate', divisor: str = 'paper', smoothing: float = 0.0):
+        super().__init__()
+        require(mode in ('alternate', 'sum'), f"mode is 'alternate' or 'sum', not '{mode}'.")
+        require(divisor in ('paper', 'code'), f"divisor is 'paper' or 'code', not '{divisor}'.")
+        self.mode = mode
+        self.divisor = divisor
+        self.smoothing = smoothing
+        self.register_buffer('step', torch.tensor(0))
+
+    def set_step(self, step):
+        """Take over the number of optimizer steps."""
+        self.step.fill_(step)
+
+    def terms(self, outputs, target):
+        """Return ``ce`` and ``complement``."""
+        ce = cross_entropy(outputs.logits, target, self.smoothing)
+        complement = complement_entropy(outputs.logits, target, self.divisor)
+        if self.mode == 'alternate':
+            odd = self.step % 2
+            ce, complement = ce * (1 - odd), complement * odd
+        return {'ce': ce, 'complement': complement}

@@ -1,0 +1,331 @@
+"""Margins on the target's cosine: A-Softmax, AM-Softmax, ArcFace and their combination."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccl_timm.losses.base import (
+    Loss,
+    at_target,
+    batch_mean,
+    cross_entropy,
+    in_full_precision,
+    norm_times_cosine,
+    require,
+    without_class,
+)
+
+__all__ = [
+    'AMSoftmaxLoss',
+    'ASoftmaxLoss',
+    'ArcFaceLoss',
+    'CombinedMarginLoss',
+    'additive_margin',
+    'angular_margin',
+    'combined_margin',
+    'margin_cross_entropy',
+]
+
+_COSINE_LIMIT = 1 - 1e-7  # the slope of arccos is infinite at 1
+
+
+def margin_cross_entropy(logits: Tensor, target_logits: Tensor, target: Tensor) -> Tensor:
+    """Mean softmax cross-entropy in which the target's logit, and no other, is replaced.
+
+    Args:
+        logits: (N, K), without margin.
+        target_logits: with margin: (N,) those of the targets if these are indices, (N, K) of every class otherwise.
+        target: (N,) class indices, or (N, K) class probabilities: then the target-weighted mean of the losses that
+            each class as the target would have, in O(N K).
+
+    Returns:
+        Scalar >= 0.
+    """
+    if target.ndim == 1:
+        return cross_entropy(logits.scatter(1, target[:, None], target_logits[:, None]), target)
+    return batch_mean(-F.logsigmoid(target_logits - _others(logits)), target)
+
+
+def _others(logits: Tensor) -> Tensor:
+    """Logarithm of the sum of exp over all classes but one, for each: (N, K).
+
+    ``log(1 - p_k)`` added to the logarithm of the whole sum: safe while p_k <= 1/2, and so for all classes but the
+    first in rank, whose sum is made without it.
+    """
+    first = logits.detach().argmax(1)
+    rest = without_class(logits, first).logsumexp(1)  # (N,)
+    whole = torch.logaddexp(rest, at_target(logits, first))[:, None]
+    p = (logits - whole).exp().scatter(1, first[:, None], 0.0)
+    return (whole + torch.log1p(-p)).scatter(1, first[:, None], rest[:, None])
+
+
+@in_full_precision
+def additive_margin(cosine: Tensor, target: Tensor, scale: float, margin: float) -> Tensor:
+    """AM-Softmax: cross-entropy of ``scale * (cos - margin)`` for the target, ``scale * cos`` for the other classes.
+
+    Args:
+        cosine: (N, K), cosines of features and class vectors; half precision is computed in float32.
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        scale: s > 0.
+        margin: m; 0 is plain cross-entropy of the scaled cosines.
+
+    Returns:
+        Scalar >= 0.
+    """
+    return margin_cross_entropy(scale * cosine, scale * (at_target(cosine, target) - margin), target)
+
+
+@in_full_precision
+def combined_margin(
+    cosine: Tensor,
+    target: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    threshold: bool = True,
+) -> Tensor:
+    """Cross-entropy of ``scale * (cos(m1 * theta + m2) - m3)`` for the target, ``scale * cos(theta)`` for the others.
+
+    m1 is SphereFace's margin, m2 ArcFace's, m3 that of AM-Softmax. ``cos(m1 theta + m2)`` falls up to the angle
+    ``limit = (pi - m2) / m1`` and would rise again beyond. With ``threshold`` the target's logit goes on there as
+    ``scale * (cos(theta) - (pi - limit) * sin(pi - limit) - m3)``: ArcFace's own continuation for m1 = 1, where that
+    angle is m2, and the same idea for another m1 [inferred].
+
+    Args:
+        cosine: (N, K), cosines of features and class vectors, clamped to +-(1 - 1e-7); half precision is computed in
+            float32.
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        scale: s > 0.
+        m1: multiplicative angular margin > 0.
+        m2: additive angular margin, in radians, 0 <= m2 < pi.
+        m3: additive cosine margin.
+        threshold: False for ``cos(m1 theta + m2)`` at every angle, as later official code has it.
+
+    Returns:
+        Scalar >= 0. The gradient is the true one; the latest official code passes that of the plain cosine instead.
+    """
+    c = at_target(cosine, target).clamp(-_COSINE_LIMIT, _COSINE_LIMIT)
+    with_margin = torch.cos(m1 * torch.acos(c) + m2)
+    beyond = math.pi - (math.pi - m2) / m1  # pi - limit; not positive if the limit is never reached
+    if threshold and beyond > 0:
+        with_margin = torch.where(c > -math.cos(beyond), with_margin, c - beyond * math.sin(beyond))
+    return margin_cross_entropy(scale * cosine, scale * (with_margin - m3), target)
+
+
+@in_full_precision
+def angular_margin(features: Tensor, cosine: Tensor, target: Tensor, margin: int, annealing: Tensor | float) -> Tensor:
+    """A-Softmax (SphereFace): cross-entropy of ``||f|| cos(theta_j)`` with a multiplied angle for the target.
+
+    The target's logit is ``||f|| (annealing * cos(theta) + psi(theta)) / (1 + annealing)`` with
+    ``psi(theta) = (-1)^k cos(margin * theta) - 2 k`` where ``k pi <= margin * theta <= (k + 1) pi``: falling from 1 at
+    angle 0 to 1 - 2 margin at pi. ``cos(margin * theta)`` is a polynomial in cos(theta): there is no arccos in the
+    gradient.
+
+    Args:
+        features: (N, D), not normalised; half precision is computed in float32.
+        cosine: (N, K), cosines of features and class vectors.
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        margin: whole number >= 1; 1 is plain cross-entropy of ``||f|| cos``.
+        annealing: lambda >= 0, how much of the plain cosine is mixed in.
+
+    Returns:
+        Scalar >= 0.
+    """
+    logits = norm_times_cosine(features, cosine)
+    c = at_target(cosine, target).clamp(-1, 1)
+    psi = _psi(c, margin)
+    # (annealing * c + psi) / (1 + annealing), without a ratio of large numbers
+    norm = torch.linalg.vector_norm(features, dim=1)
+    norm = norm if target.ndim == 1 else norm[:, None]
+    return margin_cross_entropy(logits, norm * (c + (psi - c) / (1 + annealing)), target)
+
+
+def _psi(c: Tensor, margin: int) -> Tensor:
+    previous, chebyshev = torch.ones_like(c), c
+    for _ in range(margin - 1):
+        previous, chebyshev = chebyshev, 2 * c * chebyshev - previous
+    k = sum((c < math.cos(j * math.pi / margin)).to(c.dtype) for j in range(1, margin))
+    return (1 - 2 * (k % 2)) * chebyshev - 2 * k
+
+
+class AMSoftmaxLoss(Loss):
+    """AM-Softmax (CosFace): a margin subtracted from the target's cosine; see :func:`additive_margin`.
+
+    Args:
+        scale: s > 0; 30 in the official code.
+        margin: m; 0.35 in the official code. The POD-Loss paper does not state the values of its comparison.
+
+    Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
+    Terms: ``amsoftmax``.
+
+    Raises:
+        UserError: scale <= 0.
+    """
+
+    reads = ('cosine',)
+    head = 'cosine'
+    soft_targets = True
+    paper = 'AM-Softmax, arXiv 1801.05599'
+    inferred = 'soft targets'
+
+    def __init__(self, scale: float = 30.0, margin: float = 0.35):
+        super().__init__()
+        require(scale > 0, f'scale must be positive, not {scale}.')
+        self.scale = scale
+        self.margin = margin
+
+    def terms(self, outputs, target):
+        """Return ``amsoftmax``."""
+        return {'amsoftmax': additive_margin(outputs.cosine, target, self.scale, self.margin)}
+
+
+class ArcFaceLoss(Loss):
+    """ArcFace: a margin added to the target's angle; see :func:`combined_margin` with m1 = 1, m3 = 0.
+
+    Args:
+        scale: s > 0; 64 in the official code.
+        margin: m in radians, 0 <= m < pi; 0.5 in the official code.
+        threshold: continue as ``cos(theta) - m sin(m)`` beyond ``theta = pi - m``, as the first official code does;
+            False for ``cos(theta + m)`` everywhere, as the later ones do.
+
+    Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
+    Terms: ``arcface``.
+
+    Cautions: scale 64 was tuned for more than 10,000 faces; with 10 to 200 classes 15 to 30 is more plausible
+        [inferred].
+    The POD-Loss paper does not state the values of its comparison.
+
+    Raises:
+        UserError: an option out of range.
+    """
+
+    reads = ('cosine',)
+    head = 'cosine'
+    soft_targets = True
+    paper = 'ArcFace, arXiv 1801.07698'
+    inferred = 'soft targets'
+
+    def __init__(self, scale: float = 64.0, margin: float = 0.5, threshold: bool = True):
+        super().__init__()
+        _check_margins(scale, 1.0, margin)
+        self.scale = scale
+        self.margin = margin
+        self.threshold = threshold
+
+    def terms(self, outputs, target):
+        """Return ``arcface``."""
+        loss = combined_margin(outputs.cosine, target, self.scale, 1.0, self.margin, 0.0, self.threshold)
+        return {'arcface': loss}
+
+
+class CombinedMarginLoss(Loss):
+    """CM: multiplicative angular, additive angular and additive cosine margin; see :func:`combined_margin`.
+
+    Args:
+        scale: s > 0; 64 in the official code.
+        m1: multiplicative angular margin > 0.
+        m2: additive angular margin in radians, 0 <= m2 < pi.
+        m3: additive cosine margin.
+
+    The default margins are those of the official "combined" sample. With m1 = 1 it has no multiplicative margin, though
+    the POD-Loss paper, which gives no values, speaks of one: it may have taken others, such as (0.9, 0.4, 0.15).
+
+    Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
+    Terms: ``cm``.
+
+    Cautions: as for ArcFace, a smaller scale is more plausible for few classes [inferred].
+
+    Raises:
+        UserError: an option out of range.
+    """
+
+    reads = ('cosine',)
+    head = 'cosine'
+    soft_targets = True
+    paper = 'ArcFace, arXiv 1801.07698, combined margin'
+    inferred = 'the continuation beyond the angle up to which the margin falls, for m1 other than 1; soft targets'
+
+    def __init__(self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2):
+        super().__init__()
+        _check_margins(scale, m1, m2)
+        self.scale = scale
+        self.m1 = m1
+        self.m2 = m2
+        self.m3 = m3
+
+    def terms(self, outputs, target):
+        """Return ``cm``."""
+        return {'cm': combined_margin(outputs.cosine, target, self.scale, self.m1, self.m2, self.m3)}
+
+
+def _check_margins(scale: float, m1: float, m2: float) -> None:
+    require(scale > 0, f'scale must be positive, not {scale}.')
+    require(m1 > 0, f'The multiplicative margin must be positive, not {m1}.')
+    require(0 <= m2 < math.pi, f'The angular margin must be in [0, pi), not {m2}.')
+
+
+class ASoftmaxLoss(Loss):
+    """A-Softmax (SphereFace): the target's angle is multiplied, the more the longer training lasts.
+
+    See :func:`angular_margin`. At the optimizer step number t = 1, 2, ... the plain cosine has the weight
+    ``lambda = max(lambda_min, lambda_base * (1 + lambda_gamma * t)^-lambda_power)`` and the margin weight 1.
+
+    Args:
+        margin: m, a whole number >= 1.
+        lambda_base: with the other three: the official code's schedule, which reaches lambda_min at t = 1659. A
+            well-known reimplementation has 1500 and 0.1.
+        lambda_gamma: >= 0.
+        lambda_power: >= 0.
+        lambda_min: >= 0. It never gets to 0 in the official code: in the end the margin counts one sixth.
+
+    Shapes: cosine (N, K), features (N, D); target (N,) indices or (N, K) probabilities.
+    Terms: ``asoftmax``.
+    State: ``iteration``, optimizer steps taken, as told by :meth:`set_step`.
+
+    Cautions: a smaller lambda_min may diverge. The official code rescales the target's gradient on purpose; this is the
+        true
+    one. The model trains ``||f|| cos``: build it with ``normalize_features=False`` for the same logits at evaluation
+    (the classes are the same either way).
+
+    Raises:
+        UserError: an option out of range.
+    """
+
+    reads = ('cosine', 'features')
+    head = 'cosine'
+    soft_targets = True
+    paper = 'SphereFace, arXiv 1704.08063; annealing from its official code'
+    inferred = 'annealing by optimizer steps; soft targets'
+
+    def __init__(
+        self,
+        margin: int = 4,
+        lambda_base: float = 1000.0,
+        lambda_gamma: float = 0.12,
+        lambda_power: float = 1.0,
+        lambda_min: float = 5.0,
+    ):
+        super().__init__()
+        require(margin == int(margin) and margin >= 1, f'margin must be a whole number of at least 1, not {margin}.')
+        schedule = (lambda_base, lambda_gamma, lambda_power, lambda_min)
+        require(min(schedule) >= 0, f'The options that begin with lambda_ must not be negative, as in {schedule}.')
+        self.margin = int(margin)
+        self.lambda_base = lambda_base
+        self.lambda_gamma = lambda_gamma
+        self.lambda_power = lambda_power
+        self.lambda_min = lambda_min
+        self.register_buffer('iteration', torch.tensor(0))
+
+    def set_step(self, step):
+        """Take over the number of optimizer steps."""
+        self.iteration.fill_(step)
+
+    def terms(self, outputs, target):
+        """Return ``asoftmax``."""
+        now = (self.iteration + 1).to(outputs.cosine.dtype)
+        annealing = self.lambda_base * (1 + self.lambda_gamma * now) ** -self.lambda_power
+        annealing = annealing.clamp_min(self.lambda_min)
+        return {'asoftmax': angular_margin(outputs.features, outputs.cosine, target, self.margin, annealing)}
