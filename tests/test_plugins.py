@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ccl_timm import plugins
+from ccl_timm import create_loss, models, plugins
 from ccl_timm.errors import PluginLoadError, UserError
 
 MODELS = '[ccl_timm.models]\n'
@@ -389,3 +389,21 @@ def test_knows_neither_torch_nor_timm():
     assert 'ccl_timm.errors' in imported
     outside = {name for name in imported if name.partition('.')[0] not in sys.stdlib_module_names}
     assert outside == {'ccl_timm.errors'}
+
+
+def test_a_loss_without_options_is_no_broken_plugin(install):
+    code = 'from ccl_timm.losses import Loss\n\nclass Plain(Loss):\n    pass\n'
+    install('plug-plain', f'{LOSSES}plain = plain_loss:Plain\n', plain_loss=code)
+    assert type(create_loss('plain')).__name__ == 'Plain'
+
+
+def test_a_plugins_second_model_is_verified_too(install):
+    code = 'from timm.models import register_model\n\n'
+    code += ''.join(
+        f'@register_model\ndef two_{x}(pretrained=False, **kwargs):\n    raise NotImplementedError\n\n' for x in 'ab'
+    )
+    install('plug-two', f'{MODELS}two_a = two_models:two_a\ntwo_b = two_models:two_b\n', two_models=code)
+    models.ensure_registered('two_a')
+    assert models.taken('two_b') is None
+    models.ensure_registered('two_b')
+    assert [plugin['name'] for plugin in plugins.used_plugins()] == ['two_a', 'two_b']

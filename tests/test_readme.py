@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ccl_timm.heads import HEADS
+from ccl_timm.losses import LOSSES
+
 from .conftest import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +45,14 @@ def test_command(line, workshop, words, monkeypatch):
 @pytest.mark.parametrize('code', PYTHON)
 def test_python(code, workshop, monkeypatch):
     monkeypatch.chdir(workshop)
-    exec(compile(code, 'README.md', 'exec'), {'__name__': 'readme'})
+    names = {'__name__': 'readme'}
+    exec(compile(code, 'README.md', 'exec'), names)
+    for name in [name for name in names if name.startswith('test_')]:
+        names[name]()
+
+
+def test_every_loss_and_head_is_spoken_of():
+    assert all(f'`{name}`' in TEXT for name in [*LOSSES, *HEADS])
 
 
 def test_two_commands_install():

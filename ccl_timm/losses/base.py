@@ -110,6 +110,9 @@ class Loss(nn.Module):
     paper: str = ''
     inferred: str = ''
 
+    def __init__(self):
+        super().__init__()  # without options: torch's own takes any
+
     def terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
         """Compute the loss's named terms, scalars that are already weighted: their sum is the loss.
 

@@ -108,9 +108,6 @@ class CosineLoss(Loss):
     paper = 'POD-Loss, arXiv 2111.15449, eq. 9'
     inferred = 'soft targets'
 
-    def __init__(self):
-        super().__init__()  # without options: nn.Module's own would take any
-
     def terms(self, outputs, target):
         """Return ``cosine``."""
         return {'cosine': cosine_loss(outputs.features, outputs.centroids, target)}

@@ -109,6 +109,8 @@ def build_variant(
     Raises:
         UserError: the family has no small stem, or a trained checkpoint does not fit.
     """
+    if not pretrained_cfg and get_pretrained_cfg(name) is None:
+        pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     options = {k: kwargs.pop(k) for k in _options_of(head_class) if k in kwargs}
     path = get_pretrained_cfg(backbone).classifier
