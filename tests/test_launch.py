@@ -74,6 +74,20 @@ def test_checkpoint_has_plain_names_and_resumes(script, launch):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
+def test_epochs_and_steps_reach_a_loss_with_a_schedule(script, launch):
+    words = [*WORDS, '--model', 'resnet18_pedcc', '--loss', 'nac', '--loss-kwargs', 'alpha=0.5', '--experiment', 'a']
+    code, out, err = launch(script, *words, '--epochs', '3')
+    assert code == 0, err
+    first, last = (
+        torch.load(f'output/train/a/checkpoint-{epoch}.pth.tar', weights_only=False)['task_state'] for epoch in (0, 2)
+    )
+    assert (first['epoch'], first['step'], last['epoch'], last['step']) == (0, 3, 2, 9)
+    assert first['loss']['delta'] == pytest.approx(0.05)
+    previous = torch.load('output/train/a/checkpoint-1.pth.tar', weights_only=False)['task_state']['loss']
+    assert last['loss']['delta'] == pytest.approx(0.5 * 2 * previous['mean_norm'].item())
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
 @pytest.mark.parametrize(
     'argv, message',
     [
@@ -84,6 +98,7 @@ def test_checkpoint_has_plain_names_and_resumes(script, launch):
         (['--loss', 'cc', '--bce-loss'], '--bce-loss cannot be combined'),
         (['--loss', 'cc', '--kd-model-name', 'resnet18'], '(distillation) cannot be combined'),
         (['--loss', 'cc', '--head-init-scale', '0.5'], '--head-init-scale cannot be combined'),
+        (['--loss', 'pod', '--model', 'resnet18_pedcc', '--mixup', '0.2'], 'Mixup and CutMix make soft targets'),
         (['--loss', 'cc', '--loss-kwargs', 'wight=1'], "Loss 'cc' has no option 'wight'; did you mean 'weight'?"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ccl_timm import runs, train
+from ccl_timm.losses import LOSSES, loss_class
 
 from .conftest import TINY, results, write_folder
 
@@ -197,6 +198,9 @@ def test_finishing_time_is_said(words, place):
         (['--loss-kwargs', 'lambda=1'], "Loss 'cc' has no option 'lambda'"),
         (['--model-kwargs', 'wings=2'], "Model 'resnet18_cam' cannot be built with"),
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
+        (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
+        (['--loss', 'mc', '--model', 'vit_tiny_patch16_224'], 'use a convolutional network'),
+        (['--loss', 'arcface'], 'resnet18_cam has the head CamHead: use resnet18_cosine'),
         (['--loss', 'jsd'], "Unknown loss 'jsd'"),
     ],
 )
@@ -227,6 +231,17 @@ def test_empty_data_folder(words, place):
     (place / 'images').mkdir()
     code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--val-split', '')
     assert code == 2 and 'Found 0 images' in err
+
+
+@pytest.mark.parametrize('loss', sorted(LOSSES))
+def test_every_loss_trains_with_its_model(loss, words, place):
+    head = loss_class(loss).head or 'cam'
+    write_folder(place / 'images', train=16)
+    argv = ['--model', f'resnet18_{head}', '--loss', loss, '--data-dir', 'images', '--epochs', '3', '--lr', '0.02']
+    code, out, err = words('timm', 'train.py', *TINY, *argv, '--warmup-epochs', '0', '--smoothing', '0', '--no-aug')
+    assert code == 0, err
+    values = [row['train']['loss'] for row in sorted(results(out), key=lambda row: row['epoch'])]
+    assert min(values[1:]) < values[0]
 
 
 @pytest.mark.parametrize(
