@@ -13,6 +13,7 @@ from ccl_timm.losses import (
     self_correlation,
 )
 from ccl_timm.models import build_variant, create_model, register_variant
+from ccl_timm.models.for_torchvision import register_torchvision
 from ccl_timm.task import LossTask, create_task
 
 __version__ = '0.1.0'
@@ -34,6 +35,7 @@ __all__ = [
     'list_losses',
     'norm_adaptive_cosine',
     'pedcc',
+    'register_torchvision',
     'register_variant',
     'self_correlation',
 ]

@@ -110,16 +110,20 @@ def _predict(argv: list[str], prog: str) -> int:
 
 
 def _export(argv: list[str], prog: str) -> int:
-    parser = _parser(prog, 'Write a trained model as model.safetensors and config.json, which timm loads.')
+    parser = _parser(prog, 'Write a trained model for use elsewhere.')
     parser.add_argument('source', metavar='RUN', help='folder of a run, or a checkpoint file')
     parser.add_argument('folder', metavar='DIR', help='where to write')
     parser.add_argument('--use-ema', action='store_true', help='the moving average of the weights')
+    parser.add_argument(
+        '--format', default='timm', choices=('timm', 'onnx'), help='safetensors and config.json, or ONNX'
+    )
     args = parser.parse_strictly(argv)
     from ccl_timm.hub import export
 
-    for path in export(args.source, args.folder, args.use_ema):
+    for path in export(args.source, args.folder, args.use_ema, args.format):
         print(path)
-    print(f"load it: import ccl_timm, timm; timm.create_model('local-dir:{args.folder}', pretrained=True)")
+    if args.format == 'timm':
+        print(f"load it: import ccl_timm, timm; timm.create_model('local-dir:{args.folder}', pretrained=True)")
     return 0
 
 
@@ -143,6 +147,24 @@ def _losses(argv: list[str], prog: str) -> int:
     from ccl_timm.console import table
 
     print(losses.explain(args.name) if args.name else table(*losses.overview()))
+    return 0
+
+
+def _models(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'List our models: timm backbones with another classifier.')
+    parser.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*_cam'; also of plugins")
+    args = parser.parse_strictly(argv)
+    from ccl_timm import losses, models
+    from ccl_timm.console import table
+
+    rows = [
+        (name, f'{size / 1e6:.1f} M', ', '.join(losses.losses_for(head)))
+        for name, size, head in models.overview(args.pattern)
+    ]
+    if not rows:
+        raise UserError(f"No model of ours matches '{args.pattern}'; any <timm architecture>_<head> works by its name.")
+    print(table(rows, ('name', 'parameters', 'losses made for it')))
+    print('\nAny other timm architecture by its name too, such as convnext_tiny_cam.')
     return 0
 
 
@@ -200,10 +222,11 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'train': (_train, 'train; the same as `timm train.py` without such a file'),
     'validate': (_validate, 'evaluate a run'),
     'predict': (_predict, 'classify images'),
-    'export': (_export, 'write a trained model as safetensors and config.json'),
+    'export': (_export, 'write a trained model as safetensors and config.json, or as ONNX'),
     'run': (_run, "run a timm script, such as timm's own train.py, with our models and losses"),
     'data': (_data, 'write a data set as a folder of images'),
     'losses': (_losses, 'list the losses, or explain one'),
+    'models': (_models, 'list our models, with parameters and the losses made for them'),
     'recipes': (_recipes, 'list the packaged recipes, or print one'),
     'plugins': (_plugins, 'list models and losses of other packages'),
     'new-plugin': (_new_plugin, 'write a plugin package to start from'),

@@ -1,5 +1,7 @@
 """Trained models out of runs and exported folders, and exports that timm loads."""
 
+import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import timm.data
 import timm.models
+import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
@@ -15,7 +18,7 @@ from ccl_timm.errors import UserError
 
 __all__ = ['Trained', 'export', 'load_trained']
 
-EXPORT_FILES = ('model.safetensors', 'config.json')
+EXPORT_FILES = {'timm': ('model.safetensors', 'config.json'), 'onnx': ('model.onnx',)}
 
 
 @dataclass
@@ -112,25 +115,38 @@ def _load_exported(path: Path) -> Trained:
     return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})
 
 
-def export(source: str | os.PathLike, folder: str | os.PathLike, use_ema: bool = False) -> list[Path]:
-    """Write a run's model as model.safetensors and config.json, which timm loads from ``local-dir:FOLDER``.
-
-    config.json holds mean, std, input size, crop and interpolation as trained, the class names, and which package and
-    plugins the architecture needs.
+def export(
+    source: str | os.PathLike, folder: str | os.PathLike, use_ema: bool = False, form: str = 'timm'
+) -> list[Path]:
+    """Write a trained model for use elsewhere.
 
     Args:
         source: as of :func:`load_trained`.
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
+        form: ``'timm'``: model.safetensors and config.json, which timm loads from ``local-dir:FOLDER``; it holds mean,
+            std, input size, crop and interpolation as trained, the class names, and which package and plugins the
+            architecture needs. ``'onnx'``: model.onnx with the same in its metadata, for batches of any size.
+
+    Returns:
+        The files written.
 
     Raises:
-        UserError: the source cannot be loaded, or the folder holds a model.
+        UserError: the source cannot be loaded, the folder holds a model, or packages for ONNX are missing.
     """
     folder = Path(folder)
-    taken = [name for name in EXPORT_FILES if (folder / name).exists()]
+    names = EXPORT_FILES[form]
+    taken = [name for name in names if (folder / name).exists()]
     if taken or (folder.exists() and not folder.is_dir()):
         raise UserError(f"'{folder}' already holds {taken[0] if taken else 'a file'}: name another folder.")
+    if form == 'onnx' and not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript')):
+        raise UserError("ONNX needs two more packages: `pip install 'ccl-timm[onnx]'`.")
     trained = load_trained(source, use_ema)
+    {'timm': _export_timm, 'onnx': _export_onnx}[form](trained, folder)
+    return [folder / name for name in names]
+
+
+def _export_timm(trained: Trained, folder: Path) -> None:
     import ccl_timm
 
     needs = {'package': 'ccl-timm', 'version': ccl_timm.__version__, 'plugins': plugins.used_plugins()}
@@ -141,4 +157,24 @@ def export(source: str | os.PathLike, folder: str | os.PathLike, use_ema: bool =
         safe_serialization=True,
         data_config=trained.data_config,
     )
-    return [folder / name for name in EXPORT_FILES]
+
+
+def _export_onnx(trained: Trained, folder: Path) -> None:
+    import onnx
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # two images: torch.export takes a batch of one for a constant
+    images = torch.randn(2, *trained.data_config['input_size'])
+    program = torch.onnx.export(
+        trained.model,
+        (images,),
+        input_names=['images'],
+        output_names=['logits'],
+        dynamic_shapes=({0: torch.export.Dim('batch')},),
+        dynamo=True,
+        verbose=False,
+    )
+    model = program.model_proto
+    facts = {'architecture': trained.name, 'class_names': trained.class_names, **trained.data_config}
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
+    onnx.save(model, folder / 'model.onnx')

@@ -52,6 +52,21 @@ def test_export_writes_nothing_over(words, trained, exported):
     assert code == 2 and 'already holds model.safetensors' in err
 
 
+def test_onnx_is_equal_for_any_batch_and_tells_classes_and_normalisation(trained, tmp_path, words):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    code, out, err = words('ccl-timm', 'export', trained, tmp_path / 'onnx', '--format', 'onnx')
+    assert code == 0, err
+    session = onnxruntime.InferenceSession(str(tmp_path / 'onnx' / 'model.onnx'))
+    model = load_trained(trained).model
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
+        logits = session.run(None, {'images': images.numpy()})[0]
+        assert torch.allclose(torch.from_numpy(logits), model(images), atol=1e-4)
+    facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts['class_names'] == ['ant', 'bee', 'cat'] and facts['mean'] == [0.4] * 3
+    assert facts['architecture'] == 'resnet18_cam' and facts['input_size'] == [3, 32, 32]
+
+
 def test_validate_gives_what_training_reported(words, trained, place):
     code, out, err = words('timm', 'validate.py', trained, '-j', '0')
     assert code == 0, err

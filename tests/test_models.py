@@ -1,5 +1,8 @@
 """Every registered model of ours: timm's model API, weights in and out, and what must not happen to them."""
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -11,10 +14,16 @@ from ccl_timm.models import MODELS, variants
 from ccl_timm.testing import check_model
 
 
+def small(name):
+    """What makes an architecture small enough for a test, at 32 px."""
+    if name.startswith('swin'):
+        return {'depths': (1, 1, 1, 1), 'patch_size': 2, 'window_size': 4}
+    return {'depth': 2} if name.startswith('vit') else {}
+
+
 @pytest.mark.parametrize('name', sorted(MODELS))
 def test_model(name):
-    big = name.startswith('vit_base')
-    check_model(name, img_size=32, **({'depth': 2} if big else {}))
+    check_model(name, img_size=32, **small(name))
 
 
 @pytest.mark.parametrize('name', sorted(MODELS))
@@ -34,6 +43,26 @@ def backbone_file(tmp_path, backbone, **kwargs):
     state = {key: value.contiguous() for key, value in source.state_dict().items()}
     save_file(state, path)
     return path, state
+
+
+@pytest.mark.parametrize('name', sorted(MODELS))
+def test_imagenet_weights_of_every_family_fit(name):
+    """timm's own keys, at 1000 classes and a width equal to the backbone's, so that a wrong tensor would fit."""
+    backbone, _, head = name.rpartition('_')
+    options = {**small(name), **({'img_size': 32} if name.startswith(('swin', 'vit')) else {})}
+    torch.manual_seed(1)
+    state = timm.create_model(backbone, **options).state_dict()
+    width = {'cam': 'hidden_features', 'pedcc': 'feature_dim'}.get(head)
+    cfg = timm.get_pretrained_cfg(backbone)
+    path = cfg.classifier
+    if width:
+        options[width] = 1000
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': state}, **options)
+    own = model.state_dict()
+    shared = [key for key in state if not key.startswith((f'{path}.', 'pre_logits.'))]
+    assert all(torch.equal(own[key], state[key]) for key in shared if 'relative_position_index' not in key)
+    assert not any(torch.equal(value, state[f'{path}.weight']) for key, value in own.items() if key.startswith(path))
+    assert 'state_dict' not in model.pretrained_cfg
 
 
 @pytest.mark.parametrize('num_classes', [1000, 7])
@@ -64,9 +93,14 @@ def test_vgg_takes_small_images(size):
     assert model(torch.randn(1, 1, size, size)).shape == (1, 10)
 
 
-def test_small_input_keeps_the_resolution():
-    model = timm.create_model('resnet18_cam', small_input=True)
-    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+@pytest.mark.parametrize(
+    'backbone, places', [('resnet18', 4), ('resnet50', 4), ('densenet121', 4), ('mobilenetv2_100', 2), ('vgg16_bn', 2)]
+)
+def test_small_input_keeps_the_resolution(backbone, places):
+    model = timm.create_model(f'{backbone}_cam', num_classes=5, small_input=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert model.forward_features(x).shape[2:] == (places, places)
+    assert model(x).shape == (1, 5)
 
 
 def test_small_input_is_refused_where_there_is_no_such_stem():
@@ -137,6 +171,45 @@ def test_register_variant_refuses(args, message):
 def test_model_with_several_classifiers_is_refused():
     with pytest.raises(ccl_timm.UserError, match='no single classifier'):
         variants.variant_cfg('deit_tiny_distilled_patch16_224', HEADS['cam'])
+
+
+def test_on_demand_variants_load_from_a_folder(tmp_path):
+    source = ccl_timm.create_model('test_resnet_pedcc', num_classes=4).eval()
+    timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
+    code = (
+        f"import ccl_timm; m = ccl_timm.create_model('local-dir:{tmp_path}', pretrained=True); "
+        "print(m.pretrained_cfg['architecture'], m.num_classes)"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.split() == ['test_resnet_pedcc', '4'], result.stderr
+    with pytest.raises(ccl_timm.UserError, match='holds no model of timm'):
+        ccl_timm.create_model(f'local-dir:{tmp_path / "nothing"}')
+
+
+@pytest.mark.parametrize('name', ['resnet18_cam', 'vgg16_cosine', 'densenet121_pedcc', 'vit_tiny_patch16_224_pedcc'])
+def test_exported_program_is_equal(name):
+    options = {**small(name), **({'img_size': 32} if name.startswith('vit') else {})}
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    more = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(program.module()(more), model(more), atol=1e-5)
+
+
+@pytest.mark.parametrize('name', sorted(MODELS))
+def test_meta_device(name):
+    model = timm.create_model(name, num_classes=5, device='meta', **small(name))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_torchvision_knows_our_models_when_asked():
+    torchvision_models = pytest.importorskip('torchvision.models')
+    assert ccl_timm.register_torchvision() == ccl_timm.register_torchvision() == list(MODELS)
+    model = torchvision_models.get_model('resnet18_cam', num_classes=6)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 6)
+    assert set(MODELS) <= set(torchvision_models.list_models())
+    with pytest.raises(ccl_timm.UserError, match='has no weights of torchvision'):
+        torchvision_models.get_model('resnet18_cam', weights='DEFAULT')
 
 
 def test_cam_head_is_the_papers_formula():

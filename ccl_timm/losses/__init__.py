@@ -67,6 +67,7 @@ __all__ = [
     'list_losses',
     'loss_class',
     'loss_options',
+    'losses_for',
     'mean_class_cosine',
     'norm_adaptive_cosine',
     'overview',
@@ -202,6 +203,17 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
             soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
             rows.append((name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'inferred', '') or '-'))
     return rows, ('name', 'head', 'reads', 'soft targets', 'paper', 'inferred')
+
+
+def losses_for(head: str) -> list[str]:
+    """Names of the losses made for a head; ``'cam'`` and ``'mc'`` end in a linear layer and take those for any head."""
+    made_for = {head, None} if head in ('cam', 'mc') else {head}
+    found = []
+    for name in list_losses():
+        with contextlib.suppress(PluginLoadError):
+            if getattr(loss_class(name), 'head', None) in made_for:
+                found.append(name)
+    return found
 
 
 def explain(name: str) -> str:

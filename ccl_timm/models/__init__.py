@@ -1,15 +1,18 @@
 """Named models: timm backbones with our heads. Importing this registers them with timm."""
 
 import contextlib
+import fnmatch
 import warnings
 from typing import Any
 
 import timm
 from timm.models import is_model, list_models, model_entrypoint, parse_model_name, split_model_name_tag
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 from ccl_timm import plugins
-from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
+from ccl_timm.heads import HEADS
 from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
 
 __all__ = [
@@ -18,24 +21,27 @@ __all__ = [
     'create_model',
     'ensure_registered',
     'load_plugins',
+    'overview',
     'register_variant',
     'taken',
     'variant_cfg',
 ]
 
-_NAMED = (
-    ('resnet18', 'cam'),
-    ('resnet18', 'cosine'),
-    ('resnet18', 'mc'),
-    ('resnet18', 'pedcc'),
-    ('vgg16', 'cam'),
-    ('vgg16', 'cosine'),
-    ('vgg16', 'mc'),
-    ('vgg16', 'pedcc'),
-    ('vit_tiny_patch16_224', 'cam'),
-    ('vit_small_patch16_224', 'cam'),
-    ('vit_base_patch16_224', 'cam'),
+# the backbones of both papers, and ViTs and a VGG beside them
+_BACKBONES = (
+    'vgg16',
+    'vgg16_bn',
+    'resnet18',
+    'resnet50',
+    'densenet121',
+    'mobilenetv2_100',
+    'vit_tiny_patch16_224',
+    'vit_small_patch16_224',
+    'vit_base_patch16_224',
+    'swin_base_patch4_window7_224',
 )
+_NAMED = [(backbone, head) for backbone in _BACKBONES for head in ('cam', 'cosine', 'pedcc')]
+_NAMED += [('resnet18', 'mc'), ('vgg16', 'mc')]
 
 # name -> module:function; pyproject.toml declares the same as entry points
 MODELS: dict[str, str] = {}
@@ -48,7 +54,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     """timm's ``create_model`` that also finds plugins' models and explains unknown names.
 
     Args:
-        model_name: any timm name, a name of ours (``'resnet18_cam'``), a plugin's, ``'hf-hub:owner/repository'`` or
+        model_name: any timm name, a name of ours (``'resnet18_cam'``, or any
+            ``<timm architecture>_<head>``), a plugin's, ``'hf-hub:owner/repository'`` or
             ``'local-dir:folder'``.
         pretrained: load weights; for ours without a checkpoint of their own, the backbone's ImageNet weights.
         **kwargs: as timm's: ``num_classes``, ``in_chans``, ``drop_rate``, ``checkpoint_path`` ...; for ours also
@@ -66,21 +73,25 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 
 def ensure_registered(model_name: str) -> None:
-    """Make timm know a model's name, loading the plugin that has it if need be.
+    """Make timm know a model's name: load the plugin that has it, or register a variant of any timm backbone.
+
+    Args:
+        model_name: as for :func:`create_model`; of a folder or a repository, the architecture that its config names.
 
     Raises:
         UnknownNameError: nobody has it.
+        UserError: it is no name, or names a folder without a config, or a backbone that cannot take the head.
     """
     try:
         source, name = parse_model_name(model_name)
     except ValueError as error:
         raise UserError(str(error)) from error
     if source:
-        return
+        name = _architecture_of(source, name)
     name, _ = split_model_name_tag(name)
     if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
-    if is_model(name):  # registered by hand, by neither timm nor a plugin
+    if is_model(name) or _register_on_demand(name):
         return
     known = [*list_models(), *plugins.plugin_names('model')]
     raise UnknownNameError(
@@ -89,9 +100,38 @@ def ensure_registered(model_name: str) -> None:
     )
 
 
+def _architecture_of(source: str, location: str) -> str:
+    load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
+    try:
+        return load(location)[1]
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise UserError(f"'{location}' holds no model of timm: {error}") from error
+
+
+def _register_on_demand(name: str) -> bool:
+    """Register ``<timm architecture>_<head>``; False if the name is not of this form."""
+    for head in HEADS:
+        backbone = name.removesuffix(f'_{head}')
+        if backbone != name and is_model(backbone):
+            register_variant(backbone, head)
+            return True
+    return False
+
+
 def load_plugins() -> None:
     """Register the models of all plugins; one that fails is warned of and left out."""
     plugins.load_all('model', verify=_verify_model, guard=_no_overwriting)
+
+
+def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
+    """Name, number of parameters at 1000 classes, and head of our named models and plugins' that match a pattern."""
+    rows = []
+    for name in fnmatch.filter([*MODELS, *plugins.plugin_names('model')], pattern):
+        with contextlib.suppress(PluginLoadError):
+            model = create_model(name, device='meta')
+            head = next((key for key, value in HEADS.items() if type(model.get_classifier()) is value), 'any')
+            rows.append((name, sum(p.numel() for p in model.parameters()), head))
+    return rows
 
 
 def taken(name: str) -> str | None:

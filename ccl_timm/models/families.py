@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm.models import ResNet
+from timm.models import DenseNet, EfficientNet, ResNet
 from timm.models.vgg import VGG
 from torch import nn
 
@@ -106,29 +106,57 @@ def take_out_feature_stage(model: nn.Module, family: str) -> None:
 def make_small_input(model: nn.Module, name: str) -> None:
     """Replace, in place, the stem that is made for 224 px by one that keeps the resolution of small images.
 
-    ResNet: a 3x3 stride-1 convolution (new weights) and no max-pool, as both papers do on CIFAR. VGG: without its last
-    max-pool, so that 24, 28 and 32 px run.
+    - ResNet, DenseNet: a 3x3 stride-1 convolution (new weights) in the place of the 7x7 stride-2 one, and no max-pool:
+      what both papers do with ResNet on CIFAR [inferred for DenseNet].
+    - VGG: without its last max-pool, so that 24, 28 and 32 px run.
+    - MobileNetV2 and the EfficientNets: the stem's 3x3 convolution with stride 1 (its weights stay) [inferred].
 
     Raises:
         UserError: the family has no such stem.
     """
-    if isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d):
-        old = model.conv1
-        model.conv1 = nn.Conv2d(
-            old.in_channels,
-            old.out_channels,
-            3,
-            padding=1,
-            bias=False,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
-        model.maxpool = nn.Identity()
-    elif isinstance(model, VGG):
-        model.features[-1] = nn.Identity()
-    else:
+    for family, change in _SMALL_STEMS:
+        if isinstance(model, family):
+            change(model)
+            return
+    raise UserError(
+        f"small_input=True does not fit '{name}': it changes the stem of ResNet, DenseNet, VGG and MobileNetV2; for a "
+        'vision transformer give img_size=32 patch_size=4 instead, for Swin window_size=4 too.'
+    )
+
+
+def _small_resnet(model: ResNet) -> None:
+    model.conv1 = _fine_convolution(model.conv1)
+    model.maxpool = nn.Identity()
+
+
+def _small_densenet(model: DenseNet) -> None:
+    model.features.conv0 = _fine_convolution(model.features.conv0)
+    model.features.pool0 = nn.Identity()
+
+
+def _small_vgg(model: VGG) -> None:
+    model.features[-1] = nn.Identity()
+
+
+def _small_efficientnet(model: EfficientNet) -> None:
+    model.conv_stem.stride = (1, 1)
+
+
+_SMALL_STEMS = (
+    (ResNet, _small_resnet),
+    (DenseNet, _small_densenet),
+    (VGG, _small_vgg),
+    (EfficientNet, _small_efficientnet),
+)
+
+
+def _fine_convolution(old: nn.Module) -> nn.Conv2d:
+    """A 3x3 stride-1 convolution with the channels of an old one, He-initialised."""
+    if not isinstance(old, nn.Conv2d):
         raise UserError(
-            f"small_input=True does not fit '{name}': it replaces the stem of ResNet and VGG; for a vision "
-            'transformer give img_size=32 and patch_size=4 instead.'
+            'small_input=True does not fit a stem of several convolutions: choose a variant with a single one.'
         )
+    like = {'device': old.weight.device, 'dtype': old.weight.dtype}
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, **like)
+    nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
+    return new
