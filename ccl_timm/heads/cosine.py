@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.precision import outside_autocast
 
 __all__ = ['CosineHead', 'cosine_logits']
 
@@ -21,7 +22,7 @@ def cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     if torch.jit.is_scripting():
         return _cosine_logits(features, vectors)
     else:
-        with torch.autocast(features.device.type, enabled=False):
+        with outside_autocast(features.device):
             return _cosine_logits(features, vectors)
 
 

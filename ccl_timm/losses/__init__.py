@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccl_timm import plugins
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
-from ccl_timm.losses.base import Loss, cross_entropy, full_precision, in_full_precision
+from ccl_timm.losses.base import Loss, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
 from ccl_timm.losses.cot import COTLoss, complement_entropy
@@ -29,6 +29,7 @@ from ccl_timm.losses.margin import (
 from ccl_timm.losses.mc import MCLoss, channel_discriminality, channel_diversity
 from ccl_timm.losses.pedcc import PEDCCLoss
 from ccl_timm.losses.pod import CosineLoss, NaCLoss, PODLoss, cosine_loss, norm_adaptive_cosine, self_correlation
+from ccl_timm.precision import full_precision, in_full_precision
 
 __all__ = [
     'LOSSES',

@@ -1,7 +1,5 @@
 """What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
-import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,42 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccl_timm.errors import UserError
+from ccl_timm.precision import full_precision, outside_autocast
 
 __all__ = [
     'Loss',
     'at_target',
     'batch_mean',
     'cross_entropy',
-    'full_precision',
-    'in_full_precision',
     'norm_times_cosine',
     'require',
     'without_class',
 ]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 (float64 stays float64)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of tensors compute outside autocast and in float32, or in float64 if its first tensor is that."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        first = next(x for x in [*args, *kwargs.values()] if _is_real(x))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        args = [x.to(dtype) if _is_real(x) else x for x in args]
-        kwargs = {name: x.to(dtype) if _is_real(x) else x for name, x in kwargs.items()}
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def require(condition: bool, message: str) -> None:
@@ -131,7 +104,7 @@ class Loss(nn.Module):
         read = {name: getattr(outputs, name) for name in self.reads}
         first = next(iter(read.values()))
         target = self._checked(target, first)
-        with torch.autocast(first.device.type, enabled=False):
+        with outside_autocast(first.device):
             return self.terms(SimpleNamespace(**{k: full_precision(v) for k, v in read.items()}), target)
 
     def forward(self, outputs: Any, target: Tensor) -> Tensor:

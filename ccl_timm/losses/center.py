@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision, require
+from ccl_timm.losses.base import Loss, cross_entropy, require
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
 

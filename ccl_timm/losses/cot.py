@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision, require, without_class
+from ccl_timm.losses.base import Loss, cross_entropy, require, without_class
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['COTLoss', 'complement_entropy']
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, at_target, batch_mean, in_full_precision, require
+from ccl_timm.losses.base import Loss, at_target, batch_mean, require
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['FocalLoss', 'focal_loss']
 

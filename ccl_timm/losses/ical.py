@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision, norm_times_cosine, require
+from ccl_timm.losses.base import Loss, cross_entropy, norm_times_cosine, require
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['FICALLoss', 'ICALLoss', 'confusion_rates', 'confusion_weighted_cosine', 'mean_class_cosine']
 

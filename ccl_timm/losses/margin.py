@@ -6,16 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccl_timm.losses.base import (
-    Loss,
-    at_target,
-    batch_mean,
-    cross_entropy,
-    in_full_precision,
-    norm_times_cosine,
-    require,
-    without_class,
-)
+from ccl_timm.losses.base import Loss, at_target, batch_mean, cross_entropy, norm_times_cosine, require, without_class
+from ccl_timm.precision import in_full_precision
 
 __all__ = [
     'AMSoftmaxLoss',

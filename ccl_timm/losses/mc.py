@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, in_full_precision, require
+from ccl_timm.losses.base import Loss, cross_entropy, require
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['MCLoss', 'channel_discriminality', 'channel_diversity', 'channel_mask']
 

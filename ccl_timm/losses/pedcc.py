@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, batch_mean, in_full_precision, require
+from ccl_timm.losses.base import Loss, batch_mean, require
 from ccl_timm.losses.margin import additive_margin
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['PEDCCLoss', 'centroid_distances']
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.distributed import all_sum, world_size
-from ccl_timm.losses.base import Loss, batch_mean, in_full_precision, require
+from ccl_timm.losses.base import Loss, batch_mean, require
+from ccl_timm.precision import in_full_precision
 
 __all__ = ['CosineLoss', 'NaCLoss', 'PODLoss', 'cosine_loss', 'norm_adaptive_cosine', 'self_correlation']
 
