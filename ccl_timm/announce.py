@@ -87,8 +87,9 @@ def say_end(run: 'Run') -> None:
     if value is not None:
         shown = f'loss {value:.4g}' if metric == 'loss' else f'{metric.replace("top", "top-")} {value:.2f}%'
         say(f'best {shown} (epoch {epoch + 1}); the run is in {run.folder}')
-    say(f'next: timm validate.py {run.folder}')
-    say(f'      ccl-timm export {run.folder} DIR   ccl-timm predict {run.folder} IMAGES...')
+    ema = ' --use-ema' if run.task.has_ema() else ''  # the best is that of the moving average
+    say(f'next: timm validate.py {run.folder}{ema}')
+    say(f'      ccl-timm export {run.folder} DIR{ema}   ccl-timm predict {run.folder} IMAGES...{ema}')
 
 
 def warn_of_empty_terms(run: 'Run', share: dict[str, float]) -> None:

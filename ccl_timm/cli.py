@@ -30,6 +30,9 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: '{error.filename}': {error.strerror}.", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

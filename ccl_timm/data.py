@@ -19,6 +19,8 @@ from ccl_timm.errors import UserError, did_you_mean
 __all__ = ['Digits', 'Splits', 'open_part', 'open_splits', 'targets_of', 'write_digits']
 
 _FIRST_FEW = 5
+# folders that are parts of a data set rather than classes
+_PARTS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
 class Digits(Dataset):
@@ -110,14 +112,13 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
     train = open_part(args, args.train_split, channels, names)
     train_names = names or _names(train)
     targets = targets_of(train)
-    notes, held_out, validation = [], None, None
+    notes, held_out, validation = _missing_classes(args.train_split, train, train_names), None, None
     if args.val_fraction is not None:
         train, validation, held_out = _hold_out(args, train, targets, channels, train_names)
         targets = targets_of(train)
     elif args.val_split:
-        _check_has_part(args)
-        validation = open_part(args, args.val_split, channels, train_names)
-        notes += _compare_classes(args, train_names, validation)
+        validation = open_part(args, args.val_split, channels, train_names, needs_part=True)
+        notes += _missing_classes(args.val_split, validation, train_names)
     _check_labels(args, targets, train_names)
     counts = None
     if targets is not None:
@@ -126,15 +127,24 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
     return Splits(train, validation, train_names, counts, held_out, _fingerprint(train, targets), notes)
 
 
-def open_part(args: argparse.Namespace, split: str, channels: int, names: list[str] | None) -> Dataset:
-    """Open one part of the data, with a given numbering of classes where it is a folder.
+def open_part(
+    args: argparse.Namespace, split: str, channels: int, names: list[str] | None, needs_part: bool = False
+) -> Dataset:
+    """Open one part of the data.
+
+    Args:
+        args: settings of the data.
+        split: name of the part.
+        channels: of the images.
+        names: class names in the order of their numbers, which the part is given too; None for its own.
+        needs_part: a folder must have a folder of that name; else one without any parts is taken as a whole.
 
     Raises:
-        UserError: it cannot be had, or holds no image.
+        UserError: it cannot be had, holds no image, or has a class that is not among the names.
     """
     mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
     if args.dataset == 'digits':
-        return Digits('train' if split == 'train' else 'validation', mode)
+        return Digits(split, mode)
     if '/' not in args.dataset and args.dataset not in ('', 'folder'):
         raise UserError(
             f"Unknown data set '{args.dataset}'{did_you_mean(args.dataset, ['digits', 'folder'])} "
@@ -142,13 +152,13 @@ def open_part(args: argparse.Namespace, split: str, channels: int, names: list[s
         )
     if _is_folder(args) and not os.path.exists(args.data_dir or ''):
         raise UserError(f"There is no data folder '{args.data_dir or ''}': give an existing one with --data-dir.")
+    _check_has_part(args, split, needs_part)
     try:
-        return timm.data.create_dataset(
+        dataset = timm.data.create_dataset(
             args.dataset,
             root=args.data_dir,
             split=split,
             is_training=split == args.train_split,
-            class_map={name: label for label, name in enumerate(names)} if names and _is_folder(args) else '',
             download=args.dataset_download,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -159,6 +169,9 @@ def open_part(args: argparse.Namespace, split: str, channels: int, names: list[s
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f"Part '{split}' of '{args.dataset or args.data_dir}' cannot be opened: {reason}") from error
+    if names:
+        _renumber(dataset, split, names)
+    return dataset
 
 
 def write_digits(folder: str | os.PathLike) -> list[Path]:
@@ -227,36 +240,57 @@ def _file_names(dataset: Dataset) -> list[str]:
     return [f'{index:09d}' for index in range(len(dataset))]
 
 
-def _check_has_part(args: argparse.Namespace) -> None:
+def _check_has_part(args: argparse.Namespace, split: str, needs_part: bool) -> None:
+    """timm takes the whole folder where it finds no part of that name, the other parts included."""
     root = args.data_dir
     if not _is_folder(args) or not os.path.isdir(root):
         return
-    if os.path.realpath(_search_split(root, args.val_split)) == os.path.realpath(root):
+    if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
+        return
+    others = [name for name in _PARTS if os.path.isdir(os.path.join(root, name))]
+    if needs_part or others:
+        has = f' (it has {", ".join(others)})' if others else ''
         raise UserError(
-            f"'{root}' has no part '{args.val_split}' to validate on: add such a folder, name another with "
-            '--val-split, hold out a share of the training images with --val-fraction 0.2, or train without '
+            f"'{root}' has no part '{split}'{has}: add such a folder, or name another with --train-split, --val-split "
+            'or --split; in training, hold out a share of the images with --val-fraction 0.2, or train without '
             "validation with --val-split ''."
         )
 
 
-def _compare_classes(args: argparse.Namespace, names: list[str] | None, validation: Dataset) -> list[str]:
-    """The validation part may lack a class; one that training lacks is an error."""
-    if _is_folder(args):  # timm leaves out unknown classes without a word: list the folder without the numbering
-        validation = open_part(args, args.val_split, 3, None)
-    found = _names(validation)
-    if not names or not found:
-        return []
-    unknown = [name for name in found if name not in names]
+def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
+    """Give a part's classes the numbers that they have in ``names``, in place."""
+    own = _names(dataset)
+    if own is None or own == names:
+        return
+    unknown = [name for name in own if name not in names]
     if unknown:
         raise UserError(
-            f"Part '{args.val_split}' has {len(unknown)} classes that '{args.train_split}' lacks, such as "
+            f"Part '{split}' has {len(unknown)} classes that are not among the {len(names)} of training, such as "
             f"'{unknown[0]}': remove them from it, or add training images."
         )
-    missing = [name for name in names if name not in found]
+    number = {label: names.index(name) for label, name in enumerate(own)}
+    holder = getattr(dataset, 'reader', dataset)
+    if not hasattr(holder, 'samples'):
+        raise UserError(
+            f"Part '{split}' numbers its classes in another way than training, which cannot be mended here."
+        )
+    holder.samples = [(image, number[target]) for image, target in holder.samples]
+    holder.class_to_idx = {name: label for label, name in enumerate(names)}
+    if hasattr(holder, 'targets'):  # torchvision's folder
+        holder.targets = [target for _, target in holder.samples]
+        holder.imgs, holder.classes = holder.samples, names
+
+
+def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> list[str]:
+    targets = targets_of(dataset)
+    if not names or targets is None:
+        return []
+    found = set(targets)
+    missing = [name for label, name in enumerate(names) if label not in found]
     if not missing:
         return []
     shown = ', '.join(missing[:_FIRST_FEW]) + (', ...' if len(missing) > _FIRST_FEW else '')
-    return [f"Part '{args.val_split}' has no image of {len(missing)} of {len(names)} classes: {shown}."]
+    return [f"Part '{split}' has no image of {len(missing)} of {len(names)} classes: {shown}."]
 
 
 def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: list[str] | None) -> None:

@@ -64,10 +64,14 @@ def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
     }
     try:
         return timm.create_model(**resolve_model_input_args(name, settings, **options))
-    except (TypeError, AssertionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"Model '{name}' cannot be built with {_given(options)}: {error}") from error
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        hint = ''
+        if kwargs.get('checkpoint_path'):
+            hint = '; --pretrained-path adapts a checkpoint to other classes'
+        raise UserError(f"Model '{name}' cannot be built with {_given(options)}: {reason}{hint}.") from error
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +113,10 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _load_exported(path: Path) -> Trained:
-    model = models.create_model(f'local-dir:{path}', pretrained=True).eval()
+    try:
+        model = models.create_model(f'local-dir:{path}', pretrained=True).eval()
+    except RuntimeError as error:
+        raise UserError(f"'{path}' holds no model that can be loaded: {error}") from error
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get('label_names')
     return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})

@@ -49,8 +49,8 @@ def run_script(script: str, argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         own, rest = _split_words(argv, Path(scratch))
         _register_models(rest, own)
-        if own.loss is None or losses.is_timm_loss(own.loss) or own.loss in timm.loss.LOSS_TYPES:
-            passed = [] if own.loss is None else ['--loss', own.loss]
+        passed = _words_for_the_script(path, own)
+        if passed is not None:
             with _as_argv(path, [*rest, *passed]), _pad_crop(own.pad_crop):
                 runpy.run_path(str(path), run_name='__main__')
         else:
@@ -58,6 +58,19 @@ def run_script(script: str, argv: list[str]) -> int:
             with _as_argv(path, rest), _pad_crop(own.pad_crop):
                 _run_with_loss(path, own)
     return 0
+
+
+def _words_for_the_script(path: Path, own: argparse.Namespace) -> list[str] | None:
+    """How the script itself gets its loss, if it is one of timm's that it knows; None for a loss that we put in."""
+    if own.loss is None:
+        return []
+    if own.loss not in timm.loss.LOSS_TYPES:
+        return None
+    if own.loss_kwargs:
+        raise UserError(f"--loss-kwargs belong to our losses: for timm's '{own.loss}' give the script's own flags.")
+    if "'--loss'" in path.read_text(encoding='utf-8'):
+        return ['--loss', own.loss]
+    return [] if own.loss == 'ce' else None  # an older script trains cross-entropy and knows no names
 
 
 def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, list[str]]:
@@ -144,6 +157,7 @@ def _run_with_loss(path: Path, own: argparse.Namespace) -> None:
 
         def __init__(self, model, criterion=None, criterion_kwargs=None, device=None, dtype=None, verbose=True):
             super().__init__(model, own.loss, device=device, dtype=dtype, verbose=verbose, **spec)
+            self._told_steps = True  # timm's scripts call update_ema after each step, EMA or not
             built.append(self)
             if verbose:
                 say(f"loss '{own.loss}' {spec or ''} on {type(model.get_classifier()).__name__}")

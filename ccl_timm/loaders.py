@@ -7,7 +7,7 @@ from typing import Any
 import timm.data
 import torch
 from timm.data import FastCollateMixup
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 
 from ccl_timm.data import Splits
@@ -76,6 +76,7 @@ def make_loaders(
             f'The training part has {len(splits.train)} images, fewer than a batch of {args.batch_size} '
             f'(x {args.world_size} processes): give a smaller --batch-size.'
         )
+    _check_channels(splits.train, data_config['input_size'][0])
     if splits.validation is None:
         return loader, None
     return loader, create_loader(
@@ -84,8 +85,17 @@ def make_loaders(
         is_training=False,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
         **shared,
     )
+
+
+def _check_channels(dataset: Dataset, channels: int) -> None:
+    if isinstance(dataset, IterableDataset):
+        return
+    found = dataset[0][0].shape[0]
+    if found != channels:
+        raise UserError(f'The images have {found} channels, the model takes {channels}: give --in-chans {found}.')
 
 
 def _mixup(args: argparse.Namespace) -> FastCollateMixup:

@@ -291,10 +291,27 @@ def resolve(argv: list[str], prog: str = 'timm train.py') -> tuple[argparse.Name
         typed.setdefault('data_dir', folder)
     recipe_name = typed.get('config') or ('' if {'data_dir', 'dataset'} & typed.keys() else 'digits')
     recipe = read_for(parser, defaults, recipe_name, typed.get('loss')) if recipe_name else {}
+    recipe = _without_rivals(recipe, typed)
     settings = {**defaults, **recipe, **typed, 'config': recipe_name}
     settings.pop('data')
     sources = {key: 'typed' if key in typed else recipe_name if key in recipe else 'default' for key in settings}
     return argparse.Namespace(**settings), sources
+
+
+def _without_rivals(recipe: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a recipe says in other words than those typed, such as lr where --lr-base was."""
+    recipe = dict(recipe)
+    if 'data_dir' in typed and recipe.get('dataset') == 'digits':  # the only set without a folder
+        del recipe['dataset']
+    if 'lr_base' in typed:
+        recipe.pop('lr', None)
+    if 'input_size' in typed:
+        recipe.pop('img_size', None)
+        recipe.pop('in_chans', None)
+    elif recipe.get('input_size') and {'img_size', 'in_chans'} & typed.keys():
+        channels, height, _ = recipe.pop('input_size')
+        recipe = {'in_chans': channels, 'img_size': height, **recipe}
+    return recipe
 
 
 def read_for(parser: Parser, defaults: dict[str, Any], name: str, typed_loss: str | None) -> dict[str, Any]:

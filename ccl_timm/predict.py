@@ -38,7 +38,7 @@ def predict(
     """
     config = trained.data_config
     transform = timm.data.create_transform(**config, is_training=False)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    mode = trained.settings.get('input_img_mode') or ('L' if config['input_size'][0] == 1 else 'RGB')
     model = trained.model.to(device).eval()
     results, unreadable, images, names = [], [], [], []
 

@@ -19,7 +19,16 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from ccl_timm import plugins
 from ccl_timm.errors import UserError
 
-__all__ = ['checkpoint_of', 'environment', 'plan_folder', 'read_args', 'read_checkpoint', 'write_run_files']
+__all__ = [
+    'check_same_data',
+    'checkpoint_of',
+    'create_folder',
+    'environment',
+    'plan_folder',
+    'read_args',
+    'read_checkpoint',
+    'write_run_files',
+]
 
 # settings that may differ between a run and its continuation without changing what is computed
 _FREE = {
@@ -45,11 +54,14 @@ def plan_folder(args: argparse.Namespace, sources: dict[str, str], name: str) ->
     output = Path(args.output or os.path.join('output', 'train'))
     folder = output / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
     if args.resume and args.resume != 'auto':
-        read_checkpoint(Path(args.resume))
-        if args.experiment and holds_run(folder):
-            _check_same_settings(args, folder)
-            return folder, Path(args.resume)
-        return _free_folder(folder), Path(args.resume)
+        checkpoint = Path(args.resume)
+        read_checkpoint(checkpoint)
+        if not args.experiment or not holds_run(folder):
+            return _free_folder(folder), checkpoint
+        if checkpoint.resolve().parent != folder.resolve():
+            raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
+        _check_same_settings(args, folder)
+        return folder, checkpoint
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
     if not holds_run(folder):
@@ -146,20 +158,58 @@ def read_args(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
+def create_folder(folder: Path) -> Path:
+    """Create a new run's folder; if another run has taken the name meanwhile, the next free one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
+            return folder
+        except FileExistsError:
+            folder = _free_folder(folder)
+
+
+def check_same_data(folder: Path, class_names: list[str] | None, fingerprint: str, held_out: bool) -> list[str]:
+    """Compare the data of a run with that it is to go on with.
+
+    Returns:
+        Sentences to warn with.
+
+    Raises:
+        UserError: the classes are others, or a held-out share would be drawn anew.
+    """
+    before = read_args(folder).get('class_names')
+    if before and class_names and before != class_names:
+        raise UserError(f"The classes are no longer those of the run in '{folder}': give another --experiment.")
+    record = folder / 'environment.json'
+    if not record.exists() or json.loads(record.read_text(encoding='utf-8')).get('data_fingerprint') == fingerprint:
+        return []
+    if held_out:
+        raise UserError(
+            f"The data changed since the run in '{folder}' began, and with it which images --val-fraction holds out: "
+            'give another --experiment.'
+        )
+    return [f"The data changed since the run in '{folder}' began."]
+
+
 def write_run_files(
-    folder: Path, settings: dict[str, Any], information: dict[str, Any], held_out: list[tuple[str, str]] | None
+    folder: Path,
+    settings: dict[str, Any],
+    information: dict[str, Any],
+    held_out: list[tuple[str, str]] | None,
+    continues: bool,
 ) -> None:
-    """Create the folder and write what the run is made of.
+    """Write what the run is made of.
 
     Args:
-        folder: the run's.
+        folder: the run's, which exists.
         settings: of the script, as they were given; args.yaml holds them, a recipe that repeats the run.
         information: for environment.json.
         held_out: with a held-out share, the name and part of each training image, for split.csv.
+        continues: the run goes on: what it began with stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     record = folder / 'environment.json'
-    if record.exists():  # the run goes on: what it began with stays
+    if continues and record.exists():
         information = _continued(json.loads(record.read_text(encoding='utf-8')), information)
     else:
         kept = {key: value for key, value in settings.items() if key != 'config'}

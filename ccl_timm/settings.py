@@ -1,10 +1,13 @@
 """What settings mean: what cannot work, found before anything is built, and the values computed from others."""
 
 import argparse
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.optim import list_optimizers
@@ -14,6 +17,7 @@ from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
     'check_settings',
+    'explained',
     'global_batch',
     'input_channels',
     'learning_rate',
@@ -39,17 +43,50 @@ def check_settings(args: argparse.Namespace) -> None:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
+    if args.workers < 0:
+        raise UserError(f'--workers {args.workers} must be at least 0.')
+    if args.pad_crop and (args.no_aug or args.train_crop_mode):
+        raise UserError('--pad-crop takes the place of other crops: leave out --no-aug and --train-crop-mode.')
+    _check_normalisation(args)
     if not 0 <= args.smoothing < 1:
         raise UserError(f'--smoothing {args.smoothing} must be at least 0 and below 1.')
-    if mixes(args) and not losses.takes_soft_targets(args.loss):
-        raise UserError(
-            f"Mixup and CutMix make soft targets, which the loss '{args.loss}' does not take: "
-            'leave out --mixup and --cutmix, or choose another loss.'
-        )
+    _check_mixing(args)
     if args.opt.lower() not in list_optimizers():
         raise UserError(f"Unknown optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
     if args.log_wandb and importlib.util.find_spec('wandb') is None:
         raise UserError('--log-wandb needs the package wandb: `pip install wandb`.')
+
+
+def _check_mixing(args: argparse.Namespace) -> None:
+    if not mixes(args):
+        return
+    if not losses.takes_soft_targets(args.loss):
+        raise UserError(
+            f"Mixup and CutMix make soft targets, which the loss '{args.loss}' does not take: "
+            'leave out --mixup and --cutmix, or choose another loss.'
+        )
+    if args.batch_size % 2:
+        raise UserError(f'Mixup and CutMix take pairs: --batch-size {args.batch_size} must be even.')
+
+
+def _check_normalisation(args: argparse.Namespace) -> None:
+    channels = input_channels(args)
+    for name in ('mean', 'std'):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(f'--{name} has {len(values)} values, images {channels} channels: give 1 or {channels}.')
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn the errors that libraries raise over a user's setting into a sentence: what, and the library's reason."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f'{what}: {lines[-1].strip()}') from error
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -61,7 +98,8 @@ def input_channels(args: argparse.Namespace) -> int:
     """Number of image channels that the settings, or else the model's default, ask for."""
     source, name = parse_model_name(args.model)
     cfg = get_pretrained_cfg(name) if source is None and is_model(name.split('.')[0]) else None
-    return resolve_data_config(vars(args), pretrained_cfg=cfg.to_dict() if cfg else None)['input_size'][0]
+    size = {key: value for key, value in vars(args).items() if key not in ('mean', 'std')}
+    return resolve_data_config(size, pretrained_cfg=cfg.to_dict() if cfg else None)['input_size'][0]
 
 
 def weight_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,6 +113,7 @@ def weight_settings(args: argparse.Namespace) -> dict[str, Any]:
         weights['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
     if args.initial_checkpoint:
         weights['checkpoint_path'] = args.initial_checkpoint
+    weights['pretrained'] = args.pretrained or bool(args.pretrained_path)
     for path in (args.pretrained_path, args.initial_checkpoint):
         if path and not Path(path).is_file():
             raise UserError(f"There is no checkpoint '{path}'.")

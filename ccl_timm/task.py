@@ -84,8 +84,11 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
         same = isinstance(logits, Tensor) and torch.allclose(
             logits.float(), outputs.logits.float(), rtol=1e-2, atol=1e-2
         )
-    except (AttributeError, TypeError, NotImplementedError) as error:
-        raise UserError(f"'{name}' cannot be trained with these losses: {error}; use another architecture.") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"'{name}' cannot be trained with these losses: {reason}; use another architecture.") from error
     finally:
         for module, training in modes:
             module.training = training
@@ -258,8 +261,25 @@ class LossTask(TrainingTask):
         """Update the EMA, if there is one; ``step`` counts the optimizer steps taken so far."""
         super().update_ema(step)
         if step is not None:
-            self._told_steps = True
-            self._bare().set_step(step)
+            self.tell_steps(step)
+
+    def tell_steps(self, step: int = 0) -> None:
+        """Tell that ``step`` optimizer steps have been taken, and that further ones will be told by update_ema."""
+        self._told_steps = True
+        self._bare().set_step(step)
+
+    @torch.no_grad()
+    def try_once(self, input_size: tuple[int, int, int]) -> None:
+        """Evaluate model and loss on two random images of a size, so that what cannot work fails before training."""
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+                images = torch.randn(2, *input_size).to(next(self.parameters()))
+                self(images, torch.zeros(2, dtype=torch.long, device=images.device))
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def set_epoch(self, epoch: int) -> None:
         """Tell that an epoch (0-based) begins; from then on epochs are no longer detected."""

@@ -103,7 +103,8 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
         UserError: a setting, the data, the model, the loss or the folder does not allow it; nothing is overwritten.
     """
     for module in args.device_modules or []:
-        importlib.import_module(module)
+        with settings.explained(f"--device-modules '{module}' cannot be imported"):
+            importlib.import_module(module)
     settings.check_settings(args)
     given = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
     args.device = pick_device(args.device)
@@ -112,17 +113,23 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     random_seed(args.seed, args.rank)
     splits = data.open_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
-    run = _prepare(args, device, folder, splits, checkpoint)
-    say_choices(run, splits, sources)
-    if is_primary():
-        given |= {'num_classes': args.num_classes, 'class_names': args.class_names}
-        information = runs.environment(argv, args.device, splits.fingerprint)
-        runs.write_run_files(folder, given, information, splits.held_out)
-        _start_saver(run, checkpoint)
+    continues = runs.holds_run(folder)
+    if continues:
+        held_out = args.val_fraction is not None
+        splits.notes += runs.check_same_data(folder, splits.class_names, splits.fingerprint, held_out)
     try:
+        run = _prepare(args, device, folder, splits, checkpoint)
+        say_choices(run, splits, sources)
+        if is_primary():
+            run.folder = folder if continues else runs.create_folder(folder)
+            given |= {'num_classes': args.num_classes, 'class_names': args.class_names, 'class_map': args.class_map}
+            information = runs.environment(argv, args.device, splits.fingerprint)
+            runs.write_run_files(run.folder, given, information, splits.held_out, continues)
+            _start_saver(run, checkpoint, continues)
         _fit(run)
     except KeyboardInterrupt:
         say('stopped by hand')
+        raise
     except RuntimeError as error:
         _explain_memory(error, args)
         raise
@@ -130,12 +137,13 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
         if args.distributed:
             torch.distributed.destroy_process_group()
     say_end(run)
-    return folder
+    return run.folder
 
 
 def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[str, str]) -> None:
     """The number of classes and their names come from the training part."""
     args.class_names = splits.class_names
+    args.class_map = ''  # the names say the same, also where that file is not
     if args.num_classes is None:
         sources['num_classes'] = 'the data'
         args.num_classes = len(splits.class_names or splits.counts or []) or None
@@ -145,20 +153,26 @@ def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[s
 
 def _prepare(args, device, folder, splits, checkpoint) -> Run:
     """Build model, loss, loaders and optimizer, and take up a checkpoint."""
-    model = build_model(vars(args), pretrained=args.pretrained, **settings.weight_settings(args))
+    model = build_model(vars(args), **settings.weight_settings(args))
     data_config = resolve_data_config(vars(args), model=model)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        with settings.explained(f"--grad-checkpointing does not work with '{args.model}'"):
+            model.set_grad_checkpointing(True)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''
         model = convert_sync_batchnorm(model)
     task = create_task(model, args.loss, device=device, **settings.loss_settings(args))
-    loader, loader_eval = make_loaders(args, device, data_config, splits)
+    size = 'x'.join(map(str, data_config['input_size']))
+    with settings.explained(f"'{args.model}' with loss '{args.loss}' cannot take images of {size}"):
+        task.try_once(data_config['input_size'])
+    with settings.explained('The settings of data and augmentation do not work'):
+        loader, loader_eval = make_loaders(args, device, data_config, splits)
     args.lr = settings.learning_rate(args)
-    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    with settings.explained(f"The settings of the optimizer '{args.opt}' do not work"):
+        optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     autocast, scaler = contextlib.nullcontext, None
     if args.amp:
         autocast = functools.partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype))
@@ -169,7 +183,9 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
         task.prepare_distributed(device_ids=[device])
-    _schedule(run)
+    with settings.explained(f"The settings of the schedule '{args.sched}' do not work"):
+        _schedule(run)
+    task.tell_steps(run.start_epoch * run.updates_per_epoch)
     return run
 
 
@@ -203,7 +219,7 @@ def _schedule(run: Run) -> None:
             run.scheduler.step(run.start_epoch)
 
 
-def _start_saver(run: Run, checkpoint: Path | None) -> None:
+def _start_saver(run: Run, checkpoint: Path | None, continues: bool) -> None:
     run.saver = CheckpointSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,
@@ -215,9 +231,10 @@ def _start_saver(run: Run, checkpoint: Path | None) -> None:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
-    if checkpoint and checkpoint.parent.resolve() == run.folder.resolve():
-        run.saver.load_state_dict_from_checkpoint(str(checkpoint))
-        run.best = (run.saver.best_metric, run.saver.best_epoch)
+    if continues:
+        if checkpoint:
+            run.saver.load_state_dict_from_checkpoint(str(checkpoint))
+            run.best = (run.saver.best_metric, run.saver.best_epoch)
         trim_summary(str(run.folder / 'summary.csv'), run.start_epoch)
     if run.args.log_wandb:
         import wandb
@@ -276,7 +293,8 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
             say_finish(run, (time.perf_counter() - timer) / (index - _WARM_STEPS), batches)
         if progress.wants_report:
             loss = (sums['loss'] / (index + 1)).item()
-            _check_finite(run, epoch, loss)
+            if not args.distributed:  # one process must not leave while others wait for it
+                _check_finite(run, epoch, loss)
             progress.report(f'loss {loss:.4g}  lr {_learning_rate(run):.3g}')
     means = {name: (total / batches).item() for name, total in sums.items()}
     if args.distributed:

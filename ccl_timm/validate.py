@@ -87,6 +87,7 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
         mean=config['mean'],
         std=config['std'],
         crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
         num_workers=args.workers,
         device=device,
     )
@@ -128,12 +129,12 @@ def _data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argpar
         settings |= {'val_split': args.split or settings['val_split'] or 'validation', 'val_fraction': None}
     if settings['data_dir'] is None and not settings['dataset']:
         raise UserError('No data to evaluate on: give --data-dir or --dataset.')
-    return argparse.Namespace(**settings, batch_size=args.batch_size)
+    return argparse.Namespace(**settings, batch_size=args.batch_size, needs_part=args.split is not None)
 
 
 def _open(settings: argparse.Namespace, channels: int, class_names: list[str] | None) -> Any:
     if settings.val_fraction is None:
-        return data.open_part(settings, settings.val_split, channels, class_names)
+        return data.open_part(settings, settings.val_split, channels, class_names, settings.needs_part)
     return data.open_splits(settings, channels).validation
 
 

@@ -57,7 +57,9 @@ def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
 def test_validation_with_an_unknown_class_is_an_error(tmp_path):
     root = write_folder(tmp_path)
     shutil.copytree(root / 'validation' / 'ant', root / 'validation' / 'dog')
-    with pytest.raises(UserError, match="Part 'validation' has 1 classes that 'train' lacks, such as 'dog'"):
+    with pytest.raises(
+        UserError, match="Part 'validation' has 1 classes that are not among the 3 of training, such as 'dog'"
+    ):
         open_splits('--data-dir', root)
 
 

@@ -120,6 +120,8 @@ def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_
         (['predict', '{trained}', '{empty}'], 'holds no image'),
         (['predict', '{empty}', '{trained}/args.yaml'], 'holds no checkpoint'),
         (['predict', '{trained}', '{trained}/args.yaml', '--use-ema'], 'has no moving average'),
+        (['validate', '{trained}', '--data-dir', '{folder}', '--split', 'vall', '-j', '0'], "has no part 'vall'"),
+        (['export', '{trained}', '/proc/nothing'], "error: '/proc/nothing"),
         (['export', '{empty}', 'x'], 'holds no checkpoint'),
         (
             ['validate', '{trained}', '--dataset', 'digits', '-j', '0'],
@@ -127,8 +129,8 @@ def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_
         ),
     ],
 )
-def test_bad_input_is_one_sentence(argv, message, words, trained, place):
+def test_bad_input_is_one_sentence(argv, message, words, trained, folder, place):
     (place / 'empty').mkdir()
-    argv = [word.format(trained=trained, empty=place / 'empty') for word in argv]
+    argv = [word.format(trained=trained, empty=place / 'empty', folder=folder) for word in argv]
     code, out, err = words('ccl-timm', *argv)
     assert code == 2 and message in err.splitlines()[-1]

@@ -178,3 +178,12 @@ def test_stock_script_trains_our_models_after_autoload(script, folder, place):
     argv = [sys.executable, script, '--data-dir', folder, '--device', 'cpu', *WORDS, '--epochs', '1']
     result = subprocess.run([*argv, '--device-modules', 'ccl_timm.autoload'], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+@pytest.mark.parametrize('loss', ['ce', 'poly'])
+def test_timms_losses_work_in_a_script_that_knows_no_names(script, loss, launch):
+    device = [] if torch.accelerator.is_available() else ['--device', 'cpu']
+    code, out, err = launch(script, *WORDS, '--epochs', '1', '--loss', loss, *device)
+    assert code == 0, err
+    assert ("loss 'poly'" in err) == (loss == 'poly')

@@ -106,3 +106,14 @@ def test_defaults_are_timms():
     assert different == {'device': ('cuda', 'auto')}
     assert {key: theirs[key] for key in theirs if key not in own} == UPSTREAM_ONLY
     assert {key for key in own if key not in theirs} - {'help', 'config'} == set(OWN)
+
+
+def test_what_is_typed_comes_before_what_the_recipe_says_in_other_words(place):
+    argv = write(place, 'dataset: digits\nlr: 0.05\ninput_size: [1, 32, 32]\n')
+    args, _ = resolve([*argv, '--data-dir', 'mine', '--lr-base', '0.3', '--img-size', '64'])
+    assert (args.dataset, args.data_dir, args.lr, args.lr_base) == ('', 'mine', None, 0.3)
+    assert (args.input_size, args.in_chans, args.img_size) == (None, 1, 64)
+    args, _ = resolve([*write(place, 'dataset: torch/mnist\nimg_size: 32\nin_chans: 3\n'), '--data-dir', 'mine'])
+    assert args.dataset == 'torch/mnist'
+    args, _ = resolve([*write(place, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
+    assert (args.input_size, args.in_chans, args.img_size) == ([1, 28, 28], None, None)

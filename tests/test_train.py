@@ -197,6 +197,24 @@ def test_finishing_time_is_said(words, place):
         (['--device', 'cuda:9'], "Device 'cuda:9' is not available here"),
         (['--loss-kwargs', 'lambda=1'], "Loss 'cc' has no option 'lambda'"),
         (['--model-kwargs', 'wings=2'], "Model 'resnet18_cam' cannot be built with"),
+        (['--sched', 'foo'], "settings of the schedule 'foo' do not work"),
+        (['--device-modules', 'nosuch'], "--device-modules 'nosuch' cannot be imported"),
+        (['--loss-kwargs', 'weight=abc'], "Loss 'cc' cannot be built with"),
+        (['--loss-kwargs', 'weight=-1'], "Loss 'cc': weight must not be negative"),
+        (['--loss-kwargs', 'smoothing=2'], "Loss 'cc': smoothing must be at least 0 and below 1"),
+        (['--aa', 'foo'], 'The settings of data and augmentation do not work'),
+        (['--opt-kwargs', 'foo=1'], "The settings of the optimizer 'sgd' do not work"),
+        (['--interpolation', 'foo'], 'The settings of data and augmentation do not work'),
+        (['--mixup', '0.2', '-b', '7'], 'take pairs: --batch-size 7 must be even'),
+        (['-j', '-1'], '--workers -1 must be at least 0'),
+        (['--mean', '0.5', '0.5'], '--mean has 2 values, images 3 channels'),
+        (['--pad-crop', '4', '--no-aug'], '--pad-crop takes the place of other crops'),
+        (['--output', '/proc/nothing'], "error: '/proc/nothing"),
+        (['--model', 'vgg16_cam', '--img-size', '24'], "'vgg16_cam' with loss 'cc' cannot take images of 3x24x24"),
+        (['--model', 'vgg16_cam', '--grad-checkpointing'], "--grad-checkpointing does not work with 'vgg16_cam'"),
+        (['--train-split', 'trian'], "has no part 'trian' (it has train, validation)"),
+        (['--val-split', 'vall'], "has no part 'vall' (it has train, validation)"),
+        (['--class-names', 'ant', 'bee'], "has 1 classes that are not among the 2 of training, such as 'cat'"),
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
         (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
         (['--loss', 'mc', '--model', 'vit_tiny_patch16_224'], 'use a convolutional network'),
@@ -272,7 +290,7 @@ def test_stopped_by_hand_keeps_what_was_done(tiny, monkeypatch):
 
     monkeypatch.setattr(train, '_train_epoch', interrupted)
     code, out, err = tiny('--epochs', '3', '--experiment', 'a')
-    assert code == 0 and 'stopped by hand' in err
+    assert code == 130 and 'stopped by hand' in err
     assert len(summary('output/train/a')) == 1
 
 
@@ -291,3 +309,89 @@ def test_real_folder_without_validation_part(words, place):
     shutil.rmtree(write_folder(place / 'images') / 'validation')
     code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images')
     assert code == 2 and '--val-fraction 0.2' in err
+
+
+def test_runs_that_begin_together_get_folders_of_their_own(place):
+    folders = {runs.create_folder(Path('output/train/same')) for _ in range(3)}
+    for folder in folders:
+        (folder / 'args.yaml').touch()
+    assert runs.create_folder(Path('output/train/same')) not in folders
+
+
+def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):
+    assert tiny('--experiment', 'a')[0] == 0
+    before = Path('output/train/a/summary.csv').read_text()
+    code, out, err = tiny('--experiment', 'a', '--resume', trained / 'last.pth.tar')
+    assert code == 2 and 'holds another run than' in err
+    assert Path('output/train/a/summary.csv').read_text() == before
+
+
+def test_a_run_does_not_go_on_with_other_data(words, place):
+    images = write_folder(place / 'images')
+    argv = ['--data-dir', 'images', '--experiment', 'a']
+    assert words('timm', 'train.py', *TINY, *argv)[0] == 0
+    (images / 'train' / 'cat' / '0.png').unlink()
+    code, out, err = words('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
+    assert code == 0 and "warning: The data changed since the run in 'output/train/a' began." in err
+    for part in ('train', 'validation'):
+        (images / part / 'cat').rename(images / part / 'aaa')
+    code, out, err = words('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
+    assert code == 2 and 'The classes are no longer those of the run' in err
+
+
+def test_a_class_map_is_kept_as_names(words, folder, place):
+    Path('names.txt').write_text('cat\nbee\nant\n')
+    argv = ['--data-dir', folder, '--class-map', 'names.txt', '--experiment', 'a']
+    assert words('timm', 'train.py', *TINY, *argv)[0] == 0
+    Path('names.txt').unlink()
+    code, out, err = words('timm', 'train.py', '--config', 'output/train/a/args.yaml')
+    assert code == 0, err
+    assert summary('output/train/a') == summary('output/train/a-1')
+    code, out, err = words('timm', 'validate.py', 'output/train/a', '-j', '0')
+    assert results(out)['top1'] == float(summary('output/train/a')[0]['eval_top1'])
+
+
+def test_accumulated_batches_are_one_step_from_the_start(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loss_class('cot'), 'set_step', lambda self, step: seen.append(step))
+    argv = ['--model', 'resnet18', '--loss', 'cot', '--grad-accum-steps', '2', '-b', '4', '--epochs', '1']
+    assert tiny(*argv)[0] == 0
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_moving_average_is_named_in_the_next_commands(tiny):
+    code, out, err = tiny('--model-ema', '--experiment', 'a')
+    assert 'next: timm validate.py output/train/a --use-ema' in err
+
+
+def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, words, place):
+    write_folder(place / 'images', classes=('ant', 'bee'))
+    argv = ['--data-dir', 'images', '--experiment', 'a']
+    file = trained / 'last.pth.tar'
+    code, out, err = words('timm', 'train.py', *TINY, *argv, '--initial-checkpoint', file)
+    assert code == 2 and '--pretrained-path adapts a checkpoint to other classes' in err
+    code, out, err = words('timm', 'train.py', *TINY, *argv, '--pretrained-path', file, '--lr', '1e-9')
+    assert code == 0 and 'pretrained' in err
+    old, new = (torch.load(path, weights_only=False)['state_dict'] for path in (file, 'output/train/a/last.pth.tar'))
+    assert torch.allclose(old['fc.hidden.weight'], new['fc.hidden.weight'], atol=1e-5)
+    assert new['fc.out.weight'].shape[0] == 2
+
+
+def test_images_of_other_channels_are_explained(words, place):
+    import numpy as np
+    from torchvision.datasets import mnist
+
+    raw = place / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for part, count in (('train', 16), ('t10k', 8)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, array in ((f'{part}-images-idx3-ubyte', images), (f'{part}-labels-idx1-ubyte', labels)):
+            head = b'\x00\x00\x08' + bytes([array.ndim]) + np.array(array.shape, '>i4').tobytes()
+            (raw / name).write_bytes(head + array.tobytes())
+    assert mnist.MNIST('.', train=True).data.shape == (16, 28, 28)
+    code, out, err = words('timm', 'train.py', *TINY, '--dataset', 'torch/mnist', '--data-dir', '.')
+    assert code == 2 and 'The images have 1 channels, the model takes 3: give --in-chans 1' in err
+    argv = ['--config', 'cc_mnist', '--data-dir', '.', '--epochs', '1', '-b', '8', '-j', '0', '--experiment', 'a']
+    code, out, err = words('timm', 'train.py', *argv)
+    assert code == 0, err

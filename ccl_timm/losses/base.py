@@ -17,6 +17,7 @@ __all__ = [
     'cross_entropy',
     'norm_times_cosine',
     'require',
+    'require_smoothing',
     'without_class',
 ]
 
@@ -25,6 +26,11 @@ def require(condition: bool, message: str) -> None:
     """Raise a UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_smoothing(smoothing: float) -> None:
+    """Raise a UserError unless label smoothing is in [0, 1)."""
+    require(0 <= smoothing < 1, f'smoothing must be at least 0 and below 1, not {smoothing}.')
 
 
 def at_target(x: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy
+from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CCLoss', 'channel_correlation']
@@ -81,7 +81,7 @@ class CCLoss(Loss):
 
     Args:
         weight: lambda, >= 0; the paper tunes 0, 0.5, 1, 1.5, 2 and takes 1.
-        eps: keeps the ratio finite; "a small positive constant" in the paper, its value is inferred.
+        eps: keeps the ratio finite; "a small positive constant" in the paper, which gives no value [inferred].
         smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
 
     Shapes: logits (N, K), attention (N, D); target (N,) indices or (N, K) probabilities.
@@ -100,6 +100,8 @@ class CCLoss(Loss):
 
     def __init__(self, weight: float = 1.0, eps: float = 1e-8, smoothing: float = 0.0):
         super().__init__()
+        require(weight >= 0 and eps > 0, f'weight must not be negative and eps positive, not {weight} and {eps}.')
+        require_smoothing(smoothing)
         self.weight = weight
         self.eps = eps
         self.smoothing = smoothing

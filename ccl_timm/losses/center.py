@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, require
+from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
@@ -83,6 +83,7 @@ class CenterLoss(Loss):
         self.weight = weight
         self.alpha = alpha
         self.reduction = reduction
+        require_smoothing(smoothing)
         self.smoothing = smoothing
         bound = (3 / num_features) ** 0.5
         self.register_buffer('centers', nn.init.uniform_(torch.empty(num_classes, num_features), -bound, bound))

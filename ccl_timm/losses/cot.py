@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, require, without_class
+from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing, without_class
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['COTLoss', 'complement_entropy']
@@ -67,6 +67,7 @@ class COTLoss(Loss):
         require(divisor in ('paper', 'code'), f"divisor is 'paper' or 'code', not '{divisor}'.")
         self.mode = mode
         self.divisor = divisor
+        require_smoothing(smoothing)
         self.smoothing = smoothing
         self.register_buffer('step', torch.tensor(0))
 
