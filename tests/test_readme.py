@@ -34,8 +34,6 @@ def workshop(tmp_path_factory):
 def test_command(line, workshop, words, monkeypatch):
     monkeypatch.chdir(workshop)
     program, *argv = shlex.split(line)
-    if program == 'torchrun':
-        pytest.skip('run by the tests of several processes')
     if any(word.endswith('train.py') for word in argv):
         argv += ['--epochs', '1']
     code, out, err = words(program, *argv)

@@ -12,6 +12,7 @@ SEED = 1234
 
 
 def state_of(loss: nn.Module) -> dict[str, Tensor]:
+    """A copy of a loss's saved tensors."""
     return {name: tensor.detach().clone() for name, tensor in loss.state_dict().items()}
 
 
@@ -23,6 +24,7 @@ def different_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float, what: str) -> None:
+    """Fail with both figures at the worst entry unless two tensors are close."""
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape, f'{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}.'
     if torch.allclose(actual, expected, rtol=rtol, atol=atol):
@@ -34,6 +36,7 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float, wha
 
 
 def assert_finite(value: Tensor, gradients: dict[str, Tensor], where: str) -> None:
+    """Fail with the place unless value and gradients are finite."""
     assert value.isfinite(), f'{where}: the value is {value.item()}.'
     for name, gradient in gradients.items():
         bad = int((~gradient.isfinite()).sum())
@@ -41,6 +44,7 @@ def assert_finite(value: Tensor, gradients: dict[str, Tensor], where: str) -> No
 
 
 def run_checks(what: str, case: Any, checks: Iterable[Callable]) -> None:
+    """Run checks one after another; a failure names what failed, the check, and the cause."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for tensors this small, sharing the work takes longer than the work
     try:
