@@ -33,7 +33,7 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: Tensor
         Scalar >= 0.
     """
     log_p = at_target(logits.log_softmax(1), target)
-    # 1 - p from log p loses all digits where p is nearly 1; the floor keeps the gradient finite there for gamma < 1
+    # the floor keeps the gradient finite where p is 1, for gamma < 1
     missing = -torch.expm1(log_p).clamp_max(-torch.finfo(log_p.dtype).tiny)
     loss = -(missing**gamma) * log_p
     if alpha is not None:

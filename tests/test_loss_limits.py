@@ -1,0 +1,152 @@
+"""Options out of range, guards at the edges, and what single losses do with classes that are not there."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ccl_timm import losses
+from ccl_timm.errors import UserError
+from ccl_timm.losses import channel_correlation
+from ccl_timm.testing import make_outputs, make_target
+
+from .references import REFERENCES
+from .test_losses import build, ce_of_norm_times_cosine, simplex
+
+OUT_OF_RANGE = {
+    'focal': [{'gamma': -1.0}],
+    'asoftmax': [{'margin': 0}, {'margin': 2.5}, {'lambda_min': -1.0}],
+    'mc': [{'num_channels': 4}, {'diversity_weight': -1.0}],
+    'ical': [{'weight': -1.0}],
+    'fical': [
+        {'weight': -1.0},
+        {'exponent': 0.0},
+        {'eps': 0.0},
+        {'confusion': 'x'},
+        {'normalize': 'x'},
+        {'momentum': 1.0},
+    ],
+    'cc': [{'weight': -1.0}, {'eps': 0.0}, {'smoothing': 1.0}],
+    'center': [{'weight': -1.0}, {'alpha': 1.5}, {'reduction': 'x'}, {'smoothing': -0.1}],
+    'amsoftmax': [{'scale': 0.0}],
+    'arcface': [{'scale': 0.0}, {'margin': math.pi}, {'margin': -0.1}],
+    'cm': [{'m1': 0.0}, {'m2': math.pi}],
+    'cot': [{'mode': 'x'}, {'divisor': 'x'}, {'smoothing': 1.0}],
+    'pedcc': [{'scale': 0.0}, {'root': 0.0}, {'weight': -1.0}, {'reduction': 'x'}],
+    'nac': [{'alpha': -1.0}, {'delta': -1.0}, {'denominator': 'x'}, {'norm': 'x'}],
+    'pod': [{'weight': -1.0}],
+}
+
+
+@pytest.mark.parametrize(('name', 'options'), [(name, o) for name in OUT_OF_RANGE for o in OUT_OF_RANGE[name]], ids=str)
+def test_option_out_of_range_is_refused(name, options):
+    with pytest.raises(UserError):
+        build(name, **options)
+
+
+def test_focal_refuses_another_number_of_class_weights():
+    loss = build('focal', alpha=[1.0, 2.0])
+    with pytest.raises(UserError, match='2 class weights for 5 classes'):
+        loss(make_outputs('focal'), make_target())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_focal_of_a_certain_sample_is_finite(dtype):
+    logits = torch.tensor([[1e3, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+    build('focal', num_classes=3, dtype=dtype, gamma=0.5)(SimpleNamespace(logits=logits), torch.tensor([0])).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_pedcc_root_of_zero_distance_is_finite():
+    features = 3 * torch.eye(3, dtype=torch.float64)
+    features.requires_grad_()
+    outputs = SimpleNamespace(features=features, centroids=torch.eye(3, dtype=torch.float64))
+    build('pedcc', 3, 3, root=2.0)(outputs, torch.arange(3)).backward()
+    assert features.grad.isfinite().all()
+
+
+def test_cm_whose_margin_never_ends():
+    options = {'m1': 0.9, 'm2': 0.1, 'm3': 0.0, 'scale': 8.0}
+    own = torch.linspace(-0.9999, 0.9999, 101, dtype=torch.float64)
+    cosine = torch.stack([own, own.flip(0) * 0.5, torch.full_like(own, -0.1)], 1).requires_grad_()
+    outputs, target = SimpleNamespace(cosine=cosine), torch.zeros(101, dtype=torch.long)
+    value = build('cm', num_classes=3, **options)(outputs, target)
+    torch.testing.assert_close(value, REFERENCES['cm'](outputs, target, None, **options), rtol=1e-10, atol=1e-12)
+
+
+def test_class_vectors_of_any_length():
+    weight = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    longer = weight * torch.arange(1, 6).double()[:, None]
+    torch.testing.assert_close(losses.mean_class_cosine(longer), losses.mean_class_cosine(weight), rtol=1e-12, atol=0)
+
+
+def test_mc_diversity_of_uneven_classes():
+    loss = build('mc', num_classes=3, num_channels=8, discriminality_weight=0.0)
+    flat = SimpleNamespace(logits=torch.zeros(2, 3).double(), feature_map=torch.ones(2, 8, 3, 3, dtype=torch.float64))
+    expected = math.log(3) + 20 * (1 - (1 / 2 + 1 / 3 + 1 / 3) / 3)
+    assert loss(flat, torch.arange(2)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_fical_without_confusion():
+    features = 100 * simplex(5, 6)
+    outputs = SimpleNamespace(features=features, weight=simplex(5, 6), cosine=simplex(5, 6) @ simplex(5, 6).T)
+    value = build('fical', confusion='hard')(outputs, torch.arange(5))
+    assert value.item() == pytest.approx(ce_of_norm_times_cosine(outputs, torch.arange(5)).item(), rel=1e-12)
+
+
+def test_fical_absent_class_keeps_its_rates():
+    loss = build('fical', momentum=0.75)
+    loss(make_outputs('fical', seed=0), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]))
+    before = loss.rates.clone()
+    loss(make_outputs('fical', seed=1), torch.tensor([1, 2, 1, 2, 1, 2, 1, 2]))
+    assert torch.equal(loss.rates[[0, 3, 4]], before[[0, 3, 4]])
+    assert before[[0, 3, 4]].abs().sum() > 0
+    assert not torch.equal(loss.rates[1], before[1])
+
+
+def test_cc_of_soft_targets_summing_to_more_than_one():
+    """Rounding of the rows must not turn the ratio negative."""
+    attention = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[1 + 1e-6, 1e-12]]).repeat(16, 1)
+    assert channel_correlation(attention, target) >= 0
+
+
+def test_cot_of_one_class():
+    loss = build('cot', num_classes=1)
+    loss.set_step(1)
+    assert loss(make_outputs('cot', num_classes=1), torch.zeros(8, dtype=torch.long)) == 0
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_self_correlation_of_uncorrelated_errors_is_not_negative(seed):
+    q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)))[0]
+    centroids = F.pad(q, (0, 2))
+    assert losses.self_correlation(torch.zeros(3, 5), centroids, torch.arange(3)) >= 0
+
+
+@pytest.mark.parametrize('name', ['nac', 'pod'])
+def test_delta_stays_after_an_epoch_without_samples(name):
+    loss = build(name, delta=0.3)
+    for epoch in range(3):
+        loss.set_epoch(epoch)
+        assert loss.delta.item() == pytest.approx(0.3)
+
+
+def test_nac_epoch_0_resets_delta():
+    loss = build('nac', delta=0.3)
+    loss.delta.fill_(2.0)
+    loss.set_epoch(0)
+    assert loss.delta.item() == pytest.approx(0.3)
+
+
+def test_asoftmax_cosine_beyond_one():
+    """Rounding takes a cosine there; the margin is that of 1."""
+
+    def value(c):
+        cosine, features = torch.tensor([[c, 0.0]]).double(), torch.tensor([[0.6, 0.8]]).double()
+        loss = build('asoftmax', 2, 2, lambda_base=0.0, lambda_min=0.0)
+        return loss(SimpleNamespace(cosine=cosine, features=features), torch.tensor([0])).item()
+
+    assert value(1 + 1e-6) == pytest.approx(value(1.0), rel=1e-9, abs=0)
