@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES, create_classification_loss
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ccl_timm import plugins
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
-from ccl_timm.losses.base import Loss, cross_entropy
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
 from ccl_timm.losses.cot import COTLoss, complement_entropy
@@ -53,6 +54,7 @@ __all__ = [
     'additive_margin',
     'angular_margin',
     'channel_correlation',
+    'class_weight_option',
     'channel_discriminality',
     'channel_diversity',
     'combined_margin',
@@ -151,6 +153,13 @@ def takes_soft_targets(name: str) -> bool:
     return is_timm_loss(name) or getattr(loss_class(name), 'soft_targets', False)
 
 
+def class_weight_option(name: str) -> str | None:
+    """The option of a loss that weighs classes; None if it has none."""
+    if is_timm_loss(name):
+        return 'class_weight' if name in ('ce', 'bce') else None
+    return 'alpha' if name == 'focal' else 'class_weight' if 'class_weight' in loss_options(name) else None
+
+
 def loss_options(name: str) -> dict[str, inspect.Parameter]:
     """Keyword arguments of a loss by name, with their defaults."""
     target = create_classification_loss if is_timm_loss(name) else loss_class(name)
@@ -179,6 +188,9 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
             f'Its options: {", ".join(options) or "none"}.'
         )
     try:
+        if name == 'ce' and kwargs.get('class_weight') is not None:  # which timm's takes and leaves out of account
+            weight = class_weight_buffer(kwargs['class_weight'])
+            return LogitsLoss(partial(cross_entropy, smoothing=kwargs.get('smoothing', 0.0), class_weight=weight), name)
         if is_timm_loss(name):
             return LogitsLoss(create_classification_loss(name, **kwargs), name)
         return loss_class(name)(**kwargs)

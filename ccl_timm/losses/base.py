@@ -1,5 +1,6 @@
 """What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = [
     'Loss',
     'at_target',
     'batch_mean',
+    'class_weight_buffer',
     'cross_entropy',
     'norm_times_cosine',
     'require',
@@ -56,7 +58,7 @@ def norm_times_cosine(features: Tensor, cosine: Tensor) -> Tensor:
     return torch.linalg.vector_norm(features, dim=1, keepdim=True) * cosine
 
 
-def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0, class_weight: Tensor | None = None) -> Tensor:
     """Mean softmax cross-entropy.
 
     Args:
@@ -64,8 +66,22 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Ten
         target: class indices (N,), or class probabilities (N, K), which are taken as they are: whoever made them
             (Mixup, CutMix) has smoothed them already.
         smoothing: label smoothing in [0, 1) for class indices.
+        class_weight: (K,) weights of the classes, >= 0. For class indices the mean is the weighted one, as torch
+            takes it: over the weights of the batch, of this process's batch where there are several.
     """
-    return F.cross_entropy(logits, target, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+    weight = None if class_weight is None else class_weight.to(logits)
+    if weight is not None and target.ndim == 1:  # torch divides by the batch's weights: 0 / 0 if all are 0
+        summed = F.cross_entropy(logits, target, weight, reduction='sum', label_smoothing=smoothing)
+        return summed / weight.index_select(0, target).sum().clamp_min(torch.finfo(logits.dtype).tiny)
+    return F.cross_entropy(logits, target, weight, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+
+
+def class_weight_buffer(weights: Sequence[float] | None) -> Tensor | None:
+    """Weights of the classes, >= 0, as a tensor (K,), for a buffer."""
+    if weights is None:
+        return None
+    require(all(w >= 0 for w in weights), f'class_weight must not be negative, as {min(weights)} is.')
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 class Loss(nn.Module):

@@ -1,10 +1,12 @@
 """CC-Loss (channel correlation), arXiv 2010.05469."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CCLoss', 'channel_correlation']
@@ -83,6 +85,7 @@ class CCLoss(Loss):
         weight: lambda, >= 0; the paper tunes 0, 0.5, 1, 1.5, 2 and takes 1.
         eps: keeps the ratio finite; "a small positive constant" in the paper, which gives no value [inferred].
         smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
 
     Shapes: logits (N, K), attention (N, D); target (N,) indices or (N, K) probabilities.
     Terms: ``ce``, ``cc``.
@@ -98,15 +101,23 @@ class CCLoss(Loss):
     paper = 'CC-Loss, arXiv 2010.05469, eq. 8'
     inferred = 'the value of eps; soft targets; the global batch under DDP'
 
-    def __init__(self, weight: float = 1.0, eps: float = 1e-8, smoothing: float = 0.0):
+    def __init__(
+        self,
+        weight: float = 1.0,
+        eps: float = 1e-8,
+        smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
+    ):
         super().__init__()
         require(weight >= 0 and eps > 0, f'weight must not be negative and eps positive, not {weight} and {eps}.')
         require_smoothing(smoothing)
         self.weight = weight
         self.eps = eps
         self.smoothing = smoothing
+        self.register_buffer('class_weight', class_weight_buffer(class_weight), persistent=False)
 
     def terms(self, outputs, target):
         """Return ``ce`` and ``cc``."""
         cc = channel_correlation(outputs.attention, target, outputs.logits.shape[1], self.eps)
-        return {'ce': cross_entropy(outputs.logits, target, self.smoothing), 'cc': self.weight * cc}
+        ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)
+        return {'ce': ce, 'cc': self.weight * cc}

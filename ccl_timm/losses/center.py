@@ -1,10 +1,12 @@
 """Center loss (ECCV 2016)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
@@ -51,6 +53,7 @@ class CenterLoss(Loss):
         reduction: ``'mean'`` over the batch, as in the official code, or ``'sum'``, as in the paper (weight 0.003),
             over the global batch.
         smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
 
     Shapes: logits (N, K), features (N, D); target (N,) indices.
     Terms: ``ce``, ``center``.
@@ -75,6 +78,7 @@ class CenterLoss(Loss):
         alpha: float = 0.5,
         reduction: str = 'mean',
         smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
     ):
         super().__init__()
         require(weight >= 0, f'weight must not be negative, as {weight} is.')
@@ -85,6 +89,7 @@ class CenterLoss(Loss):
         self.reduction = reduction
         require_smoothing(smoothing)
         self.smoothing = smoothing
+        self.register_buffer('class_weight', class_weight_buffer(class_weight), persistent=False)
         bound = (3 / num_features) ** 0.5
         self.register_buffer('centers', nn.init.uniform_(torch.empty(num_classes, num_features), -bound, bound))
 
@@ -95,5 +100,5 @@ class CenterLoss(Loss):
         if self.training and torch.is_grad_enabled():
             # new tensor, not in place: a compiled backward pass may read the old centres again
             self.centers = move_centers(outputs.features, target, self.centers, self.alpha).to(self.centers.dtype)
-        ce = cross_entropy(outputs.logits, target, self.smoothing)
+        ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)
         return {'ce': ce, 'center': self.weight / 2 * distance}

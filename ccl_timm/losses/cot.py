@@ -1,9 +1,11 @@
 """Complement objective training (ICLR 2019)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, require, require_smoothing, without_class
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing, without_class
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['COTLoss', 'complement_entropy']
@@ -48,6 +50,7 @@ class COTLoss(Loss):
         mode: ``'alternate'`` or ``'sum'``.
         divisor: ``'paper'`` for K - 1, ``'code'`` for K.
         smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
 
     Shapes: logits (N, K); target (N,) indices.
     Terms: ``ce``, ``complement``; with ``'alternate'`` the one whose turn it is not is 0.
@@ -61,7 +64,13 @@ class COTLoss(Loss):
     paper = 'Complement objective training, ICLR 2019'
     inferred = 'one optimizer step a batch instead of two'
 
-    def __init__(self, mode: str = 'alternate', divisor: str = 'paper', smoothing: float = 0.0):
+    def __init__(
+        self,
+        mode: str = 'alternate',
+        divisor: str = 'paper',
+        smoothing: float = 0.0,
+        class_weight: Sequence[float] | None = None,
+    ):
         super().__init__()
         require(mode in ('alternate', 'sum'), f"mode is 'alternate' or 'sum', not '{mode}'.")
         require(divisor in ('paper', 'code'), f"divisor is 'paper' or 'code', not '{divisor}'.")
@@ -69,6 +78,7 @@ class COTLoss(Loss):
         self.divisor = divisor
         require_smoothing(smoothing)
         self.smoothing = smoothing
+        self.register_buffer('class_weight', class_weight_buffer(class_weight), persistent=False)
         self.register_buffer('step', torch.tensor(0))
 
     def set_step(self, step):
@@ -77,7 +87,7 @@ class COTLoss(Loss):
 
     def terms(self, outputs, target):
         """Return ``ce`` and ``complement``."""
-        ce = cross_entropy(outputs.logits, target, self.smoothing)
+        ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)
         complement = complement_entropy(outputs.logits, target, self.divisor)
         if self.mode == 'alternate':
             odd = self.step % 2
