@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -14,9 +15,10 @@ from PIL import Image
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
+from ccl_timm.console import warn
 from ccl_timm.errors import UserError, did_you_mean
 
-__all__ = ['Digits', 'Splits', 'open_part', 'open_splits', 'targets_of', 'write_digits']
+__all__ = ['Digits', 'ImageFiles', 'Splits', 'open_part', 'open_splits', 'strictly', 'targets_of', 'write_digits']
 
 _FIRST_FEW = 5
 # folders that are parts of a data set rather than classes
@@ -55,6 +57,44 @@ class Digits(Dataset):
     def __getitem__(self, index: int):
         image = Image.fromarray(self.images[index]).convert(self.mode)
         return (self.transform(image) if self.transform else image), self.targets[index]
+
+
+class ImageFiles(Dataset):
+    """Images of a timm reader. One that cannot be read is named, and has the label -1.
+
+    timm's own ImageDataset takes the next image in its place, which has another label: of no account in training, but
+    wrong in a measurement.
+
+    Args:
+        reader: timm's, of files and labels.
+        mode: colour mode that images are converted to.
+    """
+
+    def __init__(self, reader: Any, mode: str):
+        self.reader = reader
+        self.mode = mode
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        file, target = self.reader[index][:2]
+        try:
+            image = Image.open(file).convert(self.mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            warn(f"'{self.reader.filename(index)}' cannot be read, and is left out: {' '.join(str(error).split())}")
+            image, target = Image.new(self.mode, (1, 1)), -1
+        return (self.transform(image) if self.transform else image), target
+
+
+def strictly(dataset: Dataset) -> Dataset:
+    """The same data set, with the label -1 for an image that cannot be read: see :class:`ImageFiles`."""
+    if isinstance(dataset, _Part):
+        return _Part(strictly(dataset.dataset), dataset.indices)
+    if type(dataset) is timm.data.ImageDataset:
+        return ImageFiles(dataset.reader, dataset.input_img_mode)
+    return dataset
 
 
 class _Part(Dataset):
