@@ -2,22 +2,49 @@
 
 import argparse
 import contextlib
+import csv
 import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
-from torch import nn
+from torch import Tensor, nn
 
-from ccl_timm import data
-from ccl_timm.console import Progress, say
+from ccl_timm import data, retrieval
+from ccl_timm.console import Progress, say, warn
 from ccl_timm.errors import UserError
 from ccl_timm.hub import load_trained
-from ccl_timm.loaders import create_loader
+from ccl_timm.loaders import evaluation_loader
 from ccl_timm.options import Parser
 
-__all__ = ['evaluate', 'main', 'pick_device']
+__all__ = ['Evaluation', 'evaluate', 'main', 'pick_device']
+
+
+@dataclass
+class Evaluation:
+    """What a model does on a data set.
+
+    Attributes:
+        metrics: mean cross-entropy (``loss``); ``top1``, ``top5`` and the mean accuracy of the classes
+            (``macro_top1``) in percent.
+        confusion: (K, K) counts of images by class (row) and prediction (column).
+        unreadable: images that could not be read, and are in no figure.
+    """
+
+    metrics: dict[str, float]
+    confusion: Tensor
+    unreadable: int
+
+    @property
+    def accuracies(self) -> list[float | None]:
+        """Accuracy of each class in percent; None for one without images."""
+        counts = self.confusion.sum(1).tolist()
+        hits = self.confusion.diagonal().tolist()
+        return [100 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
 @torch.inference_mode()
@@ -26,31 +53,49 @@ def evaluate(
     loader: Any,
     device: torch.device,
     autocast: Callable = contextlib.nullcontext,
-    channels_last: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
     label: str = 'validation',
     log_interval: int = 50,
-) -> dict[str, float]:
-    """Mean cross-entropy (``loss``) and ``top1``, ``top5`` in percent, over the whole data set and all processes.
+) -> Evaluation:
+    """Measure a model on the whole data set, over all processes.
 
     Args:
         model: returns logits (N, K).
-        loader: timm's loader of a validation part; what a sampler pads it with is not counted.
+        loader: timm's loader of a validation part; what a sampler pads it with is not counted, nor is an image of
+            label -1, which could not be read.
         device: the model's.
         autocast: makes the context of mixed precision.
-        channels_last: memory layout of the images.
+        memory_format: of the images.
         label: name in front of the progress.
         log_interval: batches between progress lines.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device, max_samples=evaluation_sample_limit(loader))
-    progress = Progress(loader, label, log_interval)
-    for images, target in progress:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+    evaluator, confusion = ClassificationEvaluator(device), None
+    left = evaluation_sample_limit(loader)  # of this process, without padding
+    counts = torch.zeros(1, device=device)
+    for images, target in Progress(loader, label, log_interval):
         with autocast():
-            logits = model(images)
+            logits = model(images.contiguous(memory_format=memory_format))
+        if left is not None:
+            logits, target = logits[:left], target[:left]
+            left -= len(target)
+        readable = target >= 0
+        counts += (~readable).sum()
+        logits, target = logits[readable], target[readable]
         evaluator.update(logits, target)
-    return dict(evaluator.compute(distributed=torch.distributed.is_initialized()))
+        if confusion is None:
+            confusion = torch.zeros(logits.shape[1] ** 2, dtype=torch.int64, device=device)
+        cells = target * logits.shape[1] + logits.argmax(1)
+        confusion.index_add_(0, cells, torch.ones_like(cells))
+    distributed = torch.distributed.is_initialized()
+    if distributed:
+        torch.distributed.all_reduce(confusion)
+        torch.distributed.all_reduce(counts)
+    classes = math.isqrt(len(confusion))
+    found = Evaluation(dict(evaluator.compute(distributed)), confusion.view(classes, classes).cpu(), int(counts))
+    accuracies = [accuracy for accuracy in found.accuracies if accuracy is not None]
+    found.metrics['macro_top1'] = sum(accuracies) / max(1, len(accuracies))
+    return found
 
 
 def pick_device(name: str) -> str:
@@ -72,32 +117,66 @@ def pick_device(name: str) -> str:
 def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     """Evaluate a run, a checkpoint or an exported folder on a part of the data it was trained on, or on other data."""
     args = _parser(prog).parse_strictly(argv)
+    for path in filter(None, (args.confusion, args.per_class)):
+        if Path(path).exists():
+            raise UserError(f"'{path}' exists already: name another file.")
     device = torch.device(pick_device(args.device))
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
     settings = _data_settings(args, trained.settings)
-    config = trained.data_config
-    dataset = _open(settings, config['input_size'][0], trained.class_names)
+    config = {**trained.data_config, 'batch_size': args.batch_size}
+    dataset = _open(settings, settings.val_split, config['input_size'][0], trained.class_names)
     _check_labels(dataset, trained)
-    loader = create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=args.batch_size,
-        is_training=False,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        num_workers=args.workers,
-        device=device,
-    )
+    loader = _loader(dataset, config, device, args.workers)
     model = trained.model.to(device)
     say(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
-    metrics = evaluate(model, loader, device)
+    found = evaluate(model, loader, device)
+    metrics = found.metrics
     say(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
-    result = {'model': trained.name, **metrics, 'images': len(dataset), 'img_size': config['input_size'][-1]}
-    print(f'--result\n{json.dumps(result, indent=4)}')
+    if found.unreadable:
+        warn(f'{found.unreadable} images could not be read, and are in none of these figures')
+    if args.recall or args.knn:
+        metrics |= _neighbours(args, settings, trained, loader, config)
+    names = trained.class_names or [str(k) for k in range(len(found.confusion))]
+    _write_tables(args, found, names)
+    result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
+    print(f'--result\n{json.dumps({**result, "img_size": config["input_size"][-1]}, indent=4)}')
     return 0
+
+
+def _loader(dataset: Any, config: dict[str, Any], device: torch.device, workers: int) -> Any:
+    names = ('input_size', 'batch_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
+
+
+def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
+    """What features alone tell: ``recall_at_1`` within the part, ``knn`` by the training part's images."""
+    features, labels = retrieval.extract_features(trained.model, loader)
+    found = {}
+    if args.recall:
+        found['recall_at_1'] = retrieval.recall_at_1(features, labels)
+    if args.knn:
+        known = _open(settings, settings.train_split, config['input_size'][0], trained.class_names, training=True)
+        known_loader = _loader(known, config, features.device, args.workers)
+        known_features = retrieval.extract_features(trained.model, known_loader, 'features of the training part')
+        found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
+    say('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
+    return found
+
+
+def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
+    if args.per_class:
+        counts = found.confusion.sum(1).tolist()
+        rows = [['class', 'images', 'accuracy'], *zip(names, counts, found.accuracies, strict=True)]
+        _write_csv(args.per_class, rows)
+    if args.confusion:
+        rows = [[name, *row] for name, row in zip(names, found.confusion.tolist(), strict=True)]
+        _write_csv(args.confusion, [['class \\ predicted', *names], *rows])
+
+
+def _write_csv(path: str, rows: list) -> None:
+    with open(path, 'x', newline='', encoding='utf-8') as file:
+        csv.writer(file).writerows(rows)
+    say(f'written: {path}')
 
 
 def _parser(prog: str) -> Parser:
@@ -109,6 +188,10 @@ def _parser(prog: str) -> Parser:
     add('--data-dir', default=None, metavar='DIR', help="default: the run's")
     add('--dataset', default=None, metavar='NAME')
     add('--split', default=None, metavar='NAME', help='part to evaluate on')
+    add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
+    add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
+    add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
+    add('--knn', type=int, default=None, metavar='K', help='accuracy of the K nearest training images, by features')
     add('-b', '--batch-size', type=int, default=256, metavar='N')
     add('-j', '--workers', type=int, default=4, metavar='N')
     add('--device', default='auto')
@@ -132,10 +215,13 @@ def _data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argpar
     return argparse.Namespace(**settings, batch_size=args.batch_size, needs_part=args.split is not None)
 
 
-def _open(settings: argparse.Namespace, channels: int, class_names: list[str] | None) -> Any:
+def _open(
+    settings: argparse.Namespace, split: str, channels: int, class_names: list[str] | None, training: bool = False
+) -> Any:
     if settings.val_fraction is None:
-        return data.open_part(settings, settings.val_split, channels, class_names, settings.needs_part)
-    return data.open_splits(settings, channels).validation
+        return data.open_part(settings, split, channels, class_names, settings.needs_part)
+    splits = data.open_splits(settings, channels)
+    return splits.train if training else splits.validation
 
 
 def _check_labels(dataset: Any, trained: Any) -> None:

@@ -1,0 +1,74 @@
+"""How well a model's features tell classes apart without its classifier: nearest neighbours."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccl_timm.console import Progress
+from ccl_timm.task import read_head
+
+__all__ = ['extract_features', 'knn_accuracy', 'recall_at_1']
+
+_ROWS = 1024  # of the similarity matrix at a time
+
+
+@torch.inference_mode()
+def extract_features(model: nn.Module, loader: Any, label: str = 'features') -> tuple[Tensor, Tensor]:
+    """Features of a data set: what the last layer reads, scaled to length 1.
+
+    Args:
+        model: a timm model, ours or any other.
+        loader: of images and labels; an image of label -1 could not be read, and is left out.
+        label: name in front of the progress.
+
+    Returns:
+        Features (N, D) float32, labels (N,), on the model's device.
+    """
+    model.eval()
+    features, labels = [], []
+    for images, target in Progress(loader, label, 50):
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        found = read_head(model.get_classifier(), pooled).features.float()
+        features.append(F.normalize(found, dim=1)[target >= 0])
+        labels.append(target[target >= 0])
+    return torch.cat(features), torch.cat(labels)
+
+
+def recall_at_1(features: Tensor, labels: Tensor) -> float:
+    """Share, in percent, of the images whose nearest other image (by cosine) is of their class.
+
+    Args:
+        features: (N, D) of length 1; N >= 2.
+        labels: (N,).
+    """
+    hits = 0
+    for start in range(0, len(features), _ROWS):
+        similarity = features[start : start + _ROWS] @ features.T
+        rows = torch.arange(len(similarity), device=features.device)
+        similarity[rows, rows + start] = -2.0  # not its own neighbour; a cosine is at least -1
+        hits += (labels[similarity.argmax(1)] == labels[start : start + _ROWS]).sum().item()
+    return 100 * hits / len(features)
+
+
+def knn_accuracy(
+    features: Tensor, labels: Tensor, known_features: Tensor, known_labels: Tensor, neighbours: int
+) -> float:
+    """Accuracy in percent of the classifier that asks the nearest known images, each voting with its cosine.
+
+    Args:
+        features: (N, D) of length 1.
+        labels: (N,).
+        known_features: (M, D) of length 1, of the training part.
+        known_labels: (M,).
+        neighbours: how many vote; at most M do.
+    """
+    classes = int(torch.cat([labels, known_labels]).max()) + 1
+    hits = 0
+    for start in range(0, len(features), _ROWS):
+        similarity = features[start : start + _ROWS] @ known_features.T
+        value, index = similarity.topk(min(neighbours, len(known_features)), dim=1)
+        votes = torch.zeros(len(value), classes, device=value.device).scatter_add_(1, known_labels[index], value)
+        hits += (votes.argmax(1) == labels[start : start + _ROWS]).sum().item()
+    return 100 * hits / len(features)

@@ -1,0 +1,70 @@
+"""Evaluation: figures from the confusion matrix, images that cannot be read, neighbours by features."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.nn import functional as F
+
+from ccl_timm.retrieval import knn_accuracy, recall_at_1
+from ccl_timm.validate import evaluate
+
+from .conftest import results, write_folder
+
+
+def batches(logits, target, size=7):
+    return list(zip(logits.split(size), target.split(size), strict=True))
+
+
+def test_figures_are_sklearns():
+    torch.manual_seed(0)
+    logits, target = torch.randn(50, 4), torch.randint(4, (50,))
+    found = evaluate(nn.Identity(), batches(logits, target), torch.device('cpu'))
+    predicted = logits.argmax(1)
+    assert found.confusion.tolist() == confusion_matrix(target, predicted).tolist()
+    assert found.metrics['macro_top1'] == pytest.approx(100 * balanced_accuracy_score(target, predicted))
+    assert found.metrics['top1'] == pytest.approx(100 * (predicted == target).float().mean().item())
+    assert found.metrics['loss'] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
+    assert found.unreadable == 0
+
+
+def test_images_that_cannot_be_read_and_absent_classes_are_in_no_figure():
+    logits = torch.eye(4)[[0, 1, 2, 0, 0]]
+    found = evaluate(nn.Identity(), batches(logits, torch.tensor([0, 1, 1, -1, -1]), 2), torch.device('cpu'))
+    assert found.unreadable == 2 and found.metrics['top1'] == pytest.approx(200 / 3)
+    assert found.accuracies == [100.0, 50.0, None, None]
+    assert found.metrics['macro_top1'] == 75.0
+
+
+def test_neighbours_are_sklearns():
+    torch.manual_seed(0)
+    known, labels = F.normalize(torch.randn(60, 5), dim=1), torch.randint(3, (60,))
+    unknown = F.normalize(torch.randn(40, 5), dim=1)
+    reference = KNeighborsClassifier(7, metric='cosine', weights=lambda distance: 1 - distance).fit(known, labels)
+    truth = torch.from_numpy(reference.predict(unknown))
+    assert knn_accuracy(unknown, truth, known, labels, 7) == 100.0
+    nearest = KNeighborsClassifier(2, metric='cosine').fit(known, labels).kneighbors(known, return_distance=False)[:, 1]
+    assert recall_at_1(known, labels) == pytest.approx(100 * (labels[nearest] == labels).float().mean().item())
+
+
+def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained, place):
+    folder = write_folder(place / 'images')
+    (folder / 'validation' / 'bee' / '1.png').write_bytes(b'not an image')
+    argv = [trained, '--data-dir', folder, '-j', '0', '--per-class', 'a.csv', '--confusion', 'b.csv', '--recall']
+    code, out, err = words('timm', 'validate.py', *argv, '--knn', '3')
+    assert code == 0, err
+    assert "bee/1.png' cannot be read, and is left out" in err and '1 images could not be read' in err
+    result = results(out)
+    assert result['images'] == 11 and {'recall_at_1', 'knn', 'macro_top1'} <= result.keys()
+    rows = list(csv.DictReader(Path('a.csv').open()))
+    assert [(row['class'], row['images']) for row in rows] == [('ant', '4'), ('bee', '3'), ('cat', '4')]
+    confusion = [[int(n) for n in row[1:]] for row in list(csv.reader(Path('b.csv').open()))[1:]]
+    assert [sum(row) for row in confusion] == [4, 3, 4]
+    hits = sum(confusion[k][k] for k in range(3))
+    assert result['top1'] == pytest.approx(100 * hits / 11)
+    code, out, err = words('timm', 'validate.py', *argv)
+    assert code == 2 and "'b.csv' exists already" in err
