@@ -1,16 +1,23 @@
 """What the training script tells people: its choices, its progress, its end."""
 
 import json
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
+
+import torch
 
 from ccl_timm import losses
 from ccl_timm.console import is_primary, say, warn
 from ccl_timm.data import Splits
+from ccl_timm.in_memory import InMemoryLoader
 from ccl_timm.settings import global_batch, loss_settings
 
 if TYPE_CHECKING:
     from ccl_timm.train import Run
+
+_MUCH_WAITING = 0.3  # of a step
+_IMBALANCE = 10  # largest class to smallest
 
 __all__ = ['say_choices', 'say_end', 'say_epoch', 'say_finish', 'warn_of_empty_terms']
 
@@ -25,18 +32,21 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     start = 'pretrained' if args.pretrained or args.pretrained_path else 'from scratch'
     start = f'weights of {args.initial_checkpoint}' if args.initial_checkpoint else start
     batch = global_batch(args)
+    layout = 'channels last' if run.memory_format == torch.channels_last else 'contiguous'
+    memory = 'in memory' if isinstance(run.loader, InMemoryLoader) else f'read by {args.workers} workers'
     rows = [
         ('model', f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters', 'model'),
         ('head', type(model.get_classifier()).__name__, 'model'),
         ('start', start, 'initial_checkpoint' if args.initial_checkpoint else 'pretrained'),
         ('loss', f'{args.loss} ({values})' if values else args.loss, 'loss'),
         ('smoothing', str(loss_settings(args).get('smoothing', 'not taken by this loss')), 'smoothing'),
-        ('data', args.dataset or str(args.data_dir), 'dataset' if args.dataset else 'data_dir'),
+        ('data', f'{args.dataset or args.data_dir}, {memory}', 'dataset' if args.dataset else 'data_dir'),
         ('images', f'{len(splits.train)} to train on, {len(splits.validation or [])} to validate on', 'val_split'),
         ('classes', f'{args.num_classes}, {min(counts)} to {max(counts)} images each', 'num_classes'),
         ('input', 'x'.join(map(str, run.data_config['input_size'])), 'input_size' if args.input_size else 'img_size'),
         ('device', args.device, 'device'),
         ('precision', f'mixed {args.amp_dtype}' if args.amp else 'float32', 'amp'),
+        ('layout', layout, 'memory_format'),
         ('batch', f'{batch} = {args.batch_size} x {args.world_size} processes x {args.grad_accum_steps} accumulated',
          'batch_size'),
         ('lr', f'{args.lr:.4g}, {args.opt}, {args.sched}', 'lr' if sources.get('lr') != 'default' else 'lr_base'),
@@ -45,13 +55,45 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     for name, value, key in rows:
         source = sources.get(key, 'default')
         say(f'{name:>10}  {value}  [{source if source in ("typed", "default", "the data") else f"recipe {source}"}]')
-    for note in splits.notes:
+    for note in (*splits.notes, *_cautions(run, counts)):
         warn(note)
 
 
-def say_finish(run: 'Run', seconds_a_step: float, batches: int) -> None:
-    """When training will be done, from the time of the first steps; said once."""
+def _cautions(run: 'Run', counts: list[int]) -> Iterator[str]:
+    args = run.args
+    if min(counts) and max(counts) > _IMBALANCE * min(counts):
+        yield (
+            f'classes have {min(counts)} to {max(counts)} images: --class-weight balanced or --samples-per-class, and '
+            '--eval-metric macro_top1, count all classes alike.'
+        )
+    if run.task.loss.batch_statistics and args.grad_accum_steps > 1:
+        yield (
+            f"loss '{args.loss}' compares the images of a batch, and sees {args.batch_size * args.world_size} at a "
+            f'time, not the {global_batch(args)} of {args.grad_accum_steps} accumulated batches.'
+        )
+    batch = global_batch(args)
+    if args.lr_batch and args.lr_batch != batch and not args.scale_lr:
+        yield (
+            f'the learning rate {args.lr:g} is for batches of {args.lr_batch}; for {batch} it would be '
+            f'{args.lr * batch / args.lr_batch:g}: --scale-lr takes that.'
+        )
+
+
+def say_finish(run: 'Run', seconds_a_step: float, waiting: float, batches: int) -> None:
+    """When training will be done, from the time of the first steps; said once. So is a loader that is too slow.
+
+    Args:
+        run: the run.
+        seconds_a_step: of a whole step.
+        waiting: share of it that is spent on waiting for images, 0..1.
+        batches: of an epoch.
+    """
     run.said_finish = True
+    if waiting > _MUCH_WAITING and not isinstance(run.loader, InMemoryLoader):
+        warn(
+            f'{waiting:.0%} of each step is spent on waiting for images: more --workers than {run.args.workers}, '
+            'smaller images on disk, or --in-memory on may help.'
+        )
     left = seconds_a_step * batches * (run.epochs - run.start_epoch)
     end = datetime.now() + timedelta(seconds=left)
     say(f'expected to finish at {end:%H:%M} (in {_duration(left)}, plus validation)')

@@ -2,11 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'is_primary', 'say', 'table', 'warn']
+__all__ = ['Progress', 'is_primary', 'say', 'say_error', 'table', 'warn', 'was_error_said']
 
 
 def is_primary() -> bool:
@@ -23,6 +25,29 @@ def say(text: str = '') -> None:
 def warn(text: str) -> None:
     """Print a warning."""
     say(f'warning: {text}')
+
+
+def say_error(text: str) -> None:
+    """Print why the program ends: once, by the first of torchrun's processes on this machine that has a reason."""
+    mark = _error_mark()
+    if mark is not None:
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(f'error: {text}', file=sys.stderr)
+
+
+def was_error_said() -> bool:
+    """Whether another of torchrun's processes on this machine has said why the program ends."""
+    mark = _error_mark()
+    return mark is not None and mark.exists()
+
+
+def _error_mark() -> Path | None:
+    """A file beside the folders that torchrun gives its processes for errors; None without torchrun."""
+    own = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    return Path(own).parent.parent / 'ccl_timm_error_said' if own else None
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
@@ -48,9 +73,17 @@ class Progress:
         self.steps = len(items)
         self.bar = tqdm(total=self.steps, desc=label, leave=False, disable=not (is_primary() and sys.stderr.isatty()))
         self.done = 0
+        self.waited = 0.0  # seconds, for items
 
     def __iter__(self) -> Iterator:
-        for item in self.items:
+        items = iter(self.items)
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                break
+            self.waited += time.perf_counter() - started
             self.done += 1
             yield item
             self.bar.update()

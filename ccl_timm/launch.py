@@ -3,9 +3,12 @@
 import argparse
 import contextlib
 import importlib.util
+import logging
+import os
 import runpy
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +21,8 @@ import timm.task.classification
 import torch
 import yaml
 from timm.utils import ParseKwargs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ccl_timm import loaders, losses, models, recipes
 from ccl_timm.console import say, warn
@@ -25,7 +30,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.options import OWN, train_parser
 from ccl_timm.task import LossTask
 
-__all__ = ['run_script']
+__all__ = ['run_on_processes', 'run_script']
 
 # settings of ours that a foreign script can have, those that only describe a recipe, and those that are refused
 _HONOURED = ('loss', 'loss_kwargs', 'pad_crop')
@@ -57,6 +62,34 @@ def run_script(script: str, argv: list[str]) -> int:
             losses.loss_options(own.loss)  # an unknown loss is said before anything runs
             with _as_argv(path, rest), _pad_crop(own.pad_crop):
                 _run_with_loss(path, own)
+    return 0
+
+
+def run_on_processes(count: int, words: list[str]) -> int:
+    """Run a script on several processes, as ``torchrun --nproc-per-node COUNT -m ccl_timm.launch WORDS`` does.
+
+    Args:
+        count: processes, on this machine.
+        words: what follows ``timm`` without ``--nproc``.
+
+    Returns:
+        0, or the exit code of the first process that failed, which said why.
+    """
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # the process has said all
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)('-m', 'ccl_timm.launch', *words)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
     return 0
 
 

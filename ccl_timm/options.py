@@ -1,4 +1,4 @@
-"""The training script's flags: timm's names and defaults, three of our own, and how recipe and words combine."""
+"""The training script's flags: timm's names and defaults, some of our own, and how recipe and words combine."""
 
 import argparse
 import shlex
@@ -82,7 +82,10 @@ UPSTREAM_ONLY: dict[str, Any] = {
 
 
 # flags that timm's train.py does not have
-OWN = ('class_names', 'loss', 'loss_kwargs', 'pad_crop', 'val_fraction')
+OWN = (
+    'class_names', 'class_weight', 'deterministic', 'in_memory', 'loss', 'loss_kwargs', 'lr_batch', 'memory_format',
+    'pad_crop', 'patience', 'samples_per_class', 'scale_lr', 'tracker', 'val_fraction',
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,6 +144,8 @@ def _add_data(parser: Parser) -> None:
     add('--dataset-download', action='store_true', help='let torch/ data sets download themselves')
     add('--class-map', default='', metavar='FILE', help='class names, one a line, in the order of their numbers')
     add('--class-names', nargs='+', default=None, metavar='NAME', help='the same in words; args.yaml has it')
+    add('--in-memory', default='auto', choices=('auto', 'on', 'off'), help='keep images decoded in memory; auto: small')
+    add('--samples-per-class', type=int, default=None, metavar='K', help='batches of B/K classes with K images each')
     add('--input-img-mode', default=None, metavar='MODE', help="colour mode of images, default 'RGB', or 'L' for 1")
     add('--input-key', default=None, help='column of images (hfds/)')
     add('--target-key', default=None, help='column of labels (hfds/)')
@@ -168,10 +173,13 @@ def _add_model(parser: Parser) -> None:
     add('--bn-eps', type=float, default=None)
     add('--grad-checkpointing', action='store_true', help='less memory, more time')
     add('--channels-last', action='store_true', help='channels-last memory layout')
+    add('--memory-format', default='auto', choices=('auto', 'channels_last', 'contiguous'),
+        help='of images; auto: what is faster on the device')  # fmt: skip
     add('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND', help='compile model and loss')
     add('--torchcompile-mode', default=None)
     add('--loss', default='ce', metavar='NAME', help="one of `ccl-timm losses`, or timm's ce, bce, asl, poly")
     add('--loss-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help="the loss's options")
+    add('--class-weight', default='', metavar='W', help="'balanced', or a file of 'NAME WEIGHT' lines; for the CE part")
     add('--smoothing', type=float, default=0.1, metavar='F', help='label smoothing, for losses that have it')
 
 
@@ -206,6 +214,8 @@ def _add_schedule(parser: Parser) -> None:
     add = parser.add_argument_group('learning rate').add_argument
     add('--epochs', type=int, default=300, metavar='N')
     add('--lr', type=float, default=None, help='learning rate, overrides --lr-base')
+    add('--lr-batch', type=int, default=None, metavar='N', help="global batch that --lr is for; default the recipe's")
+    add('--scale-lr', action='store_true', help='scale --lr from that batch to the one in use')
     add('--lr-base', type=float, default=0.1, help='lr = lr_base * global batch / lr_base_size')
     add('--lr-base-size', type=int, default=256)
     add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'))
@@ -219,6 +229,7 @@ def _add_schedule(parser: Parser) -> None:
     add('--decay-epochs', type=float, default=90)
     add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270])
     add('--decay-rate', '--dr', type=float, default=0.1)
+    add('--patience', type=int, default=None, metavar='N', help='stop after N epochs without a better --eval-metric')
     add('--patience-epochs', type=int, default=10, help='of the plateau schedule')
 
 
@@ -259,9 +270,12 @@ def _add_run(parser: Parser) -> None:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='how many checkpoints to keep')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
     add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
-    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what the best checkpoint is best in')
+    add('--eval-metric', default='top1', choices=('top1', 'macro_top1', 'top5', 'loss'),
+        help='what the best checkpoint is best in; macro_top1: mean accuracy of the classes')  # fmt: skip
     add('-j', '--workers', type=int, default=4, metavar='N', help='loader processes; 0 for none')
     add('--pin-mem', action='store_true')
+    add('--deterministic', action='store_true', help='only algorithms that repeat their results bit for bit')
+    add('--tracker', default='', choices=('', 'tensorboard', 'trackio', 'wandb'), help='show metrics elsewhere too')
     add('--log-wandb', action='store_true')
     add('--wandb-project', default=None)
     add('--wandb-tags', nargs='+', default=[])
@@ -292,6 +306,9 @@ def resolve(argv: list[str], prog: str = 'timm train.py') -> tuple[argparse.Name
     recipe_name = typed.get('config') or ('' if {'data_dir', 'dataset'} & typed.keys() else 'digits')
     recipe = read_for(parser, defaults, recipe_name, typed.get('loss')) if recipe_name else {}
     recipe = _without_rivals(recipe, typed)
+    if recipe.get('lr') is not None:
+        batch = recipe.get('batch_size', defaults['batch_size']) * recipe.get('grad_accum_steps', 1)
+        recipe = {'lr_batch': batch, **recipe}
     settings = {**defaults, **recipe, **typed, 'config': recipe_name}
     settings.pop('data')
     sources = {key: 'typed' if key in typed else recipe_name if key in recipe else 'default' for key in settings}

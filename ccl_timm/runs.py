@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 import yaml
+from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ccl_timm import plugins
@@ -22,6 +23,7 @@ from ccl_timm.errors import UserError
 __all__ = [
     'check_same_data',
     'checkpoint_of',
+    'continue_saver',
     'create_folder',
     'environment',
     'plan_folder',
@@ -33,7 +35,8 @@ __all__ = [
 # settings that may differ between a run and its continuation without changing what is computed
 _FREE = {
     'checkpoint_hist', 'class_names', 'config', 'device', 'experiment', 'log_interval', 'log_wandb', 'no_resume_opt',
-    'num_classes', 'output', 'pin_mem', 'resume', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers',
+    'num_classes', 'output', 'patience', 'pin_mem', 'resume', 'tracker', 'wandb_project', 'wandb_resume_id',
+    'wandb_tags', 'workers',
 }  # fmt: skip
 
 
@@ -112,6 +115,36 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except UserError:
             continue
     return max(found)[-1] if found else None
+
+
+def continue_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
+    """Let a saver go on where that of a checkpoint stopped, also if it was stopped while it saved.
+
+    timm's saver writes a checkpoint, then its numbered copy, then the copy that is the best. A run killed in between
+    would rank its checkpoints in another way than one that was not, or keep no best one: the copies are made up for.
+    """
+    saver.load_state_dict_from_checkpoint(str(checkpoint))
+    content = read_checkpoint(checkpoint)
+    epoch, metric = content['epoch'], content.get('metric')
+    copy = saver._checkpoint_path(epoch)
+    if metric is not None and not os.path.exists(copy):
+        full = len(saver.checkpoint_files) >= saver.max_history
+        if not full or saver.cmp(metric, saver.checkpoint_files[-1][1]):
+            if full:
+                saver._cleanup_checkpoints(1)
+            saver._duplicate(str(checkpoint), copy)
+            saver._track_checkpoint(copy, epoch, metric, update_best_file=False)
+    best = Path(saver.checkpoint_dir) / 'model_best.pth.tar'
+    its_copy = saver._checkpoint_path(saver.best_epoch)
+    if os.path.exists(its_copy) and _epoch_of(best) != saver.best_epoch:
+        saver._duplicate(its_copy, str(best))
+
+
+def _epoch_of(path: Path) -> int | None:
+    try:
+        return read_checkpoint(path)['epoch']
+    except UserError:
+        return None
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -213,11 +246,18 @@ def write_run_files(
         information = _continued(json.loads(record.read_text(encoding='utf-8')), information)
     else:
         kept = {key: value for key, value in settings.items() if key != 'config'}
-        (folder / 'args.yaml').write_text(yaml.safe_dump({**kept, 'resume': ''}), encoding='utf-8')
-    record.write_text(json.dumps(information, indent=2) + '\n', encoding='utf-8')
+        _write(folder / 'args.yaml', yaml.safe_dump({**kept, 'resume': ''}))
+    _write(record, json.dumps(information, indent=2) + '\n')
     if held_out:
         lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
-        (folder / 'split.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        _write(folder / 'split.csv', '\n'.join(lines) + '\n')
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none: a kill leaves no half of one."""
+    beside = path.with_name(f'{path.name}.tmp')
+    beside.write_text(text, encoding='utf-8')
+    beside.replace(path)
 
 
 def _continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

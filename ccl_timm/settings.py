@@ -17,6 +17,7 @@ from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
     'check_settings',
+    'class_weights',
     'explained',
     'global_batch',
     'input_channels',
@@ -38,13 +39,16 @@ def check_settings(args: argparse.Namespace) -> None:
     for key in args.loss_kwargs:
         if key not in known:
             losses.create_loss(args.loss, **{key: args.loss_kwargs[key]})  # raises, with the options there are
-    for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist'):
-        if getattr(args, name) < 1:
+    names = ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist')
+    for name in (*names, 'samples_per_class', 'patience', 'lr_batch'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
     if args.workers < 0:
         raise UserError(f'--workers {args.workers} must be at least 0.')
+    if args.class_weight and not losses.class_weight_option(args.loss):
+        raise UserError(f"--class-weight does not work with the loss '{args.loss}': it has no weights of classes.")
     if args.pad_crop and (args.no_aug or args.train_crop_mode):
         raise UserError('--pad-crop takes the place of other crops: leave out --no-aug and --train-crop-mode.')
     _check_normalisation(args)
@@ -53,8 +57,13 @@ def check_settings(args: argparse.Namespace) -> None:
     _check_mixing(args)
     if args.opt.lower() not in list_optimizers():
         raise UserError(f"Unknown optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
-    if args.log_wandb and importlib.util.find_spec('wandb') is None:
-        raise UserError('--log-wandb needs the package wandb: `pip install wandb`.')
+    _check_tracker(args)
+
+
+def _check_tracker(args: argparse.Namespace) -> None:
+    name = 'wandb' if args.log_wandb else args.tracker
+    if name and importlib.util.find_spec(name) is None:
+        raise UserError(f'--tracker {name} needs the package {name}: `pip install {name}`.')
 
 
 def _check_mixing(args: argparse.Namespace) -> None:
@@ -120,17 +129,57 @@ def weight_settings(args: argparse.Namespace) -> dict[str, Any]:
     return weights
 
 
-def loss_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The loss's options, with label smoothing where the loss has it and Mixup has not applied it already."""
+def loss_settings(args: argparse.Namespace, class_weight: list[float] | None = None) -> dict[str, Any]:
+    """The loss's options, with label smoothing where the loss has it and Mixup has not applied it already.
+
+    Args:
+        args: settings.
+        class_weight: of each class, as :func:`class_weights` gives them.
+    """
     known = losses.loss_options(args.loss)
     filled = {'smoothing': 0.0 if mixes(args) else args.smoothing, 'soft_targets': mixes(args)}
+    if class_weight is not None:
+        filled[losses.class_weight_option(args.loss)] = class_weight
     return {**{key: value for key, value in filled.items() if key in known}, **args.loss_kwargs}
 
 
+def class_weights(args: argparse.Namespace, counts: list[int] | None, names: list[str] | None) -> list[float] | None:
+    """Weights of the classes as --class-weight says; None without it.
+
+    Args:
+        args: settings.
+        counts: training images of each class; 'balanced' weighs by ``N / (K * count)``.
+        names: of the classes, which a file weighs line by line; those it does not name have weight 1.
+
+    Raises:
+        UserError: the data does not tell its classes, or the file is not as it should be.
+    """
+    if not args.class_weight:
+        return None
+    if not counts or (args.class_weight != 'balanced' and not names):
+        raise UserError(f"--class-weight does not work with '{args.dataset}', which does not tell its classes.")
+    if args.class_weight == 'balanced':
+        return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+    path = Path(args.class_weight)
+    if not path.is_file():
+        raise UserError(f"--class-weight is 'balanced' or a file; there is no file '{path}'.")
+    weights = dict.fromkeys(names, 1.0)
+    for line in filter(str.strip, path.read_text(encoding='utf-8').splitlines()):
+        name, _, value = line.strip().rpartition(' ')
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"{path}: '{line.strip()}' is not 'NAME WEIGHT', such as '{names[0]} 2.5'.") from None
+        if len(weights) > len(names) or not 0 <= weights[name.strip()] < float('inf'):
+            raise UserError(f"{path}: '{line.strip()}' does not weigh one of the classes, such as '{names[0]} 2.5'.")
+    return list(weights.values())
+
+
 def learning_rate(args: argparse.Namespace) -> float:
-    """--lr, or timm's rule: from --lr-base and the global batch."""
+    """--lr, scaled with the global batch if --scale-lr says so; or timm's rule, from --lr-base and the global batch."""
     if args.lr is not None:
-        return args.lr
+        scales = args.scale_lr and args.lr_batch
+        return args.lr * global_batch(args) / args.lr_batch if scales else args.lr
     scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
     ratio = global_batch(args) / args.lr_base_size
     return args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)

@@ -269,14 +269,18 @@ class LossTask(TrainingTask):
         self._bare().set_step(step)
 
     @torch.no_grad()
-    def try_once(self, input_size: tuple[int, int, int]) -> None:
-        """Evaluate model and loss on two random images of a size, so that what cannot work fails before training."""
+    def try_once(self, input_size: tuple[int, int, int], soft_classes: int = 0) -> None:
+        """Evaluate model and loss on two random images of a size, so that what cannot work fails before training.
+
+        With soft_classes, the targets are rows of so many probabilities, as Mixup makes them.
+        """
         modes = [(module, module.training) for module in self.modules()]
         try:
             self.eval()
             with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
                 images = torch.randn(2, *input_size).to(next(self.parameters()))
-                self(images, torch.zeros(2, dtype=torch.long, device=images.device))
+                target = torch.zeros(2, dtype=torch.long, device=images.device)
+                self(images, nn.functional.one_hot(target, soft_classes).to(images) if soft_classes else target)
         finally:
             for module, training in modes:
                 module.training = training

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.hub import build_model
 from ccl_timm.loaders import make_loaders
 from ccl_timm.task import LossTask, create_task
+from ccl_timm.trackers import Tracker
 from ccl_timm.validate import evaluate, pick_device
 
 __all__ = ['Run', 'main', 'train']
@@ -49,7 +51,8 @@ class Run:
     """All that the epochs of a run share.
 
     Attributes:
-        metric: what the best checkpoint is best in: ``top1``, ``top5`` or ``loss``.
+        metric: what the best checkpoint is best in: ``top1``, ``macro_top1``, ``top5`` or ``loss``.
+        memory_format: of the images, and of the model.
         best: its value and epoch so far.
         results: what was measured after each epoch.
     """
@@ -64,6 +67,8 @@ class Run:
     data_config: dict[str, Any]
     autocast: Any
     scaler: Any
+    memory_format: torch.memory_format = torch.contiguous_format
+    tracker: Tracker | None = None
     scheduler: Any = None
     saver: CheckpointSaver | None = None
     epochs: int = 0
@@ -111,8 +116,11 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model))
     device = init_distributed_device(args)
     random_seed(args.seed, args.rank)
+    if args.deterministic:
+        _repeat_exactly()
     splits = data.open_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
+    args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)
     continues = runs.holds_run(folder)
     if continues:
         held_out = args.val_fraction is not None
@@ -127,6 +135,8 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
             runs.write_run_files(run.folder, given, information, splits.held_out, continues)
             _start_saver(run, checkpoint, continues)
         _fit(run)
+        if run.tracker is not None:
+            run.tracker.finish()
     except KeyboardInterrupt:
         say('stopped by hand')
         raise
@@ -155,19 +165,18 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     """Build model, loss, loaders and optimizer, and take up a checkpoint."""
     model = build_model(vars(args), **settings.weight_settings(args))
     data_config = resolve_data_config(vars(args), model=model)
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+    memory_format = _memory_format(args, model)
+    model.to(device, memory_format=memory_format)
     if args.grad_checkpointing:
         with settings.explained(f"--grad-checkpointing does not work with '{args.model}'"):
             model.set_grad_checkpointing(True)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''
         model = convert_sync_batchnorm(model)
-    task = create_task(model, args.loss, device=device, **settings.loss_settings(args))
+    task = create_task(model, args.loss, device=device, **settings.loss_settings(args, args.class_weights))
     size = 'x'.join(map(str, data_config['input_size']))
     with settings.explained(f"'{args.model}' with loss '{args.loss}' cannot take images of {size}"):
-        task.try_once(data_config['input_size'])
+        task.try_once(data_config['input_size'], soft_classes=args.num_classes if settings.mixes(args) else 0)
     with settings.explained('The settings of data and augmentation do not work'):
         loader, loader_eval = make_loaders(args, device, data_config, splits)
     args.lr = settings.learning_rate(args)
@@ -177,7 +186,8 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     if args.amp:
         autocast = functools.partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype))
         scaler = NativeScaler(device=device.type) if device.type == 'cuda' and args.amp_dtype == 'float16' else None
-    run = Run(args, device, folder, task, optimizer, loader, loader_eval, data_config, autocast, scaler)
+    parts = (task, optimizer, loader, loader_eval, data_config, autocast, scaler)
+    run = Run(args, device, folder, *parts, memory_format=memory_format)
     _resume(run, checkpoint)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -233,20 +243,12 @@ def _start_saver(run: Run, checkpoint: Path | None, continues: bool) -> None:
     )
     if continues:
         if checkpoint:
-            run.saver.load_state_dict_from_checkpoint(str(checkpoint))
+            runs.continue_saver(run.saver, checkpoint)
             run.best = (run.saver.best_metric, run.saver.best_epoch)
-        trim_summary(str(run.folder / 'summary.csv'), run.start_epoch)
-    if run.args.log_wandb:
-        import wandb
-
-        wandb.init(
-            project=run.args.wandb_project,
-            name=run.folder.name,
-            config=vars(run.args),
-            tags=run.args.wandb_tags,
-            resume='must' if run.args.wandb_resume_id else None,
-            id=run.args.wandb_resume_id or None,
-        )
+            trim_summary(str(run.folder / 'summary.csv'), run.start_epoch)
+        else:
+            (run.folder / 'summary.csv').unlink(missing_ok=True)
+    run.tracker = Tracker('wandb' if run.args.log_wandb else run.args.tracker, run.folder, run.args)
 
 
 def _fit(run: Run) -> None:
@@ -258,6 +260,8 @@ def _fit(run: Run) -> None:
             run.loader.sampler.set_epoch(epoch)
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             run.loader.mixup_enabled = False
+        if _has_lost_patience(run, epoch):
+            break
         started = time.perf_counter()
         train_metrics = _train_epoch(run, epoch)
         if args.distributed and args.dist_bn:
@@ -280,7 +284,7 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     zeros: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     batches = len(run.loader)
     progress = Progress(run.loader, f'epoch {epoch + 1}/{run.epochs}', args.log_interval)
-    timer = time.perf_counter()
+    started = (time.perf_counter(), 0.0)
     for index, (images, target) in enumerate(progress):
         result = _step(run, epoch, index, images, target)
         for name, value in result.items():
@@ -288,13 +292,13 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
                 sums[name] += value.detach()
                 zeros[name] += value.detach() == 0
         if index == _WARM_STEPS:
-            timer = time.perf_counter()
+            started = (time.perf_counter(), progress.waited)
         if not run.said_finish and index >= min(_TIMED_STEPS, batches - 1) > _WARM_STEPS:
-            say_finish(run, (time.perf_counter() - timer) / (index - _WARM_STEPS), batches)
+            seconds, waited = time.perf_counter() - started[0], progress.waited - started[1]
+            say_finish(run, seconds / (index - _WARM_STEPS), waited / seconds, batches)
         if progress.wants_report:
             loss = (sums['loss'] / (index + 1)).item()
-            if not args.distributed:  # one process must not leave while others wait for it
-                _check_finite(run, epoch, loss)
+            _check_finite(run, epoch, loss)
             progress.report(f'loss {loss:.4g}  lr {_learning_rate(run):.3g}')
     means = {name: (total / batches).item() for name, total in sums.items()}
     if args.distributed:
@@ -311,8 +315,7 @@ def _step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.
     update = (index + 1) % accumulate == 0 or index + 1 == batches
     remainder = batches % accumulate
     gathered = remainder if remainder and index >= batches - remainder else accumulate
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=run.memory_format)
     with contextlib.nullcontext() if update else task.no_sync():
         with run.autocast():
             result = task(images, target)
@@ -346,12 +349,12 @@ def _validate(run: Run) -> dict[str, float] | None:
     if run.loader_eval is None:
         return None
     args = run.args
-    shared = (run.loader_eval, run.device, run.autocast, args.channels_last)
-    metrics = evaluate(run.task.get_eval_model(), *shared, log_interval=args.log_interval)
+    shared = (run.loader_eval, run.device, run.autocast, run.memory_format)
+    metrics = evaluate(run.task.get_eval_model(), *shared, log_interval=args.log_interval).metrics
     if run.task.has_ema():
         if args.distributed and args.dist_bn:
             distribute_bn(run.task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
-        metrics = evaluate(run.task.get_eval_model(ema=True), *shared, 'validation (EMA)', args.log_interval)
+        metrics = evaluate(run.task.get_eval_model(ema=True), *shared, 'validation (EMA)', args.log_interval).metrics
     return metrics
 
 
@@ -367,8 +370,8 @@ def _record(run: Run, epoch: int, train_metrics: dict[str, float], eval_metrics:
         eval_metrics,
         filename=str(run.folder / 'summary.csv'),
         lr=_learning_rate(run),
-        log_wandb=run.args.log_wandb,
     )
+    run.tracker.log(epoch, {'train': {**train_metrics, 'lr': _learning_rate(run)}, 'eval': eval_metrics})
     run.best = run.saver.save_checkpoint(epoch, metric=(eval_metrics or train_metrics)[run.metric])
 
 
@@ -383,6 +386,37 @@ def _check_finite(run: Run, epoch: int, loss: float) -> None:
             f'The loss became {loss} in epoch {epoch + 1}: lower the learning rate (now {_learning_rate(run):.3g}) '
             f'or clip gradients with --clip-grad 1. Checkpoints of earlier epochs are in {run.folder}.'
         )
+
+
+def _memory_format(args: argparse.Namespace, model: torch.nn.Module) -> torch.memory_format:
+    """Channels last where --channels-last says so, or where it is known to be faster: convolutions on a CPU."""
+    if args.memory_format == 'auto':
+        convolves = any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+        fast = convolves and args.device == 'cpu'
+    else:
+        fast = args.memory_format == 'channels_last'
+    return torch.channels_last if fast or args.channels_last else torch.contiguous_format
+
+
+def _repeat_exactly() -> None:
+    """Let torch take no algorithm whose results differ from run to run."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it torch refuses cuBLAS
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _has_lost_patience(run: Run, epoch: int) -> bool:
+    """Whether --patience epochs have passed without a better checkpoint; the same on every process."""
+    if run.args.patience is None:
+        return False
+    over = run.best[1] is not None and epoch - run.best[1] > run.args.patience
+    if run.args.distributed:  # only the first process saves, and knows the best
+        flag = torch.tensor(float(over), device=run.device)
+        torch.distributed.broadcast(flag, 0)
+        over = bool(flag)
+    if over:
+        say(f'no better {run.metric} for {run.args.patience} epochs: stopping after epoch {epoch}')
+    return over
 
 
 def _explain_memory(error: RuntimeError, args: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
         ('mean: 0.5', 'it is a list'),
         ('model_kwargs: small', 'it is a mapping'),
         ('model: [a]', 'it is a word'),
-        ('eval_metric: f1', "it is one of 'top1', 'top5', 'loss'"),
+        ('eval_metric: f1', "it is one of 'top1', 'macro_top1', 'top5', 'loss'"),
         ('aug_splits: 3', "'aug_splits: 3' needs timm's own train.py"),
         ('- a\n- b', 'must be a mapping of settings'),
         ('a: [', 'is not YAML'),

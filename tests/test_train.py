@@ -61,7 +61,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     checkpoints = {'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
     assert names == checkpoints | {'args.yaml', 'summary.csv', 'environment.json'}
     assert list(summary(run)[0]) == [
-        'epoch', 'train_loss', 'train_ce', 'train_cc', 'eval_loss', 'eval_top1', 'eval_top5', 'lr',
+        'epoch', 'train_loss', 'train_ce', 'train_cc', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_macro_top1', 'lr',
     ]  # fmt: skip
     row = summary(run)[1]
     assert float(row['train_loss']) == pytest.approx(float(row['train_ce']) + float(row['train_cc']), rel=1e-5)
