@@ -2,9 +2,12 @@
 
 import json
 import os
+import shlex
 import sys
+from argparse import REMAINDER
 from collections.abc import Callable
 
+from ccl_timm.console import say, say_error, was_error_said
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = ['main', 'timm']
@@ -26,12 +29,16 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        say_error(str(error))
         return 2
+    except RuntimeError:
+        if was_error_said():  # what a process meets when another has left
+            return 1
+        raise
     except KeyboardInterrupt:
         return 130
     except (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"error: '{error.filename}': {error.strerror}.", file=sys.stderr)
+        say_error(f"'{error.filename}': {error.strerror}.")
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,12 +50,12 @@ def _timm(argv: list[str]) -> int:
         print(_TIMM_USAGE)
         return 0
     script, *words = argv
+    if script.split('=')[0] == '--nproc':
+        return _on_processes(argv)
     if os.path.isfile(script):
         return _run(argv)
     if script in _BUILT_IN:
         from importlib.metadata import version
-
-        from ccl_timm.console import say
 
         say(f'no file {script} here: the built-in script, with timm {version("timm")}')
         return _COMMANDS[_BUILT_IN[script]][0](words, f'timm {script}')
@@ -58,6 +65,18 @@ def _timm(argv: list[str]) -> int:
             "timm's scripts do not come with its package, give the path of one."
         )
     raise UserError(f"Unknown script '{script}'{did_you_mean(script, _BUILT_IN)} See `timm --help`.")
+
+
+def _on_processes(argv: list[str]) -> int:
+    parser = _parser('timm', 'Run a script on several processes of this machine, one for each device.')
+    parser.add_argument('--nproc', type=int, required=True, metavar='N', help='processes')
+    parser.add_argument('words', nargs=REMAINDER, metavar='SCRIPT ...', help='as without --nproc')
+    args = parser.parse_args(argv)
+    if args.nproc < 1 or not args.words:
+        raise UserError(f'`timm --nproc N SCRIPT ...` takes at least one process and a script, not {shlex.join(argv)}.')
+    from ccl_timm.launch import run_on_processes
+
+    return run_on_processes(args.nproc, args.words)
 
 
 def _ccl_timm(argv: list[str]) -> int:
@@ -110,6 +129,12 @@ def _predict(argv: list[str], prog: str) -> int:
     from ccl_timm import predict
 
     return predict.main(argv, prog)
+
+
+def _bench(argv: list[str], prog: str) -> int:
+    from ccl_timm import bench
+
+    return bench.main(argv, prog)
 
 
 def _export(argv: list[str], prog: str) -> int:
@@ -225,6 +250,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'train': (_train, 'train; the same as `timm train.py` without such a file'),
     'validate': (_validate, 'evaluate a run'),
     'predict': (_predict, 'classify images'),
+    'bench': (_bench, 'time losses, training steps and loaders, as ratios'),
     'export': (_export, 'write a trained model as safetensors and config.json, or as ONNX'),
     'run': (_run, "run a timm script, such as timm's own train.py, with our models and losses"),
     'data': (_data, 'write a data set as a folder of images'),
@@ -241,5 +267,6 @@ usage: timm SCRIPT ...
   timm path/to/train.py ...   runs that script of timm's, unmodified, with our models and losses in place
   timm train.py ...           without such a file: the built-in script; `timm train.py --help` lists its flags
   timm validate.py RUN        likewise
+  timm --nproc N SCRIPT ...   the same on N processes of this machine, one for each device
 
 `ccl-timm --help` lists the other commands."""

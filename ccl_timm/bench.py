@@ -1,0 +1,233 @@
+"""Speed as ratios, each measured side by side in one run: losses, training steps, loaders."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, RandomSampler
+
+from ccl_timm import losses, models
+from ccl_timm.console import say, table
+from ccl_timm.in_memory import Augment, InMemoryLoader
+from ccl_timm.loaders import create_loader
+from ccl_timm.losses import channel_correlation
+from ccl_timm.options import Parser
+from ccl_timm.task import create_task
+from ccl_timm.validate import pick_device
+
+__all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'main', 'ratios']
+
+
+def ratios(actions: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Time actions in turn, so that whatever else the machine does falls on all of them.
+
+    Args:
+        actions: what to time, by name; the first is what the others are compared with.
+        rounds: how often each is timed, after one untimed round.
+        device: waited for before a clock is read.
+
+    Returns:
+        For each the median seconds, and the median over the rounds of its time divided by the first one's.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            _wait_for(device)
+            started = time.perf_counter()
+            action()
+            _wait_for(device)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    base = next(iter(seconds.values()))
+    return {
+        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, base, strict=True)))
+        for name, own in seconds.items()
+    }
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize()
+
+
+def paper_form(attention: Tensor, target: Tensor, num_classes: int, eps: float = 1e-8) -> Tensor:
+    """CC-Loss's ratio as the paper prints it (eq. 6, 7), over all N x N pairs of attention vectors (N, D)."""
+    distance = torch.cdist(attention, attention).square()
+    same = (target[:, None] == target).to(distance.dtype)
+    return (same * distance).sum() / (((1 - same) * distance).sum() + eps)
+
+
+def bench_cc(samples: int, width: int, classes: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """CC-Loss, forward and backward, against the paper's form, and its memory.
+
+    Args:
+        samples: N.
+        width: D of the attention vectors.
+        classes: K.
+        rounds: as of :func:`ratios`.
+        device: where.
+    """
+    attention = torch.rand(samples, width, device=device, requires_grad=True)
+    target = torch.randint(classes, (samples,), device=device)
+
+    def run(form: Callable[..., Tensor]) -> None:
+        attention.grad = None
+        form(attention, target, classes).backward()
+
+    actions = {"cc, the paper's N x N form": lambda: run(paper_form), 'cc': lambda: run(channel_correlation)}
+    rows = _rows(ratios(actions, rounds, device))
+    for row, form in zip(rows, (paper_form, channel_correlation), strict=True):
+        row['kept_mib'] = _kept(form, attention, target, classes) / 2**20
+        half = slice(0, samples // 2)
+        row['kept_at_half_mib'] = _kept(form, attention[half], target[half], classes) / 2**20
+    return rows
+
+
+def _kept(form: Callable[..., Tensor], *inputs: Any) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        form(*inputs)
+    return sum(kept.values())
+
+
+def bench_steps(
+    backbone: str, names: list[str], size: int, batch: int, classes: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Training steps (forward, backward, SGD) of every loss against cross-entropy, each on its head.
+
+    Args:
+        backbone: timm architecture that takes ``small_input``.
+        names: of losses.
+        size: height and width of the images.
+        batch: images a step.
+        classes: K.
+        rounds: as of :func:`ratios`.
+        device: where.
+    """
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    target = torch.randint(classes, (batch,), device=device)
+    actions = {name: _step(backbone, name, images, target, classes) for name in ['ce', *names]}
+    return _rows(ratios(actions, rounds, device))
+
+
+def _step(backbone: str, loss: str, images: Tensor, target: Tensor, classes: int) -> Callable[[], None]:
+    head = None if loss == 'ce' else losses.loss_class(loss).head
+    name = f'{backbone}_{head}' if head else backbone
+    model = models.create_model(name, num_classes=classes, **({'output_stride': 16} if head == 'mc' else {}))
+    task = create_task(model.to(images.device, memory_format=torch.channels_last), loss)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=1e-4)
+    task.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        task(images, target)['loss'].backward()
+        optimizer.step()
+
+    return step
+
+
+class _Noise(Dataset):
+    """Images of noise that have to be made from arrays, as those of CIFAR."""
+
+    def __init__(self, images: np.ndarray):
+        self.images, self.transform = images, None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.images[index])), 0
+
+
+def bench_loaders(
+    count: int, size: int, batch: int, workers: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Images a second of pad-crop, flip and normalisation: timm's loader, then ours from memory.
+
+    Args:
+        count: images of an epoch.
+        size: their height and width.
+        batch: images a batch.
+        workers: processes of timm's loader.
+        rounds: epochs, as of :func:`ratios`.
+        device: where batches are wanted.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+    mean = std = (0.5, 0.5, 0.5)
+    shared = {'input_size': (3, size, size), 'batch_size': batch, 'is_training': True, 'mean': mean, 'std': std}
+    theirs = create_loader(_Noise(images), pad_crop=4, color_jitter=0.0, num_workers=workers, device=device, **shared)
+    stored = Augment(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), (size, size), pad_crop=4, hflip=0.5)
+    labels = torch.zeros(count, dtype=torch.int64)
+    ours = InMemoryLoader(stored, labels, RandomSampler(labels), batch, mean, std, device, drop_last=True)
+    actions = {f"timm's loader, {workers} workers": lambda: _drain(theirs), 'in memory': lambda: _drain(ours)}
+    rows = _rows(ratios(actions, rounds, device))
+    for row in rows:
+        row['images_per_second'] = count // batch * batch / row['seconds']
+    return rows
+
+
+def _drain(loader: Any) -> None:
+    for _ in loader:
+        pass
+
+
+def _rows(found: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    return [{'name': name, 'seconds': seconds, 'ratio': ratio} for name, (seconds, ratio) in found.items()]
+
+
+def main(argv: list[str], prog: str = 'ccl-timm bench') -> int:
+    """Measure, and print ratios: a ratio is the time divided by that of the first line."""
+    args = _parser(prog).parse_strictly(argv)
+    device = torch.device(pick_device(args.device))
+    say(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
+    if args.what == 'cc':
+        rows = bench_cc(args.samples, args.width, args.classes or 1000, args.rounds, device)
+    elif args.what == 'steps':
+        names = args.losses or losses.list_losses()
+        options = (args.backbone, names, args.img_size, args.batch_size, args.classes or 100, args.rounds)
+        rows = bench_steps(*options, device)
+    else:
+        rows = bench_loaders(args.images, args.img_size, args.batch_size, args.workers, args.rounds, device)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        header = tuple(rows[0])
+        print(table([tuple(_shown(row[key]) for key in header) for row in rows], header))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description='Time what is ours against what it replaces, in turn, in one run.')
+    add = parser.add_argument
+    add('what', choices=('cc', 'steps', 'loaders'), help='CC-Loss and its N x N form; training steps; loaders')
+    add('--rounds', type=int, default=5, metavar='N', help='how often each is timed')
+    add('--json', action='store_true', help='as JSON')
+    add('--device', default='auto')
+    add('-b', '--batch-size', type=int, default=128, metavar='N')
+    add('--classes', type=int, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
+    add('--samples', type=int, default=16384, metavar='N', help='cc: attention vectors')
+    add('--width', type=int, default=512, metavar='D', help='cc: their length')
+    add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture')
+    add('--losses', nargs='+', default=None, metavar='NAME', help='steps: default all')
+    add('--img-size', type=int, default=32, metavar='N', help='steps, loaders')
+    add('--images', type=int, default=20000, metavar='N', help='loaders: images an epoch')
+    add('-j', '--workers', type=int, default=2, metavar='N', help="loaders: of timm's")
+    return parser
