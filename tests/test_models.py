@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import ccl_timm
 from ccl_timm.heads import HEADS
-from ccl_timm.models import MODELS, variants
+from ccl_timm.models import MODELS
 from ccl_timm.testing import check_model, model_checks
 
 
@@ -179,11 +179,6 @@ def test_register_variant_twice_is_the_same():
 def test_register_variant_refuses(args, message):
     with pytest.raises(ccl_timm.UserError, match=message):
         ccl_timm.register_variant(*args)
-
-
-def test_model_with_several_classifiers_is_refused():
-    with pytest.raises(ccl_timm.UserError, match='no single classifier'):
-        variants.variant_cfg('deit_tiny_distilled_patch16_224', HEADS['cam'])
 
 
 def test_on_demand_variants_load_from_a_folder(tmp_path):
