@@ -51,6 +51,9 @@ def read_head(classifier: nn.Module, pooled: Tensor) -> Any:
     """What a classifier computes from pooled features (N, D): a head's own outputs, or those of a linear layer."""
     if hasattr(classifier, 'outputs'):
         return classifier.outputs(pooled)
+    if isinstance(classifier, nn.Conv2d):  # 1x1, in the place of a linear layer: DLA, DPN, ResNetV2
+        weight = classifier.weight.flatten(1)
+        return HeadOutputs(nn.functional.linear(pooled, weight, classifier.bias), pooled, weight=weight)
     return HeadOutputs(classifier(pooled), pooled, weight=getattr(classifier, 'weight', None))
 
 
@@ -86,8 +89,8 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
         )
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # whatever another's forward raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"'{name}' cannot be trained with these losses: {reason}; use another architecture.") from error
     finally:
         for module, training in modes:

@@ -389,6 +389,24 @@ def matches_nothing(model):
     model.group_matcher = lambda coarse=False: {'stem': '.*'}
 
 
+def decays_the_head(model):
+    plain = model.group_matcher
+    model.group_matcher = lambda coarse=False: {**plain(coarse), 'stem': '^conv1|bn1|fc'}
+
+
+def counts_strides(model):
+    plain = model.forward
+    model.forward = lambda x: plain(x) * (1 if x.is_contiguous() else 2)
+
+
+def needs_storage(model):
+    model.to_empty(device='cpu')
+
+
+def forgets_an_activation(model):
+    model.set_grad_checkpointing = lambda enable=True: setattr(model, 'act1', nn.Identity() if enable else nn.ReLU())
+
+
 def no_pickle(model):
     model.secret = lambda: None
 
@@ -416,9 +434,13 @@ BROKEN_MODELS = [
     (forgets_head, 'classes_can_change', "changes 'fc.hidden.weight'"),
     (colour_only, 'takes_one_channel', 'RuntimeError'),
     (matches_nothing, 'tools_are_there', 'everything into one layer'),
+    (decays_the_head, 'tools_are_there', "layer decay scales the head's 'hidden.weight' by"),
+    (counts_strides, 'memory_formats_agree', 'logits with channels last'),
+    (needs_storage, 'builds_on_meta', 'is on cpu'),
     (no_pickle, 'copies_are_equal', 'pickle'),
     (renames, 'saved_is_equal', 'does not come back as it was saved'),
     (unused_parameter, 'gradients_reach_all', "no gradient reaches 'lonely'"),
+    (forgets_an_activation, 'checkpointing_is_exact', 'with gradient checkpointing'),
     (not_scriptable, 'scripted_is_equal', ''),
 ]
 

@@ -1,8 +1,20 @@
 """What single timm families need so that another head fits, and their stems for small images. Nothing else does."""
 
+import difflib
 from typing import Any
 
-from timm.models import DenseNet, EfficientNet, ResNet
+from timm.layers import SelectAdaptivePool2d
+from timm.models import (
+    DLA,
+    DPN,
+    DenseNet,
+    EfficientNet,
+    ResNet,
+    ResNetV2,
+    get_pretrained_cfg,
+    list_models,
+    model_entrypoint,
+)
 from timm.models.vgg import VGG
 from torch import nn
 
@@ -10,7 +22,9 @@ from ccl_timm.errors import UserError
 
 __all__ = [
     'build_options',
+    'classifier_path',
     'feature_stage_path',
+    'flatten_pooled',
     'make_small_input',
     'prepare_feature_stage',
     'prepare_for_head',
@@ -18,12 +32,63 @@ __all__ = [
     'take_out_feature_stage',
 ]
 
+# timm module of a family -> what a head stands for, where that is more than the Linear that the cfg names: with the
+# BatchNorm or the hidden layer before it, since forward_head(pre_logits=True) gives what these read
+_CLASSIFIERS = {
+    'timm.models.cpubone': 'head.classifier',
+    'timm.models.efficientvit_msra': 'head',
+    'timm.models.iformer': 'head.head',
+    'timm.models.levit': 'head',
+    'timm.models.metaformer': 'head.fc',
+    'timm.models.shvit': 'head',
+}
+
+# where the classifier's own dropout goes with it
+_DROPOUT_IN_CLASSIFIER = ('timm.models.cpubone', 'timm.models.efficientvit_msra', 'timm.models.levit')
+
 # timm module of a family -> path of a stage at the end of the feature map, among what forward_features runs
 _FEATURE_STAGES = {'timm.models.resnet': 'layer4.channels', 'timm.models.vgg': 'features.channels'}
 
 
-def build_options(backbone: str, pretrained: bool) -> dict[str, Any]:
-    """Arguments for building a backbone whose classifier goes anyway."""
+def classifier_path(backbone: str) -> str:
+    """Path, in a timm model, of the module in whose place a head stands.
+
+    Args:
+        backbone: a timm architecture without tag.
+
+    Raises:
+        UserError: it has no classifier, or several.
+    """
+    cfg = get_pretrained_cfg(backbone)
+    path = cfg.classifier if cfg else None
+    if not path:
+        raise UserError(f"'{backbone}' has no classifier to put a head in the place of: use another architecture.")
+    if not isinstance(path, str):
+        raise UserError(
+            f"'{backbone}' has {len(path)} classifiers ({', '.join(path[:2])}{', ...' if len(path) > 2 else ''}), "
+            f'and a head can stand for a single one: use {_similar(backbone)}.'
+        )
+    return _CLASSIFIERS.get(model_entrypoint(backbone).__module__, path)
+
+
+def _similar(backbone: str) -> str:
+    """The architecture of the same family with the closest name that has a single classifier, in words."""
+    family = list_models(module=model_entrypoint(backbone).__module__.rpartition('.')[2])
+    single = [name for name in family if isinstance(get_pretrained_cfg(name).classifier, str)]
+    close = difflib.get_close_matches(backbone.replace('_distilled', ''), single, n=1)
+    return f"'{close[0]}'" if close else 'another architecture'
+
+
+def build_options(backbone: str, pretrained: bool, drop_rate: float = 0.0) -> dict[str, Any]:
+    """Arguments for building a backbone whose classifier goes anyway.
+
+    Raises:
+        UserError: its dropout would go too.
+    """
+    if drop_rate and model_entrypoint(backbone).__module__ in _DROPOUT_IN_CLASSIFIER:
+        raise UserError(
+            f"drop_rate={drop_rate} of '{backbone}' is inside the classifier that a head replaces: leave it 0."
+        )
     if backbone.startswith('vgg') and not pretrained:
         # the 119 M parameters before the classifier are taken out again: do not spend seconds on their initial values
         return {'mlp_ratio': 1 / 4096}
@@ -39,6 +104,17 @@ def prepare_for_head(model: nn.Module) -> None:
     if isinstance(model, VGG):
         model.pre_logits = nn.Identity()
         model.head.in_features = model.head.num_features = model.head_hidden_size = model.num_features
+
+
+def flatten_pooled(model: nn.Module) -> None:
+    """Let pooled features be (N, C), in place, where the family's classifier is a convolution on (N, C, 1, 1).
+
+    Each ``reset_classifier`` of such a family makes a new pooling, so it is needed again after that.
+    """
+    if isinstance(model, (DLA, DPN, ResNetV2)):
+        for module in model.modules():
+            if isinstance(module, SelectAdaptivePool2d) and module.pool_type:
+                module.flatten = nn.Flatten(1)
 
 
 def feature_stage_path(family: str) -> str:

@@ -1,18 +1,23 @@
 """A timm model whose classifier is one of our heads, and stays one when the number of classes changes."""
 
+import contextlib
 import functools
 
 from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import Head
-from ccl_timm.models.families import put_feature_stage, take_out_feature_stage
+from ccl_timm.models.families import flatten_pooled, put_feature_stage, take_out_feature_stage
 
-__all__ = ['WithHead', 'backbone_class', 'classifier_path', 'put_head']
+__all__ = ['WithHead', 'backbone_class', 'put_head']
 
 
 class WithHead:
     """Mixin over a timm model's class: :meth:`reset_classifier` keeps the head."""
+
+    def get_classifier(self) -> nn.Module:
+        """The head, or an Identity if there are 0 classes; not every family's own method gives it."""
+        return self.get_submodule(self._head_path)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Change the number of classes; what the head has beside its last layer stays.
@@ -25,6 +30,7 @@ class WithHead:
         training = head.training
         take_out_feature_stage(self, backbone_class(self).__module__)
         super().reset_classifier(0, global_pool)
+        flatten_pooled(self)
         self.num_classes = num_classes
         if num_classes == 0:
             return
@@ -39,16 +45,21 @@ class WithHead:
         return _empty_instance, (backbone_class(self),), self.__dict__
 
 
-def put_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
+def put_head(model: nn.Module, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
     """Put a head in the place of a timm model's classifier, in place, and return the model.
 
     Args:
-        model: a timm model whose ``pretrained_cfg['classifier']`` names one module.
+        model: a timm model built with 0 classes.
+        path: of the classifier's module, an Identity as yet.
         head_class: built as ``head_class(in_features, num_classes, **options)``.
         num_classes: K; 0 for none yet.
         options: the head's own keyword arguments.
+
+    Raises:
+        UserError: the model does not follow timm's conventions for a classifier.
     """
-    path = classifier_path(model)
+    _check_place(model, path)
+    flatten_pooled(model)
     model.__class__ = headed_class(type(model))
     model._head_class, model._head_options, model._head_path = head_class, dict(options), path
     model.num_classes = num_classes
@@ -57,15 +68,22 @@ def put_head(model: nn.Module, head_class: type[Head], num_classes: int, options
     return model
 
 
-def classifier_path(model: nn.Module) -> str:
-    """Path of a timm model's one classifier module."""
-    path = model.pretrained_cfg.get('classifier')
-    if not isinstance(path, str):
+def _check_place(model: nn.Module, path: str) -> None:
+    """Refuse a model where a head at this path would not be the only layer that reads the pooled features."""
+    name = model.pretrained_cfg['architecture']
+    for part in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier', 'head_hidden_size'):
+        if not hasattr(model, part):
+            raise UserError(f"'{name}' cannot take a head: it has no '{part}' of timm's; use another architecture.")
+    with contextlib.suppress(AttributeError):  # EfficientViT-M looks for the Linear within the Identity
+        if not isinstance(model.get_classifier(), nn.Module):  # though its cfg names one: LeViT-384-s8
+            raise UserError(
+                f"'{name}' has several classifiers, and a head can stand for a single one: use another architecture."
+            )
+    if not isinstance(dict(model.named_modules(remove_duplicate=False)).get(path), nn.Identity):
         raise UserError(
-            f'{type(model).__name__} has {"no classifier" if not path else f"several classifiers {tuple(path)}"} '
-            'to put a head in the place of; choose a model with a single one.'
+            f"'{name}' cannot take a head: built without classes, it has no free place at '{path}', where its last "
+            'layer belongs; use another architecture.'
         )
-    return path
 
 
 @functools.cache

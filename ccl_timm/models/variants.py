@@ -17,6 +17,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, Head
 from ccl_timm.models.families import (
     build_options,
+    classifier_path,
     feature_stage_path,
     make_small_input,
     prepare_feature_stage,
@@ -67,10 +68,8 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
 
 def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
     """A default_cfg like the backbone's, without its weights, that names the tensors shaped by the classes."""
-    cfg = get_pretrained_cfg(backbone)
-    if not isinstance(cfg.classifier, str):
-        raise UserError(f"'{backbone}' has no single classifier to put a head in the place of; choose another.")
-    return dataclasses.replace(cfg, **_NO_WEIGHTS, classifier=_class_tensors(backbone, cfg.classifier, head_class))
+    tensors = _class_tensors(backbone, classifier_path(backbone), head_class)
+    return dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
 
 
 def build_variant(
@@ -113,9 +112,10 @@ def build_variant(
         pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     options = {k: kwargs.pop(k) for k in _options_of(head_class) if k in kwargs}
-    path = get_pretrained_cfg(backbone).classifier
+    path = classifier_path(backbone)
     weights = _read_weights(cfg, cache_dir) if pretrained else None
-    trained = weights is not None and _holds_head(weights, path, head_class, options)
+    stock_path = get_pretrained_cfg(backbone).classifier
+    trained = weights is not None and _holds_head(weights, path, stock_path, head_class, options)
     if trained:
         kwargs.setdefault('in_chans', cfg.input_size[0])
     from_backbone = pretrained and not trained
@@ -127,7 +127,7 @@ def build_variant(
         cache_dir=cache_dir,
         features_only=features_only or None,
         num_classes=None if features_only else 0,
-        **build_options(backbone, from_backbone or features_only),
+        **build_options(backbone, from_backbone or features_only, kwargs.get('drop_rate', 0.0)),
         **kwargs,
     )
     if features_only:
@@ -140,7 +140,7 @@ def build_variant(
         make_small_input(model, name)
     if _has_feature_stage(head_class):
         prepare_feature_stage(model, timm.models.model_entrypoint(backbone).__module__)
-    put_head(model, head_class, cfg.num_classes if num_classes is None else num_classes, options)
+    put_head(model, path, head_class, cfg.num_classes if num_classes is None else num_classes, options)
     model.pretrained_cfg = model.default_cfg = dataclasses.replace(cfg, state_dict=None).to_dict()
     model.pretrained_model_args = pretrained_model_args or {}
     if trained:
@@ -153,10 +153,17 @@ def _options_of(head_class: type[Head]) -> list[str]:
     return [name for name in names if name not in ('device', 'dtype')]
 
 
-def _holds_head(weights: dict[str, Any], path: str, head_class: type[Head], options: dict[str, Any]) -> bool:
-    """Whether a state_dict has this kind of head at the classifier's path, rather than a backbone's linear layer."""
+def _holds_head(
+    weights: dict[str, Any], path: str, stock_path: str, head_class: type[Head], options: dict[str, Any]
+) -> bool:
+    """Whether a state_dict has this kind of head at ``path``, rather than a backbone's classifier.
+
+    The latter is a linear layer at ``stock_path``, which may be within ``path`` and have other layers beside it.
+    """
     found = {key.removeprefix(f'{path}.') for key in weights if key.startswith(f'{path}.')}
     own = head_class(16, 2, device='meta', **options).state_dict().keys()
+    if path != stock_path and f'{stock_path}.weight' in weights:
+        return own <= found
     return bool(found - {'weight', 'bias'}) or found == set(own)
 
 

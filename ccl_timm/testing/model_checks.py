@@ -10,6 +10,8 @@ from typing import Any
 
 import timm.models
 import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ccl_timm import models
@@ -88,7 +90,7 @@ def seam_holds(case: ModelCase) -> None:
 def classes_can_change(case: ModelCase) -> None:
     """reset_classifier changes the tensors that the cfg names and no other; 0 classes give features, then any again."""
     model = case.build()
-    x, by_class = case.images(model), _class_tensors(model)
+    x, by_class, kind = case.images(model), _class_tensors(model), type(model.get_classifier())
     before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(by_class)}
     model.reset_classifier(7)
     after = {k: v for k, v in model.state_dict().items() if not k.startswith(by_class)}
@@ -105,7 +107,7 @@ def classes_can_change(case: ModelCase) -> None:
             assert out.shape == (2, each.head_hidden_size), f'the output is of shape {tuple(out.shape)} when {how}.'
             each.reset_classifier(3)
             assert each(x).shape == (2, 3), f'3 classes give {tuple(each(x).shape)} after it was {how}.'
-            assert type(each.get_classifier()) is type(case.build().get_classifier()), f'another head after {how}.'
+            assert type(each.get_classifier()) is kind, f'another head after {how}.'
 
 
 def takes_one_channel(case: ModelCase) -> None:
@@ -117,7 +119,7 @@ def takes_one_channel(case: ModelCase) -> None:
 
 
 def tools_are_there(case: ModelCase) -> None:
-    """group_matcher covers every parameter, no_weight_decay is a set of names, checkpointing changes no logits."""
+    """group_matcher covers every parameter, layer decay spares the head, no_weight_decay is a set of names."""
     model = case.build()
     names = dict(model.named_parameters()).keys()
     for coarse in (False, True):
@@ -127,23 +129,67 @@ def tools_are_there(case: ModelCase) -> None:
         assert len(set(layers.values())) > 1, f'group_matcher(coarse={coarse}) puts everything into one layer.'
     keep = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
     assert all(isinstance(name, str) for name in keep), f'no_weight_decay() must give names, it gives {keep!r}.'
-    model.set_grad_checkpointing(False)
-    x = case.images(model)
-    expected = model(x)
+    scales = {
+        id(parameter): group['lr_scale']
+        for group in create_optimizer_v2(model, 'sgd', layer_decay=0.5).param_groups
+        for parameter in group['params']
+    }
+    assert min(scales.values()) < 1, 'layer decay scales down no layer.'
+    for name, parameter in model.get_classifier().named_parameters():
+        scale = scales.get(id(parameter), 1.0)
+        assert scale == 1, f"layer decay scales the head's '{name}' by {scale}: it must be in the last layer."
+
+
+def checkpointing_is_exact(case: ModelCase) -> None:
+    """set_grad_checkpointing changes neither logits nor gradients in training."""
+    model = case.build().train()
+    x = case.images(model, batch=4)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def run(checkpointing: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(SEED)  # of dropout
+        logits = model(x)
+        return logits, torch.autograd.grad(logits.logsumexp(1).sum(), list(wanted.values()))
+
+    expected, gradients = run(False)
     try:
-        model.set_grad_checkpointing(True)
+        logits, checkpointed = run(True)
     except AssertionError:
         return  # timm's way to say that the architecture has none
-    assert_close(model(x), expected, 1e-5, 1e-5, 'logits with gradient checkpointing')
+    assert_close(logits, expected, 1e-5, 1e-5, 'logits with gradient checkpointing')
+    for name, a, b in zip(wanted, checkpointed, gradients, strict=True):
+        assert_close(a, b, 1e-4, 1e-5, f"the gradient on '{name}' with gradient checkpointing")
 
 
-def copies_are_equal(case: ModelCase) -> None:
-    """copy.deepcopy and pickle give a model with the same tensors and logits, whose classes can change."""
+def memory_formats_agree(case: ModelCase) -> None:
+    """Channels-last weights and images give the same logits."""
     model = case.build()
     x = case.images(model)
     with torch.no_grad():
         expected = model(x)
-        for how, other in (('deepcopy', copy.deepcopy(model)), ('pickle', pickle.loads(pickle.dumps(model)))):
+        actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert_close(actual, expected, 1e-4, 1e-4, 'logits with channels last')
+
+
+def builds_on_meta(case: ModelCase) -> None:
+    """``device='meta'`` gives a model without storage: its parameters are counted in no time."""
+    for name, parameter in case.build(device='meta').named_parameters():
+        assert parameter.is_meta, f"'{name}' is on {parameter.device}."
+
+
+def copies_are_equal(case: ModelCase) -> None:
+    """copy.deepcopy, pickle and timm's EMA give a model with the same tensors and logits, whose classes can change."""
+    model = case.build()
+    x = case.images(model)
+    with torch.no_grad():
+        expected = model(x)
+        copies = {
+            'deepcopy': copy.deepcopy(model),
+            'pickle': pickle.loads(pickle.dumps(model)),
+            'ModelEmaV3': ModelEmaV3(model).module,
+        }
+        for how, other in copies.items():
             assert_close(other(x), expected, 0, 0, f'logits after {how}')
             other.reset_classifier(3)
             assert other(x).shape == (2, 3), f'after {how}, reset_classifier(3) gives {tuple(other(x).shape)}.'
@@ -189,9 +235,12 @@ MODEL_CHECKS: tuple[Callable[[ModelCase], None], ...] = (
     classes_can_change,
     takes_one_channel,
     tools_are_there,
+    memory_formats_agree,
+    builds_on_meta,
     copies_are_equal,
     saved_is_equal,
     gradients_reach_all,
+    checkpointing_is_exact,
     scripted_is_equal,
 )
 
