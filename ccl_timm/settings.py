@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.optim import list_optimizers
 
-from ccl_timm import losses, models
+from ccl_timm import data, losses, models
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
@@ -41,8 +41,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
+    if args.val_fraction is not None:
+        data.check_fraction(args.val_fraction)
     if args.workers < 0:
         raise UserError(f'--workers {args.workers} must be at least 0.')
     if args.pad_crop and (args.no_aug or args.train_crop_mode):
