@@ -156,15 +156,9 @@ def _export(argv: list[str], prog: str) -> int:
 
 
 def _data(argv: list[str], prog: str) -> int:
-    parser = _parser(prog, 'Write a data set as a folder of images that any script can use.')
-    parser.add_argument('name', choices=('digits',), metavar='NAME', help='digits')
-    parser.add_argument('folder', metavar='DIR', help='a new folder')
-    args = parser.parse_strictly(argv)
-    from ccl_timm.data import write_digits
+    from ccl_timm import prepare
 
-    written = write_digits(args.folder)
-    print(f'{len(written)} images in {args.folder}; train on them: timm train.py --data-dir {args.folder}')
-    return 0
+    return prepare.main(argv, prog)
 
 
 def _losses(argv: list[str], prog: str) -> int:
@@ -253,7 +247,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'bench': (_bench, 'time losses, training steps and loaders, as ratios'),
     'export': (_export, 'write a trained model as safetensors and config.json, or as ONNX'),
     'run': (_run, "run a timm script, such as timm's own train.py, with our models and losses"),
-    'data': (_data, 'write a data set as a folder of images'),
+    'data': (_data, 'prepare, check or split a folder of images'),
     'losses': (_losses, 'list the losses, or explain one'),
     'models': (_models, 'list our models, with parameters and the losses made for them'),
     'recipes': (_recipes, 'list the packaged recipes, or print one'),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'is_primary', 'say', 'say_error', 'table', 'warn', 'was_error_said']
+__all__ = ['Progress', 'first_few', 'is_primary', 'say', 'say_error', 'table', 'warn', 'was_error_said']
 
 
 def is_primary() -> bool:
@@ -57,6 +57,11 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
         '  '.join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
     ]
     return '\n'.join(line.rstrip() for line in lines)
+
+
+def first_few(names: list[str], number: int = 5) -> str:
+    """The first names of a list, with dots if there are more."""
+    return ', '.join(names[:number]) + (', ...' if len(names) > number else '')
 
 
 class Progress:

@@ -2,8 +2,9 @@
 
 import argparse
 import hashlib
+import importlib.util
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,25 @@ from PIL import Image
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
-from ccl_timm.console import warn
+from ccl_timm.console import first_few, warn
 from ccl_timm.errors import UserError, did_you_mean
 
-__all__ = ['Digits', 'ImageFiles', 'Splits', 'open_part', 'open_splits', 'strictly', 'targets_of', 'write_digits']
+__all__ = [
+    'PARTS',
+    'Digits',
+    'ImageFiles',
+    'Splits',
+    'check_fraction',
+    'file_names',
+    'hold_out',
+    'open_part',
+    'open_splits',
+    'strictly',
+    'targets_of',
+]
 
-_FIRST_FEW = 5
 # folders that are parts of a data set rather than classes
-_PARTS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+PARTS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
 class Digits(Dataset):
@@ -193,6 +205,7 @@ def open_part(
     if _is_folder(args) and not os.path.exists(args.data_dir or ''):
         raise UserError(f"There is no data folder '{args.data_dir or ''}': give an existing one with --data-dir.")
     _check_has_part(args, split, needs_part)
+    _check_has_package(args)
     try:
         dataset = timm.data.create_dataset(
             args.dataset,
@@ -209,29 +222,17 @@ def open_part(
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f"Part '{split}' of '{args.dataset or args.data_dir}' cannot be opened: {reason}") from error
+    if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
+        dataset.targets = _column_of_labels(dataset.reader, f"Part '{split}' of '{args.dataset}'")
     if names:
         _renumber(dataset, split, names)
     return dataset
 
 
-def write_digits(folder: str | os.PathLike) -> list[Path]:
-    """Write the digits as a folder of images: ``<folder>/{train,validation}/<class>/<number>.png``.
-
-    Raises:
-        UserError: the folder exists and is not empty.
-    """
-    root = Path(folder)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"'{root}' exists and is not empty: name a new folder for the digits.")
-    written = []
-    for split in ('train', 'validation'):
-        digits = Digits(split, mode='L')
-        for number, label in enumerate(digits.targets):
-            path = root / split / str(label) / f'{number:04d}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digits[number][0].save(path)
-            written.append(path)
-    return written
+def _check_has_package(args: argparse.Namespace) -> None:
+    on_hub = args.dataset.lower().startswith(('hfds/', 'hfids/'))
+    if on_hub and importlib.util.find_spec('datasets') is None:
+        raise UserError(f"'{args.dataset}' needs the package datasets: `pip install 'ccl-timm[datasets]'`.")
 
 
 def _is_folder(args: argparse.Namespace) -> bool:
@@ -272,12 +273,36 @@ def targets_of(dataset: Dataset) -> list[int] | None:
     return None if targets is None else [int(target) for target in targets]
 
 
-def _file_names(dataset: Dataset) -> list[str]:
-    """A name for each image that does not depend on the order of files."""
+def file_names(dataset: Dataset) -> list[str]:
+    """A name for each image: its path within the folder, whatever the order of files, else its number."""
     reader = getattr(dataset, 'reader', None)
     if hasattr(reader, 'samples'):
         return [Path(reader.filename(index)).as_posix() for index in range(len(dataset))]
     return [f'{index:09d}' for index in range(len(dataset))]
+
+
+def _column_of_labels(reader: Any, part: str) -> list[int]:
+    """Labels of a part of a data set of the Hub, in its order, once columns and values are what training can use."""
+    columns = [name for name in reader.dataset.column_names if name != reader.image_key]
+    try:
+        labels = list(reader.iter_targets())
+    except KeyError as error:
+        raise UserError(
+            f"{part} has no column '{reader.label_key}' of labels: name one with --target-key ({', '.join(columns)})."
+        ) from error
+    if not labels:
+        raise UserError(f'{part} holds no image.')
+    if reader.dataset[0][reader.image_key] is None:  # timm's reader makes up a column that is not there
+        raise UserError(
+            f"{part} has no column '{reader.image_key}' of images: name one with --input-key ({', '.join(columns)})."
+        )
+    wrong = [label for label in labels if not isinstance(label, int) or label < 0]
+    if wrong:
+        raise UserError(
+            f"{part} has the label {wrong[0]!r} in its column '{reader.label_key}', which is not the number of a "
+            'class: name a labelled part, or another column with --target-key.'
+        )
+    return labels
 
 
 def _check_has_part(args: argparse.Namespace, split: str, needs_part: bool) -> None:
@@ -287,7 +312,7 @@ def _check_has_part(args: argparse.Namespace, split: str, needs_part: bool) -> N
         return
     if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
         return
-    others = [name for name in _PARTS if os.path.isdir(os.path.join(root, name))]
+    others = [name for name in PARTS if os.path.isdir(os.path.join(root, name))]
     if needs_part or others:
         has = f' (it has {", ".join(others)})' if others else ''
         raise UserError(
@@ -329,8 +354,7 @@ def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> l
     missing = [name for label, name in enumerate(names) if label not in found]
     if not missing:
         return []
-    shown = ', '.join(missing[:_FIRST_FEW]) + (', ...' if len(missing) > _FIRST_FEW else '')
-    return [f"Part '{split}' has no image of {len(missing)} of {len(names)} classes: {shown}."]
+    return [f"Part '{split}' has no image of {len(missing)} of {len(names)} classes: {first_few(missing)}."]
 
 
 def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: list[str] | None) -> None:
@@ -346,18 +370,43 @@ def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: li
         )
 
 
+def check_fraction(fraction: float) -> None:
+    """Raise a UserError if this cannot be the share that is held out."""
+    if not 0 < fraction < 1:
+        raise UserError(f'--val-fraction {fraction} must lie between 0 and 1, such as 0.2.')
+
+
+def hold_out(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:
+    """Choose a share of each class: stratified, seeded, and independent of the order of files.
+
+    Args:
+        files: name of each image.
+        targets: label of each image.
+        fraction: share of a class, in (0, 1); rounded, at least one image, and never a class's only one.
+        seed: what the choice depends on, beside the names.
+
+    Returns:
+        Indices of the images that are held out.
+    """
+    by_class = defaultdict(list)
+    for index, label in enumerate(targets):
+        by_class[label].append(index)
+    held = set()
+    for label, own in by_class.items():
+        own.sort(key=files.__getitem__)
+        order = np.random.default_rng([seed, label]).permutation(len(own))
+        held |= {own[i] for i in order[: min(len(own) - 1, max(1, round(len(own) * fraction)))]}
+    return held
+
+
 def _hold_out(args, dataset, targets, channels, names):
-    """Split off a share of each class: stratified, seeded, and independent of the order of files."""
+    """Open the training part a second time and divide the two by a held-out share."""
     if isinstance(dataset, IterableDataset) or targets is None:
         raise UserError(
             f"--val-fraction cannot split '{args.dataset}', whose images cannot be listed: use --val-split."
         )
-    files = _file_names(dataset)
-    held = set()
-    for label in sorted(set(targets)):
-        own = sorted((index for index, target in enumerate(targets) if target == label), key=files.__getitem__)
-        order = np.random.default_rng([args.seed, label]).permutation(len(own))
-        held |= {own[i] for i in order[: min(len(own) - 1, max(1, round(len(own) * args.val_fraction)))]}
+    files = file_names(dataset)
+    held = hold_out(files, targets, args.val_fraction, args.seed)
     again = open_part(args, args.train_split, channels, names)  # a second one, since each part has its own transform
     train = _Part(dataset, [index for index in range(len(files)) if index not in held])
     validation = _Part(again, sorted(held))

@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.optim import list_optimizers
 
-from ccl_timm import losses, models
+from ccl_timm import data, losses, models
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
@@ -43,8 +43,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in (*names, 'samples_per_class', 'patience', 'lr_batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
-        raise UserError(f'--val-fraction {args.val_fraction} must lie between 0 and 1, such as 0.2.')
+    if args.val_fraction is not None:
+        data.check_fraction(args.val_fraction)
     if args.workers < 0:
         raise UserError(f'--workers {args.workers} must be at least 0.')
     if args.class_weight and not losses.class_weight_option(args.loss):

@@ -26,7 +26,7 @@ def test_every_command_has_help(command, words):
         ('timm', ['train'], "Unknown script 'train'; did you mean 'train.py'?"),
         ('ccl-timm', ['losses', 'ccc'], "Unknown loss 'ccc'; did you mean 'cc'?"),
         ('ccl-timm', ['recipes', 'digit'], "No recipe 'digit'"),
-        ('ccl-timm', ['data', 'mnist', 'x'], "invalid choice: 'mnist'"),
+        ('ccl-timm', ['data', 'digit', 'x'], "Unknown data set or command 'digit'; did you mean 'digits'?"),
     ],
 )
 def test_wrong_words_get_a_suggestion(program, argv, message, words):

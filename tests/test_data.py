@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ccl_timm import UserError, data, loaders
+from ccl_timm import UserError, data, loaders, prepare
 from ccl_timm.options import resolve
 
 from .conftest import write_folder
@@ -33,7 +33,7 @@ def test_digits_are_whole_and_split_for_good():
 
 
 def test_digits_as_a_folder_are_the_same_images(tmp_path):
-    assert len(data.write_digits(tmp_path / 'digits')) == 1797
+    assert len(prepare.write_digits(tmp_path / 'digits')) == 1797
     splits = open_splits('--data-dir', tmp_path / 'digits')
     assert splits.class_names == [str(label) for label in range(10)]
     assert (len(splits.train), len(splits.validation)) == (1442, 355)
@@ -42,7 +42,7 @@ def test_digits_as_a_folder_are_the_same_images(tmp_path):
     expected = [image for image, label in zip(own.images, own.targets, strict=True) if label == 7]
     assert all((np.asarray(Image.open(path)) == image).all() for path, image in zip(written, expected, strict=True))
     with pytest.raises(UserError, match='exists and is not empty'):
-        data.write_digits(tmp_path / 'digits')
+        prepare.write_digits(tmp_path / 'digits')
 
 
 def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):

@@ -25,6 +25,7 @@ def workshop(tmp_path_factory):
     """A folder with what the README speaks of; the commands run in it one after another."""
     root = tmp_path_factory.mktemp('readme')
     write_folder(root / 'my_images')
+    shutil.copytree(root / 'my_images' / 'train', root / 'photos')
     (root / 'path' / 'to').mkdir(parents=True)
     shutil.copy(ROOT / 'tests' / 'upstream_train.py', root / 'path' / 'to' / 'train.py')
     return root

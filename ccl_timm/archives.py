@@ -1,0 +1,176 @@
+"""Data sets that people get elsewhere: where, and how what they unpack becomes a folder with a folder a class."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.data.readers.img_extensions import get_img_extensions
+
+from ccl_timm.console import say
+from ccl_timm.errors import UserError
+from ccl_timm.options import Parser
+
+__all__ = ['SOURCES', 'Layout', 'Source']
+
+# what is to be written: path in the new folder, such as train/<class>/<file>, and the file it stands for
+Layout = dict[str, Path]
+
+_PAPER_SIZES = '30, 100, 200, 500, 1000'  # POD-Loss, table 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that people bring themselves.
+
+    Attributes:
+        text: what can be done with it, for the list of commands.
+        get: where people get it.
+        layout: from the folder that they have, and the settings, to what is to be written; None where there is
+            nothing to prepare.
+        add_options: declares settings of its own.
+        official: number of images of each part, where it is known.
+    """
+
+    text: str
+    get: str
+    layout: Callable[[Path, argparse.Namespace], Layout] | None = None
+    add_options: Callable[[Parser], None] | None = None
+    official: dict[str, int] = field(default_factory=dict)
+
+
+def _with_train(source: Path) -> Path:
+    """The folder that holds train/: the source, or one in it, as archives unpack."""
+    for root in (source, *sorted(path for path in source.iterdir() if path.is_dir())):
+        if (root / 'train').is_dir():
+            return root
+    raise UserError(f"'{source}' holds no train/: is it the unpacked archive?")
+
+
+def _class_folders(folder: Path, part: str, names: Iterable[str] | None = None) -> Layout:
+    """Layout of a folder with a folder a class, which may have folders in them; of these classes only, if given."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if names is None else names
+    layout = {}
+    endings = get_img_extensions(as_set=True)
+    for name in names:
+        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            for file in sorted(files):
+                if Path(file).suffix.lower() not in endings:
+                    continue
+                target = f'{part}/{name}/{file}'
+                if target in layout:
+                    raise UserError(f"'{folder / name}' holds two files of the name '{file}'.")
+                layout[target] = Path(place, file)
+    return layout
+
+
+def _tiny_imagenet(source: Path, args: argparse.Namespace) -> Layout:
+    root = _with_train(source)
+    layout = _class_folders(root / 'train', 'train')
+    annotations = root / 'val' / 'val_annotations.txt'
+    if not annotations.is_file():
+        raise UserError(f"'{root}' has no val/val_annotations.txt, which tells the class of each validation image.")
+    for line in annotations.read_text(encoding='utf-8').splitlines():
+        file, _, rest = line.partition('\t')
+        name = rest.split('\t')[0]
+        if not name:
+            raise UserError(f"'{annotations}' has a line without file and class: '{line}'.")
+        layout[f'validation/{name}/{file}'] = root / 'val' / 'images' / file
+    return layout
+
+
+def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
+    root = _with_train(source)
+    validation = next((root / name for name in ('val', 'validation') if (root / name).is_dir()), None)
+    if validation is None:
+        raise UserError(f"'{root}' has no val/ beside train/.")
+    known = sorted(path.name for path in (root / 'train').iterdir() if path.is_dir())
+    if args.classes:
+        lines = Path(args.classes).read_text(encoding='utf-8').splitlines()
+        names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    elif args.num_classes and args.num_classes > 0:
+        say('No source tells which classes the paper took: these are the first by name, others with --classes FILE.')
+        names = known[: args.num_classes]
+        if len(names) < args.num_classes:
+            raise UserError(f"'{root}' has {len(known)} classes, fewer than --num-classes {args.num_classes}.")
+    else:
+        raise UserError(f"How many classes? --num-classes N ({_PAPER_SIZES} in POD-Loss's paper), or --classes FILE.")
+    for part in (root / 'train', validation):
+        absent = [name for name in names if not (part / name).is_dir()]
+        if absent:
+            raise UserError(
+                f"'{part}' has no folder of {len(absent)} of the {len(names)} classes, such as '{absent[0]}'"
+                + (': it needs a folder a class too.' if part == validation else '.')
+            )
+    return _class_folders(root / 'train', 'train', names) | _class_folders(validation, 'validation', names)
+
+
+def _add_subset_options(parser: Parser) -> None:
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument('--num-classes', type=int, metavar='N', help=f'the first N by name; POD-Loss: {_PAPER_SIZES}')
+    chosen.add_argument('--classes', metavar='FILE', help='these classes, one a line')
+
+
+def _cars196(source: Path, args: argparse.Namespace) -> Layout:
+    found = {path.name: path for path in source.rglob('cars_*.mat')}
+    if not found:  # a folder a class
+        root = _with_train(source)
+        if not (root / 'test').is_dir():
+            raise UserError(f"'{root}' has train/ but no test/, nor the annotations of the official archive.")
+        return _class_folders(root / 'train', 'train') | _class_folders(root / 'test', 'validation')
+    files = ('cars_meta.mat', 'cars_train_annos.mat', 'cars_test_annos_withlabels.mat')
+    missing = [name for name in files if name not in found]
+    if missing:
+        raise UserError(f"'{source}' lacks {', '.join(missing)}, annotations of the official archive.")
+    meta, *annotations = (found[name] for name in files)
+    names = [str(name).replace('/', '-') for name in _matlab(meta, 'class_names')]
+    layout = {}
+    for part, images, path in zip(('train', 'validation'), ('cars_train', 'cars_test'), annotations, strict=True):
+        rows = _matlab(path, 'annotations')
+        first = f'{images}/{rows[0]["fname"]}'
+        place = next(source.rglob(first), source / first).parent
+        for row in rows:
+            layout[f'{part}/{names[int(row["class"]) - 1]}/{row["fname"]}'] = place / str(row['fname'])
+    return layout
+
+
+def _matlab(path: Path, key: str) -> Any:
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path, squeeze_me=True)[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not the MATLAB file of the official archive: {error}") from error
+
+
+SOURCES: dict[str, Source] = {
+    'tiny-imagenet': Source(
+        text='its flat val/ by class, its train/ without images/ in between (test/ has no labels)',
+        get="Tiny ImageNet is the archive tiny-imagenet-200.zip of Stanford's course CS231n. Without this command: "
+        "`pip install 'ccl-timm[datasets]'` and --dataset hfds/zh-plus/tiny-imagenet --val-split valid.",
+        layout=_tiny_imagenet,
+        official={'train': 100_000, 'validation': 10_000},
+    ),
+    'imagenet-subset': Source(
+        text='some classes of ImageNet-1k',
+        get='ImageNet-1k is for people who register and agree to its terms, at image-net.org or for ILSVRC/imagenet-1k '
+        'on the Hugging Face Hub. This command takes train/ and val/ with a folder a class.',
+        layout=_imagenet_subset,
+        add_options=_add_subset_options,
+    ),
+    'cars196': Source(
+        text='Stanford Cars, the official archive or class folders; its test images become validation/',
+        get='The page of Stanford Cars is gone. People take cyizhuo/stanford-cars-by-classes-folder from Kaggle (a '
+        "folder a class), or without this command `pip install 'ccl-timm[datasets]'` and "
+        '--dataset hfds/tanganke/stanford_cars --val-split test (6 GB).',
+        layout=_cars196,
+        official={'train': 8_144, 'validation': 8_041},
+    ),
+    'facescrub': Source(
+        text='where to get it',
+        get='FaceScrub is a list of addresses, many of them dead, and no copy on the Hugging Face Hub is known. '
+        'With a copy of your own, a folder a person: `ccl-timm data split DIR OUT`.',
+    ),
+}

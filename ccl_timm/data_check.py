@@ -1,0 +1,274 @@
+"""`ccl-timm data check`: what is wrong with a folder of images, told before a training meets it."""
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+
+from ccl_timm.console import Progress, table
+from ccl_timm.data import PARTS
+from ccl_timm.errors import UserError
+from ccl_timm.options import Parser
+
+__all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
+
+
+class Problem(NamedTuple):
+    """A kind of problem: what people read, and whether scripts stop or skip images because of it."""
+
+    text: str
+    breaks: bool
+
+
+PROBLEMS = {
+    'unreadable': Problem('cannot be decoded; scripts take another image instead', True),
+    'no_class': Problem('outside of any class folder', True),
+    'empty_part': Problem('parts without an image', True),
+    'unknown_class': Problem('classes that the training part lacks', True),
+    'missing_class': Problem('classes of the training part that another part lacks', False),
+    'empty_class': Problem('class folders without an image', False),
+    'several_parts': Problem('same file in several parts, so that figures are too good', False),
+    'several_classes': Problem('same file in several classes', False),
+    'twice': Problem('same file more than once in a class', False),
+    'sixteen_bit': Problem('more than 8 bits a pixel, clipped to white at 255 on conversion', False),
+    'cmyk': Problem('CMYK; colours shift on conversion', False),
+    'alpha': Problem('transparency, which is dropped', False),
+    'palette': Problem('palette of colours, expanded on conversion', False),
+    'other_file': Problem('files whose ending scripts do not read', False),
+}
+_LITTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
+_CHUNK = 16  # files that a thread takes at a time
+
+
+class Facts(NamedTuple):
+    """What one file is.
+
+    Attributes:
+        traits: names of :data:`PROBLEMS` that it has by itself.
+        size: width and height in pixels; None if it cannot be decoded.
+        digest: hash of its bytes; None if it cannot be read.
+        error: why it cannot be decoded, else ''.
+    """
+
+    traits: tuple[str, ...]
+    size: tuple[int, int] | None
+    digest: bytes | None
+    error: str = ''
+
+
+@dataclass
+class Report:
+    """What :func:`check_folder` found.
+
+    Attributes:
+        parts: for each part its figures: images, classes, images a class, widths and heights.
+        problems: for each of :data:`PROBLEMS` that was met, the names of what has it, relative to the folder.
+    """
+
+    folder: str
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a script would stop, or take other images than it was given."""
+        return any(PROBLEMS[kind].breaks for kind in self.problems)
+
+
+@dataclass
+class _Listing:
+    """Files of a folder as scripts see them: an image's class is the folder it lies in."""
+
+    images: list[tuple[str, str, Path]] = field(default_factory=list)  # part, class, file
+    problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def check_folder(folder: str | os.PathLike) -> Report:
+    """Read every image of a folder, with a part a folder or a class a folder; nothing is changed.
+
+    Raises:
+        UserError: there is no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{folder}'.")
+    parts = {name: root / name for name in PARTS if (root / name).is_dir()} or {'': root}
+    listing = _Listing()
+    for part, place in parts.items():
+        _list(root, part, place, listing)
+    if not listing.images:
+        raise UserError(f"No image in '{folder}': scripts read files ending in {', '.join(get_img_extensions())}.")
+    files = [path for _, _, path in listing.images]
+    with warnings.catch_warnings(), ThreadPool(os.cpu_count()) as pool:  # decoding and hashing release the GIL
+        warnings.simplefilter('ignore')
+        bar = Progress(files, 'check', len(files))
+        facts = [found for _, found in zip(bar, pool.imap(inspect, files, _CHUNK), strict=True)]
+    return _report(root, list(parts), listing, facts)
+
+
+def inspect(path: Path) -> Facts:
+    """Read and decode one file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return Facts(('unreadable',), None, None, error.strerror or str(error))
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return Facts(tuple(_traits(image)), image.size, digest)
+    except Exception as error:  # a damaged file makes decoders raise nearly anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        return Facts(('unreadable',), None, digest, 'not an image' if 'cannot identify' in reason else reason)
+
+
+def _traits(image: Image.Image) -> Iterable[str]:
+    if image.mode.startswith(('I', 'F')):
+        yield 'sixteen_bit'
+    if image.mode == 'CMYK':
+        yield 'cmyk'
+    if image.has_transparency_data:
+        yield 'alpha'
+    if image.mode in ('P', 'PA'):
+        yield 'palette'
+
+
+def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
+    endings = get_img_extensions(as_set=True)
+    before = len(listing.images)
+    for folder, subfolders, files in os.walk(place, followlinks=True):
+        subfolders.sort()
+        here = Path(folder)
+        label = '' if here == place else here.name
+        images = [here / name for name in sorted(files) if Path(name).suffix.lower() in endings]
+        others = sorted({here / name for name in files if name not in _LITTER}.difference(images))
+        listing.images += [(part, label, path) for path in images]
+        listing.problems['other_file'] += [path.relative_to(root).as_posix() for path in others]
+        if not label:
+            listing.problems['no_class'] += [path.relative_to(root).as_posix() for path in images]
+        elif not images and not subfolders:
+            listing.problems['empty_class'].append(here.relative_to(root).as_posix())
+    if len(listing.images) == before:
+        listing.problems['empty_part'].append(part)
+
+
+def _report(root: Path, parts: list[str], listing: _Listing, facts: list[Facts]) -> Report:
+    problems = listing.problems
+    names = [path.relative_to(root).as_posix() for _, _, path in listing.images]
+    for name, found in zip(names, facts, strict=True):
+        for trait in found.traits:
+            problems[trait].append(f'{name} ({found.error})' if found.error else name)
+    _compare_classes(parts, listing)
+    _find_duplicates(names, listing, facts)
+    report = Report(str(root), problems={kind: problems[kind] for kind in PROBLEMS if problems[kind]})
+    for part in parts:
+        own = [i for i, (where, _, _) in enumerate(listing.images) if where == part]
+        if own:
+            report.parts[part] = _figures([listing.images[i][1] for i in own], [facts[i].size for i in own])
+    return report
+
+
+def _figures(labels: list[str], sizes: list[tuple[int, int] | None]) -> dict[str, Any]:
+    counts = Counter(labels)
+    fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    figures = {
+        'images': len(labels),
+        'classes': len(counts),
+        'fewest': {'class': fewest, 'images': counts[fewest]},
+        'most': {'class': most, 'images': counts[most]},
+        'ratio': counts[most] / counts[fewest],
+    }
+    read = np.array([size for size in sizes if size])
+    for axis, side in enumerate(('width', 'height')):
+        figures[side] = [int(f(read[:, axis])) for f in (np.min, np.median, np.max)] if len(read) else None
+    return figures
+
+
+def _compare_classes(parts: list[str], listing: _Listing) -> None:
+    """Compare the classes of the other parts with those of training."""
+    classes = {part: {label for where, label, _ in listing.images if where == part and label} for part in parts}
+    training = next((part for part in parts if part.startswith('train')), None)
+    if training is None:
+        return
+    for part in parts:
+        listing.problems['unknown_class'] += [f'{part}/{name}' for name in sorted(classes[part] - classes[training])]
+        if classes[part]:
+            missing = sorted(classes[training] - classes[part])
+            listing.problems['missing_class'] += [f'{part}/{name}' for name in missing]
+
+
+def _find_duplicates(names: list[str], listing: _Listing, facts: list[Facts]) -> None:
+    same = defaultdict(list)
+    for index, found in enumerate(facts):
+        if found.digest is not None:
+            same[found.digest].append(index)
+    for group in same.values():
+        if len(group) < 2:
+            continue
+        labels = [listing.images[index][:2] for index in group]
+        line = ' = '.join(names[index] for index in group)
+        if len({part for part, _ in labels}) > 1:
+            listing.problems['several_parts'].append(line)
+        if len({label for _, label in labels}) > 1:
+            listing.problems['several_classes'].append(line)
+        if len(set(labels)) < len(labels):
+            listing.problems['twice'].append(line)
+
+
+def main(argv: list[str], prog: str) -> int:
+    """`ccl-timm data check`: 0, or 1 if something is broken."""
+    parser = Parser(
+        prog=prog,
+        description='Read every image of a folder and tell what is wrong. Nothing is changed. '
+        'Exit code 1 if scripts would stop or skip images, else 0.',
+    )
+    parser.add_argument('folder', metavar='DIR', help='a folder with parts such as train/, or with a folder a class')
+    parser.add_argument('--show', type=int, default=5, metavar='N', help='names to show of each problem (default 5)')
+    parser.add_argument('--json', action='store_true', help='everything, with all names, as JSON')
+    args = parser.parse_strictly(argv)
+    report = check_folder(args.folder)
+    if args.json:
+        print(json.dumps(_plain(report), indent=2))
+    else:
+        print(_text(report, max(args.show, 0)))
+    return int(report.broken)
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    problems = {
+        kind: {'text': PROBLEMS[kind].text, 'breaks': PROBLEMS[kind].breaks, 'names': names}
+        for kind, names in report.problems.items()
+    }
+    return {'folder': report.folder, 'broken': report.broken, 'parts': report.parts, 'problems': problems}
+
+
+def _text(report: Report, show: int) -> str:
+    rows = [
+        (
+            part or 'all',
+            str(figures['images']),
+            str(figures['classes']),
+            f'{figures["fewest"]["images"]} to {figures["most"]["images"]} (1 : {figures["ratio"]:.1f})',
+            *(' / '.join(map(str, figures[side] or '-')) for side in ('width', 'height')),
+        )
+        for part, figures in report.parts.items()
+    ]
+    header = ('part', 'images', 'classes', 'images a class', 'width min / median / max', 'height min / median / max')
+    lines = [table(rows, header), '']
+    for kind, names in report.problems.items():
+        level = 'broken' if PROBLEMS[kind].breaks else 'note'
+        lines += [f'{level}: {len(names)} {PROBLEMS[kind].text}', *(f'    {name}' for name in names[:show])]
+        if len(names) > show:
+            lines.append(f'    ... and {len(names) - show} more')
+    return '\n'.join(lines if report.problems else [*lines, 'no problem found'])
