@@ -13,9 +13,9 @@ from torch import nn
 from ccl_timm import data
 from ccl_timm.console import Progress, say
 from ccl_timm.errors import UserError
-from ccl_timm.hub import load_trained
 from ccl_timm.loaders import create_loader
 from ccl_timm.options import Parser
+from ccl_timm.trained import load_trained
 
 __all__ = ['evaluate', 'main', 'pick_device']
 
