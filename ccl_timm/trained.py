@@ -26,6 +26,8 @@ class Trained:
         data_config: ``input_size``, ``mean``, ``std``, ``crop_pct``, ``interpolation`` as trained.
         class_names: in the order of the logits; None if unknown.
         settings: those of the run; empty for an export.
+        epoch: of the checkpoint, counted from 0; None for an export.
+        ema: whether these are the moving average of the weights.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Trained:
     data_config: dict[str, Any]
     class_names: list[str] | None
     settings: dict[str, Any]
+    epoch: int | None = None
+    ema: bool = False
 
 
 def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -46,7 +50,6 @@ def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
         UserError: no such model, or one that does not take an option.
     """
     name = settings['model']
-    models.ensure_registered(name)
     options = {
         'num_classes': settings.get('num_classes'),
         'drop_rate': settings.get('drop', 0.0),
@@ -58,7 +61,8 @@ def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
         **kwargs,
     }
     try:
-        return timm.create_model(**resolve_model_input_args(name, settings, **options))
+        with models.loading(name, options.get('pretrained', False)):
+            return timm.create_model(**resolve_model_input_args(name, settings, **options))
     except UserError:
         raise
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -77,17 +81,21 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     """Load a trained model.
 
     Args:
-        source: folder of a run (its best checkpoint), a checkpoint file in one, or an exported folder.
+        source: folder of a run (its best checkpoint), a checkpoint file in one, an exported folder, or
+            ``'hf-hub:owner/name'``.
         use_ema: the moving average instead of the weights.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    path = Path(str(source or '').removeprefix('local-dir:'))
-    if not str(source or ''):
+    name = str(source or '')
+    if not name:
         raise UserError('Name the folder of a run or of an exported model.')
+    if name.startswith('hf-hub:'):
+        return _load_exported(name)
+    path = Path(name.removeprefix('local-dir:'))
     if (path / 'config.json').is_file():
-        return _load_exported(path)
+        return _load_exported(f'local-dir:{path}')
     checkpoint_file = runs.checkpoint_of(path)
     checkpoint = runs.read_checkpoint(checkpoint_file)
     settings = _settings_of(checkpoint, checkpoint_file)
@@ -97,7 +105,8 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     model = build_model(settings)
     model.load_state_dict(timm.models.clean_state_dict(checkpoint[key]))
     config = timm.data.resolve_data_config(settings, model=model)
-    return Trained(settings['model'], model.eval(), config, settings.get('class_names'), settings)
+    names = settings.get('class_names')
+    return Trained(settings['model'], model.eval(), config, names, settings, checkpoint['epoch'], use_ema)
 
 
 def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -107,11 +116,8 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return vars(args)
 
 
-def _load_exported(path: Path) -> Trained:
-    try:
-        model = models.create_model(f'local-dir:{path}', pretrained=True).eval()
-    except RuntimeError as error:
-        raise UserError(f"'{path}' holds no model that can be loaded: {error}") from error
+def _load_exported(name: str) -> Trained:
+    model = models.create_model(name, pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get('label_names')
     return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})
