@@ -22,6 +22,7 @@ from ccl_timm import plugins
 from ccl_timm.errors import UserError
 
 __all__ = [
+    'best_row',
     'check_same_data',
     'checkpoint_of',
     'create_folder',
@@ -183,6 +184,20 @@ def read_summary(folder: Path) -> list[dict[str, float]]:
         return []
     with path.open(encoding='utf-8', newline='') as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:
+    """The row of the epoch that a run's best checkpoint is of; empty where nothing was measured.
+
+    Args:
+        rows: of :func:`read_summary`.
+        metric: the setting ``eval_metric``.
+    """
+    measured = [row for row in rows if f'eval_{metric}' in row]
+    if not measured:
+        return {}
+    choose = min if metric == 'loss' else max  # of equal ones the first, as timm's saver does
+    return choose(measured, key=lambda row: row[f'eval_{metric}'])
 
 
 def create_folder(folder: Path) -> Path:

@@ -21,10 +21,12 @@ __all__ = [
     'build_variant',
     'create_model',
     'ensure_registered',
+    'known_to_timm',
     'load_plugins',
     'loading',
     'overview',
     'register_variant',
+    'split_variant',
     'taken',
     'variant_cfg',
 ]
@@ -116,7 +118,10 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
     name, _ = split_model_name_tag(config['architecture'])
     if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
-    if is_model(name) or _register_on_demand(name):
+    if is_model(name):
+        return
+    if variant := split_variant(name):
+        register_variant(*variant)
         return
     if source:
         raise UnknownNameError(sources.missing_architecture(location, config))
@@ -127,14 +132,18 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
     )
 
 
-def _register_on_demand(name: str) -> bool:
-    """Register ``<timm architecture>_<head>``; False if the name is not of this form."""
+def split_variant(name: str) -> tuple[str, str] | None:
+    """Backbone and head of ``<timm architecture>_<head>``; None if the name is not of this form."""
     for head in HEADS:
         backbone = name.removesuffix(f'_{head}')
         if backbone != name and is_model(backbone):
-            register_variant(backbone, head)
-            return True
-    return False
+            return backbone, head
+    return None
+
+
+def known_to_timm(name: str) -> bool:
+    """Whether timm's own ``create_model`` has this architecture as soon as ccl_timm is imported."""
+    return name in MODELS or (is_model(name) and model_entrypoint(name).__module__.startswith('timm.'))
 
 
 def load_plugins() -> None:
