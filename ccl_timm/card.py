@@ -180,10 +180,7 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
         ('loss', f'`{loss}`' + (f' ({options})' if options else ', default options')),
         ('data', f'{_data_name(settings)}, {config["num_classes"]} classes'),
         ('images', f'{resolution}, {_image_mode(config)}, mean {cfg["mean"]}, std {cfg["std"]}'),
-        (
-            'stem',
-            '3 x 3, stride 1, no max-pool (`small_input=True`)' if _small_input(settings) else "the backbone's own",
-        ),
+        ('stem', stem),
         ('start', _start(settings)),
         ('epochs', f'{settings["epochs"]}, batches of {settings["batch_size"]}'),
         ('optimizer', f'{settings["opt"]}, learning rate {rate}, weight decay {settings["weight_decay"]}'),

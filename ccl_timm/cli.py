@@ -140,8 +140,7 @@ def _push(argv: list[str], prog: str) -> int:
     args = parser.parse_strictly(argv)
     from ccl_timm.hub import push
 
-    words = vars(args)
-    address = push(words.pop('source'), words.pop('repo_id'), **words)
+    address = push(**vars(args))
     if address:
         print(address)
         print(f"load it: import ccl_timm; ccl_timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,13 +197,17 @@ def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, rep
         if not card.is_unedited(present):
             say(f"the card of '{repo_id}' was written or edited by hand and stays; --replace-card writes over it")
             (folder / 'README.md').unlink()
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        parent_commit=info.sha,
-        commit_message='Upload a model trained with ccl-timm',
-    )
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            parent_commit=info.sha,
+            commit_message='Upload a model trained with ccl-timm',
+        )
+    except BaseException:
+        print(file=sys.stderr)  # huggingface_hub leaves its progress bar without an end of line
+        raise
     say('nothing to send: all of it is there already' if commit.oid == info.sha else f"pushed to '{repo_id}'")
     return str(commit.commit_url)
 
