@@ -1,14 +1,22 @@
 """A small Hub for the tests: huggingface_hub 2.x's routes for models, on loopback, in memory."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import close_session, constants, file_download
+from huggingface_hub.utils import _http
 
 USERS = {'hf_me': 'me', 'hf_other': 'other'}  # token -> user
 LFS_FROM = 100_000  # bytes
@@ -97,9 +105,36 @@ class StandInHub:
         repository = self.repositories[repo_id]
         return repository.commits[repository.resolve(revision)]
 
-    def writes(self) -> list[str]:
-        """Requests that changed something."""
-        return [line for line in self.requests if re.search(r'^PUT|/commit/|/repos/create|/branch/', line)]
+
+def take_for_the_hub(standin: StandInHub, monkeypatch, cache) -> Iterator[StandInHub]:
+    """For a fixture: until it ends this process, logged in as 'me', takes a stand-in for the Hub and reaches no other.
+
+    Waits between attempts are left out.
+    """
+    stay_on_loopback(monkeypatch.setattr)
+    template = standin.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'ENDPOINT', standin.url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(cache))
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(time=time.time, sleep=lambda seconds: None))
+    monkeypatch.setenv('HF_TOKEN', 'hf_me')
+    close_session()
+    yield standin
+    close_session()
+    assert left_loopback == []
+
+
+@contextlib.contextmanager
+def short_patience() -> Iterator[None]:
+    """Wait for an answer of the Hub for half a second only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 0.5)
+        patch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 0.5)
+        patch.setattr('ccl_timm.hub.ANSWER_SECONDS', 0.5)
+        yield
 
 
 class Refused(Exception):

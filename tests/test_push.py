@@ -1,31 +1,29 @@
 """Runs to the Hub and back, against a Hub on loopback; and their cards."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard, close_session, constants, file_download
-from huggingface_hub.utils import _http
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load, save
 
 import ccl_timm
-from ccl_timm import card, cli, hub, models
+from ccl_timm import card, cli, hub, models, recipes
 from ccl_timm.models import checkpoints, variants
 from ccl_timm.trained import load_trained
 
 from .conftest import TINY
-from .standin_hub import StandInHub, left_loopback, stay_on_loopback
+from .standin_hub import Fault, StandInHub, short_patience, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
@@ -58,25 +56,8 @@ def baseline(run, tmp_path_factory):
 @pytest.fixture
 def online(monkeypatch, tmp_path):
     """A stand-in Hub that this process, logged in as 'me', takes for the Hub."""
-    stay_on_loopback(monkeypatch.setattr)
     with StandInHub() as standin:
-        monkeypatch.setattr(constants, 'ENDPOINT', standin.url)
-        monkeypatch.setattr(
-            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', standin.url + '/{repo_id}/resolve/{revision}/{filename}'
-        )
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-        monkeypatch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 0.5)
-        monkeypatch.setattr(hub, 'ANSWER_SECONDS', 0.5)
-        monkeypatch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 0.5)
-        for module in (_http, file_download):  # they wait between attempts
-            monkeypatch.setattr(module, 'time', SimpleNamespace(time=time.time, sleep=lambda seconds: None))
-        monkeypatch.setenv('HF_TOKEN', 'hf_me')
-        close_session()
-        yield standin
-        close_session()
-    assert left_loopback == []
+        yield from take_for_the_hub(standin, monkeypatch, tmp_path / 'cache')
 
 
 @pytest.fixture
@@ -215,8 +196,9 @@ def test_training_goes_on_from_a_repository(words, pushed, folder, place):
 def test_an_interrupted_push_changes_nothing_and_can_be_repeated(fault, message, words, online, run):
     online.add(REPO)
     before = online.files(REPO)
-    online.faults = [SimpleNamespace(pattern=fault[0], what=fault[1])]
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    online.faults = [Fault(*fault)]
+    with short_patience() if fault[1] == 'hang' else contextlib.nullcontext():
+        code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith(f"error: '{REPO}' was not pushed: ") and message in last
     assert online.files(REPO) is before
@@ -340,14 +322,14 @@ def test_repositories_out_of_reach_say_why(name, fault, message, pushed, monkeyp
     if fault == 'offline':
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     elif fault:
-        pushed.faults = [SimpleNamespace(pattern='(HEAD|GET) .*config.json', what=fault)]
-    with pytest.raises(ccl_timm.UserError, match=message) as caught:
+        pushed.faults = [Fault('(HEAD|GET) .*config.json', fault)]
+    with short_patience(), pytest.raises(ccl_timm.UserError, match=message) as caught:
         ccl_timm.create_model(f'hf-hub:{name}', pretrained=True)
     assert '\n' not in str(caught.value)
 
 
 def test_a_download_that_breaks_off_is_said(pushed):
-    pushed.faults = [SimpleNamespace(pattern='GET .*model.safetensors', what='drop')]
+    pushed.faults = [Fault('GET .*model.safetensors', 'drop')]
     with pytest.raises(ccl_timm.UserError, match=f"'{REPO}' cannot be loaded"):
         ccl_timm.create_model(f'hf-hub:{REPO}', pretrained=True)
 
@@ -396,11 +378,30 @@ def test_card_parses_back_to_its_results(words, run, baseline):
         assert part in out
 
 
-def test_card_without_a_baseline_says_so(words, run, trained):
-    code, out, err = words('ccl-timm', 'card', run)
+def test_card_without_a_baseline_says_so(words, run):
+    out = words('ccl-timm', 'card', run)[1]
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
-    assert "ccl_timm.create_model('hf-hub:ccl-timm/test_resnet_cam.cc_images0'" in out  # not named: ours builds it
-    assert "= timm.create_model('hf-hub:" in words('ccl-timm', 'card', trained)[1]  # resnet18_cam is
+
+
+def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
+    out = words('ccl-timm', 'card', run)[1]
+    assert re.search(r"= ccl_timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
+    hub.record(run, place, weights=False)
+    config = json.loads(Path('config.json').read_text())
+    Path('config.json').write_text(json.dumps({**config, 'architecture': 'resnet18_cam'}))
+    assert f"= timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
+
+
+def test_card_tells_the_papers_figure_where_the_recipe_states_it(words, run, place, monkeypatch):
+    hub.record(run, place, weights=False)
+    Path('environment.json').write_text(json.dumps({'recipe': 'bees'}))
+    stated = {'model': 'test_resnet_cam', 'loss': 'cc', 'paper': {'top1': 98.7, 'source': 'CC-Loss, Table 9'}}
+    (place / 'recipes').mkdir()
+    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump(stated))
+    monkeypatch.setattr(recipes, 'recipe_folder', lambda: place / 'recipes')
+    assert '| the paper (CC-Loss, Table 9) | 98.70 |' in card.render(place, REPO)
+    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump({**stated, 'loss': 'ce'}))
+    assert 'not stated |' in card.render(place, REPO)  # the figure is another loss's
 
 
 def test_baseline_of_another_recipe_is_refused(words, run, baseline, folder, place):
