@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,6 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
     cfg, name, loss = config['pretrained_cfg'], config['architecture'], _loss(settings)
     resolution = f'{cfg["input_size"][1]} x {cfg["input_size"][2]} px'
     options = ', '.join(f'{key}={value}' for key, value in settings.get('loss_kwargs', {}).items())
-    words = shlex.split(environment.get('command', 'timm train.py --config args.yaml'))
     versions = ', '.join(f'{key} {value}' for key, value in environment.get('versions', {}).items())
     hardware = [environment.get('device', 'not recorded')]
     hardware += [f'{key}: {environment[key]}' for key in ('processes', 'threads') if key in environment]
@@ -184,7 +182,7 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
         ('start', _start(settings)),
         ('epochs', f'{settings["epochs"]}, batches of {settings["batch_size"]}'),
         ('optimizer', f'{settings["opt"]}, learning rate {rate}, weight decay {settings["weight_decay"]}'),
-        ('recipe', f'`{Path(environment["recipe"]).name}`' if environment.get('recipe') else 'none'),
+        ('recipe', f'`{environment["recipe"]}`' if environment.get('recipe') else 'none'),
         ('seed', settings['seed']),
         ('hardware', ', '.join(hardware)),
         ('versions', versions or 'not recorded'),
@@ -194,7 +192,7 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
         'summary': f'An image classifier with {config["num_classes"]} classes, for images of {resolution}.',
         'trained': rows,
         'resolution': resolution,
-        'command': shlex.join(without_folders(word) for word in words),
+        'command': environment.get('command', 'timm train.py --config args.yaml'),
     }
 
 

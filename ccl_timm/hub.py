@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -103,7 +104,7 @@ def _export_onnx(trained: Trained, folder: Path) -> None:
 
 
 def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weights: bool = True) -> None:
-    """Write what a run's repository on the Hub holds, and environment.json, into a folder.
+    """Write what a run's repository on the Hub holds, and environment.json, into a folder; no folder of this machine.
 
     Args:
         source: folder of a run (its best checkpoint) or a checkpoint file in one.
@@ -126,9 +127,15 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
     else:
         save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
     (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
-    for name in ('summary.csv', 'environment.json'):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+    if (run / 'summary.csv').is_file():
+        shutil.copyfile(run / 'summary.csv', folder / 'summary.csv')
+    if (run / 'environment.json').is_file():
+        environment = json.loads((run / 'environment.json').read_text(encoding='utf-8'))
+        words = shlex.split(environment['command'])
+        environment['command'] = shlex.join(card.without_folders(word) for word in words)
+        environment['recipe'] = card.without_folders(environment.get('recipe'))
+        environment.pop('resumed', None)  # further commands, which a card does not tell of
+        (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')
 
 
 def push(

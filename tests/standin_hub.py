@@ -331,3 +331,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {'X-Linked-Etag': headers['ETag'], 'X-Linked-Size': str(len(content))}
         asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         self.answer(content[int(asked[1]) :] if asked else content, 206 if asked else 200, headers)
+
+
+if __name__ == '__main__':  # for other processes: HF_ENDPOINT=<the address printed> HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_me
+    with StandInHub() as hub:
+        print(hub.url, flush=True)
+        hub.closing.wait()

@@ -86,6 +86,7 @@ def test_what_goes_up_names_no_folder_of_this_machine(pushed, folder, run):
     files = pushed.files(REPO)
     texts = b''.join(content for path, content in files.items() if path != 'model.safetensors').decode()
     assert str(folder.parent) not in texts and str(run.parent) not in texts
+    assert f'--data-dir {folder.name}' in texts
     assert yaml.safe_load(files['args.yaml'])['data_dir'] == folder.name
 
 
