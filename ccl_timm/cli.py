@@ -155,6 +155,48 @@ def _export(argv: list[str], prog: str) -> int:
     return 0
 
 
+def _push(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'Put a trained model on the Hugging Face Hub: weights, config, card, settings, results.')
+    _add_card_words(parser, required=True)
+    parser.add_argument('--private', action='store_true', help='only you see the repository, if it is new')
+    parser.add_argument('--revision', default=None, metavar='BRANCH', help='default: main; made if there is none')
+    parser.add_argument('--replace-card', action='store_true', help='write over a card that was edited by hand, too')
+    parser.add_argument('--dry-run', action='store_true', help='say what would go up, and send nothing')
+    args = parser.parse_strictly(argv)
+    from ccl_timm.hub import push
+
+    address = push(**vars(args))
+    if address:
+        print(address)
+        print(f"load it: import ccl_timm; ccl_timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
+    return 0
+
+
+def _card(argv: list[str], prog: str) -> int:
+    parser = _parser(prog, 'Print the model card that `ccl-timm push` would send with a run.')
+    _add_card_words(parser, required=False)
+    args = parser.parse_strictly(argv)
+    import tempfile
+    from pathlib import Path
+
+    from ccl_timm import card, hub
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        hub.record(args.source, folder, args.use_ema, weights=False)
+        repo_id = args.repo_id or card.default_repository(folder)
+        print(card.render(folder, repo_id, Path(args.baseline) if args.baseline else None, args.license), end='')
+    return 0
+
+
+def _add_card_words(parser, required: bool) -> None:
+    parser.add_argument('source', metavar='RUN', help='folder of a run, or a checkpoint file in one')
+    parser.add_argument('--repo-id', required=required, default=None, metavar='OWNER/NAME', help='the repository')
+    parser.add_argument('--use-ema', action='store_true', help='the moving average of the weights')
+    parser.add_argument('--baseline', default=None, metavar='RUN', help='the same recipe with --loss ce, for the card')
+    parser.add_argument('--license', default='apache-2.0', metavar='NAME', help='of the weights')
+
+
 def _data(argv: list[str], prog: str) -> int:
     from ccl_timm import prepare
 
@@ -246,6 +288,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'predict': (_predict, 'classify images'),
     'bench': (_bench, 'time losses, training steps and loaders, as ratios'),
     'export': (_export, 'write a trained model as safetensors and config.json, or as ONNX'),
+    'push': (_push, 'put a trained model on the Hugging Face Hub'),
+    'card': (_card, "print a run's model card"),
     'run': (_run, "run a timm script, such as timm's own train.py, with our models and losses"),
     'data': (_data, 'prepare, check or split a folder of images'),
     'losses': (_losses, 'list the losses, or explain one'),

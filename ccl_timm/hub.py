@@ -1,125 +1,33 @@
-"""Trained models out of runs and exported folders, and exports that timm loads."""
+"""Trained models leave the house: exported as files that timm loads or as ONNX, and pushed to the Hub with a card."""
 
+import contextlib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import timm.models
 import torch
-from timm.models import resolve_model_input_args
-from torch import nn
+import yaml
+from huggingface_hub import HfApi, constants, get_session
+from timm.models._hub import save_config_for_hf
 
-from ccl_timm import models, plugins, runs
+from ccl_timm import card, plugins, runs
+from ccl_timm.console import say
 from ccl_timm.errors import UserError
+from ccl_timm.hub_errors import check_repository_name, explained
+from ccl_timm.trained import Trained, load_trained
 
-__all__ = ['Trained', 'export', 'load_trained']
+__all__ = ['export', 'push', 'record']
 
 EXPORT_FILES = {'timm': ('model.safetensors', 'config.json'), 'onnx': ('model.onnx',)}
-
-
-@dataclass
-class Trained:
-    """A trained model with what its use needs.
-
-    Attributes:
-        name: architecture.
-        model: in evaluation mode, on the CPU.
-        data_config: ``input_size``, ``mean``, ``std``, ``crop_pct``, ``interpolation`` as trained.
-        class_names: in the order of the logits; None if unknown.
-        settings: those of the run; empty for an export.
-    """
-
-    name: str
-    model: nn.Module
-    data_config: dict[str, Any]
-    class_names: list[str] | None
-    settings: dict[str, Any]
-
-
-def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Build the model that a training script's settings name.
-
-    Args:
-        settings: the script's settings, by name.
-        **kwargs: further arguments of timm's ``create_model``; they come before the settings.
-
-    Raises:
-        UserError: no such model, or one that does not take an option.
-    """
-    name = settings['model']
-    models.ensure_registered(name)
-    options = {
-        'num_classes': settings.get('num_classes'),
-        'drop_rate': settings.get('drop', 0.0),
-        'drop_path_rate': settings.get('drop_path'),
-        'global_pool': settings.get('gp'),
-        'bn_momentum': settings.get('bn_momentum'),
-        'bn_eps': settings.get('bn_eps'),
-        **settings.get('model_kwargs', {}),
-        **kwargs,
-    }
-    try:
-        return timm.create_model(**resolve_model_input_args(name, settings, **options))
-    except UserError:
-        raise
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        hint = ''
-        if kwargs.get('checkpoint_path'):
-            hint = '; --pretrained-path adapts a checkpoint to other classes'
-        raise UserError(f"Model '{name}' cannot be built with {_given(options)}: {reason}{hint}.") from error
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
-    """Load a trained model.
-
-    Args:
-        source: folder of a run (its best checkpoint), a checkpoint file in one, or an exported folder.
-        use_ema: the moving average instead of the weights.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    path = Path(str(source or '').removeprefix('local-dir:'))
-    if not str(source or ''):
-        raise UserError('Name the folder of a run or of an exported model.')
-    if (path / 'config.json').is_file():
-        return _load_exported(path)
-    checkpoint_file = runs.checkpoint_of(path)
-    checkpoint = runs.read_checkpoint(checkpoint_file)
-    settings = _settings_of(checkpoint, checkpoint_file)
-    key = 'state_dict_ema' if use_ema else 'state_dict'
-    if key not in checkpoint:
-        raise UserError(f"'{checkpoint_file}' has no moving average: it was trained without --model-ema.")
-    model = build_model(settings)
-    model.load_state_dict(timm.models.clean_state_dict(checkpoint[key]))
-    config = timm.data.resolve_data_config(settings, model=model)
-    return Trained(settings['model'], model.eval(), config, settings.get('class_names'), settings)
-
-
-def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    args = checkpoint.get('args')
-    if args is None:
-        raise UserError(f"'{path}' does not tell how its model was built: it holds no settings of a run.")
-    return vars(args)
-
-
-def _load_exported(path: Path) -> Trained:
-    try:
-        model = models.create_model(f'local-dir:{path}', pretrained=True).eval()
-    except RuntimeError as error:
-        raise UserError(f"'{path}' holds no model that can be loaded: {error}") from error
-    config = timm.data.resolve_model_data_config(model)
-    names = model.pretrained_cfg.get('label_names')
-    return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})
+ANSWER_SECONDS = 120.0  # how long to wait for an answer of the Hub to a push
 
 
 def export(
@@ -128,7 +36,7 @@ def export(
     """Write a trained model for use elsewhere.
 
     Args:
-        source: as of :func:`load_trained`.
+        source: as of :func:`ccl_timm.trained.load_trained`.
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm loads from ``local-dir:FOLDER``; it holds mean,
@@ -154,16 +62,24 @@ def export(
 
 
 def _export_timm(trained: Trained, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    timm.models.save_for_hf(trained.model, str(folder), safe_serialization=True, **_description(trained))
+
+
+def _description(trained: Trained) -> dict[str, Any]:
+    """What timm's writers of config.json take."""
     import ccl_timm
 
-    needs = {'package': 'ccl-timm', 'version': ccl_timm.__version__, 'plugins': plugins.used_plugins()}
-    timm.models.save_for_hf(
-        trained.model,
-        str(folder),
-        model_config={'label_names': trained.class_names, 'ccl_timm': needs},
-        safe_serialization=True,
-        data_config=trained.data_config,
-    )
+    needs = {
+        'package': 'ccl-timm',
+        'version': ccl_timm.__version__,
+        'plugins': plugins.used_plugins(),
+        'epoch': trained.epoch,
+    }
+    return {
+        'model_config': {'label_names': trained.class_names, 'ccl_timm': needs},
+        'data_config': trained.data_config,
+    }
 
 
 def _export_onnx(trained: Trained, folder: Path) -> None:
@@ -185,3 +101,130 @@ def _export_onnx(trained: Trained, folder: Path) -> None:
     facts = {'architecture': trained.name, 'class_names': trained.class_names, **trained.data_config}
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
     onnx.save(model, folder / 'model.onnx')
+
+
+def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weights: bool = True) -> None:
+    """Write what a run's repository on the Hub holds, and environment.json, into a folder; no folder of this machine.
+
+    Args:
+        source: folder of a run (its best checkpoint) or a checkpoint file in one.
+        folder: exists, empty.
+        use_ema: the moving average instead of the weights.
+        weights: model.safetensors too.
+
+    Raises:
+        UserError: the source is no run, or its figures were measured with other weights than those asked for.
+    """
+    trained = load_trained(source, use_ema)
+    run = Path(source) if Path(source).is_dir() else Path(source).parent
+    if not trained.settings:
+        raise UserError(f"'{source}' is an exported model: name the folder of its run, which tells how it was trained.")
+    settings = {key: card.without_folders(value) for key, value in runs.read_args(run).items()}
+    if bool(settings.get('model_ema')) != use_ema:
+        raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
+    if weights:
+        _export_timm(trained, folder)
+    else:
+        save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
+    (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
+    if (run / 'summary.csv').is_file():
+        shutil.copyfile(run / 'summary.csv', folder / 'summary.csv')
+    if (run / 'environment.json').is_file():
+        environment = json.loads((run / 'environment.json').read_text(encoding='utf-8'))
+        words = shlex.split(environment['command'])
+        environment['command'] = shlex.join(card.without_folders(word) for word in words)
+        environment['recipe'] = card.without_folders(environment.get('recipe'))
+        environment.pop('resumed', None)  # further commands, which a card does not tell of
+        (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')
+
+
+def push(
+    source: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    use_ema: bool = False,
+    baseline: str | os.PathLike | None = None,
+    license: str = 'apache-2.0',
+    replace_card: bool = False,
+    dry_run: bool = False,
+) -> str:
+    """Put a trained model on the Hub, in a repository that is made if there is none, in one commit.
+
+    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv, and README.md,
+    the model card. A card that somebody edited stays. What is there already is not sent again.
+
+    Args:
+        source: folder of a run (its best checkpoint) or a checkpoint file in one.
+        repo_id: ``owner/name``.
+        private: only you see a new repository.
+        revision: a branch, made from main if there is none; None for main.
+        use_ema: the moving average instead of the weights.
+        baseline: see :func:`ccl_timm.card.render`.
+        license: of the weights.
+        replace_card: write over an edited card, too.
+        dry_run: say what would go up, and send nothing.
+
+    Returns:
+        Address of the commit that holds the model; empty for a dry run.
+
+    Raises:
+        UserError: the run cannot be loaded, or the Hub does not take it. Then nothing there has changed.
+    """
+    check_repository_name(repo_id)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        record(source, folder, use_ema)
+        text = card.render(folder, repo_id, Path(baseline) if baseline else None, license)
+        (folder / 'README.md').write_text(text, encoding='utf-8')
+        (folder / 'environment.json').unlink(missing_ok=True)
+        for path in sorted(folder.iterdir()):
+            say(f'{path.name:>18}  {path.stat().st_size / 1e6:9.3f} MB')
+        if dry_run:
+            say(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
+            return ''
+        with explained(f"'{repo_id}' was not pushed"), _limited_patience():
+            return _upload(folder, repo_id, private, revision, replace_card)
+
+
+def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, replace_card: bool) -> str:
+    import ccl_timm
+
+    api = HfApi(library_name='ccl-timm', library_version=ccl_timm.__version__)
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    info = api.model_info(repo_id)
+    if private and not info.private:
+        raise UserError(f"'{repo_id}' exists and is public: make it private on its page first, or leave out --private.")
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+    if 'README.md' in {file.rfilename for file in info.siblings or []} and not replace_card:
+        present = Path(api.hf_hub_download(repo_id, 'README.md', revision=info.sha)).read_text(encoding='utf-8')
+        if not card.is_unedited(present):
+            say(f"the card of '{repo_id}' was written or edited by hand and stays; --replace-card writes over it")
+            (folder / 'README.md').unlink()
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            parent_commit=info.sha,
+            commit_message='Upload a model trained with ccl-timm',
+        )
+    except BaseException:
+        print(file=sys.stderr)  # huggingface_hub leaves its progress bar without an end of line
+        raise
+    say('nothing to send: all of it is there already' if commit.oid == info.sha else f"pushed to '{repo_id}'")
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _limited_patience() -> Iterator[None]:
+    # huggingface_hub waits without end for an answer
+    session = get_session()
+    before, session.timeout = session.timeout, ANSWER_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before

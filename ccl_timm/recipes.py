@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.packaged import packaged_folder
 
 __all__ = [
     'DESCRIPTIVE',
@@ -19,14 +20,12 @@ __all__ = [
 ]
 
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
-DESCRIPTIVE = ('assumed', 'config', 'data')
+DESCRIPTIVE = ('assumed', 'config', 'data', 'paper')
 
 
 def recipe_folder() -> Path:
     """Where the packaged recipes lie: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / '_recipes'
-    return installed if installed.is_dir() else package.parent / 'recipes'
+    return packaged_folder('recipes')
 
 
 def list_recipes() -> list[str]:

@@ -1,11 +1,13 @@
 """A run's folder: where it lies, what it may not overwrite, what it can go on from, and what it was made with."""
 
 import argparse
+import csv
 import json
 import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from ccl_timm import plugins
 from ccl_timm.errors import UserError
 
 __all__ = [
+    'best_row',
     'check_same_data',
     'checkpoint_of',
     'continue_saver',
     'create_folder',
+    'differences',
     'environment',
     'plan_folder',
     'read_args',
     'read_checkpoint',
+    'read_summary',
     'write_run_files',
 ]
 
@@ -92,14 +97,28 @@ def _free_folder(folder: Path) -> Path:
 
 
 def _check_same_settings(args: argparse.Namespace, folder: Path) -> None:
-    before, now = read_args(folder), vars(args)
-    changed = [key for key in now if key in before and key not in _FREE and _plain(before[key]) != _plain(now[key])]
+    changed = differences(read_args(folder), vars(args))
     if changed:
-        details = ', '.join(f'{key} was {before[key]!r}, is {now[key]!r}' for key in changed[:3])
         raise UserError(
-            f"'{folder}' holds a run of other settings ({details}): give the same settings to go on with it, "
-            'or another --experiment.'
+            f"'{folder}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to go on "
+            'with it, or another --experiment.'
         )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()) -> list[str]:
+    """Settings that both runs have and that change what is computed, in words, where they differ.
+
+    Args:
+        before: settings of one run.
+        now: of the other.
+        free: settings that may differ, beside those that compute the same.
+    """
+    changed = [
+        key
+        for key in now
+        if key in before and key not in _FREE and key not in free and _plain(before[key]) != _plain(now[key])
+    ]
+    return [f'{key} was {before[key]!r}, is {now[key]!r}' for key in changed]
 
 
 def _plain(value: Any) -> Any:
@@ -191,6 +210,29 @@ def read_args(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
+def read_summary(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's summary.csv, oldest first; empty where the run has none."""
+    path = folder / 'summary.csv'
+    if not path.is_file():
+        return []
+    with path.open(encoding='utf-8', newline='') as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:
+    """The row of the epoch that a run's best checkpoint is of; empty where nothing was measured.
+
+    Args:
+        rows: of :func:`read_summary`.
+        metric: the setting ``eval_metric``.
+    """
+    measured = [row for row in rows if f'eval_{metric}' in row]
+    if not measured:
+        return {}
+    choose = min if metric == 'loss' else max  # of equal ones the first, as timm's saver does
+    return choose(measured, key=lambda row: row[f'eval_{metric}'])
+
+
 def create_folder(folder: Path) -> Path:
     """Create a new run's folder; if another run has taken the name meanwhile, the next free one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +287,7 @@ def write_run_files(
     if continues and record.exists():
         information = _continued(json.loads(record.read_text(encoding='utf-8')), information)
     else:
+        information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
         _write(folder / 'args.yaml', yaml.safe_dump({**kept, 'resume': ''}))
     _write(record, json.dumps(information, indent=2) + '\n')

@@ -34,10 +34,10 @@ from ccl_timm import data, options, runs, settings
 from ccl_timm.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
 from ccl_timm.console import Progress, is_primary, say
 from ccl_timm.errors import UserError
-from ccl_timm.hub import build_model
 from ccl_timm.loaders import make_loaders
 from ccl_timm.task import LossTask, create_task
 from ccl_timm.trackers import Tracker
+from ccl_timm.trained import build_model
 from ccl_timm.validate import evaluate, pick_device
 
 __all__ = ['Run', 'main', 'train']

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ccl_timm import data, retrieval
 from ccl_timm.console import Progress, say, warn
 from ccl_timm.errors import UserError
-from ccl_timm.hub import load_trained
 from ccl_timm.loaders import evaluation_loader
 from ccl_timm.options import Parser
+from ccl_timm.trained import load_trained
 
 __all__ = ['Evaluation', 'evaluate', 'main', 'pick_device']
 

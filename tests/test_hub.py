@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import ccl_timm
-from ccl_timm.hub import export, load_trained
+from ccl_timm.hub import export
+from ccl_timm.trained import load_trained
 
 from .conftest import results
 

@@ -13,6 +13,7 @@ import ccl_timm
 from ccl_timm import recipes
 from ccl_timm.losses import LOSSES
 from ccl_timm.models import MODELS
+from ccl_timm.packaged import packaged_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,7 @@ def test_every_entry_point_leads_somewhere(value):
 def test_a_checkout_finds_its_recipes():
     assert recipes.recipe_folder() == ROOT / 'recipes'
     assert 'digits' in recipes.list_recipes()
+    assert (packaged_folder('hub_cards') / 'template.md').is_file()
 
 
 def test_version_is_said_once():
@@ -54,7 +56,7 @@ def test_wheel_holds_recipes_and_runs_them(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / 'installed')
-    assert 'ccl_timm/_recipes/digits.yaml' in names
+    assert {'ccl_timm/_recipes/digits.yaml', 'ccl_timm/_hub_cards/template.md'} <= set(names)
     assert any(name.startswith('ccl_timm/plugin_template/') for name in names)
     code = 'import ccl_timm.cli; raise SystemExit(ccl_timm.cli.timm())'
     argv = ['train.py', '--model', 'resnet18_cam', '--loss', 'cc', '--epochs', '1']

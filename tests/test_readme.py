@@ -11,6 +11,7 @@ from ccl_timm.heads import HEADS
 from ccl_timm.losses import LOSSES
 
 from .conftest import write_folder
+from .standin_hub import StandInHub, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / 'README.md').read_text()
@@ -31,8 +32,20 @@ def workshop(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope='module')
+def standin():
+    with StandInHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def online(standin, monkeypatch, tmp_path):
+    """What one command sends to the Hub, another finds there."""
+    yield from take_for_the_hub(standin, monkeypatch, tmp_path)
+
+
 @pytest.mark.parametrize('line', COMMANDS)
-def test_command(line, workshop, words, monkeypatch):
+def test_command(line, workshop, words, monkeypatch, online):
     monkeypatch.chdir(workshop)
     program, *argv = shlex.split(line)
     if any(word.endswith('train.py') for word in argv):
@@ -42,7 +55,7 @@ def test_command(line, workshop, words, monkeypatch):
 
 
 @pytest.mark.parametrize('code', PYTHON)
-def test_python(code, workshop, monkeypatch):
+def test_python(code, workshop, monkeypatch, online):
     monkeypatch.chdir(workshop)
     names = {'__name__': 'readme'}
     exec(compile(code, 'README.md', 'exec'), names)

@@ -3,16 +3,17 @@
 import contextlib
 import fnmatch
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import timm
 from timm.models import is_model, list_models, model_entrypoint, parse_model_name, split_model_name_tag
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 from ccl_timm import plugins
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import HEADS
+from ccl_timm.models import sources
 from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
 
 __all__ = [
@@ -20,9 +21,12 @@ __all__ = [
     'build_variant',
     'create_model',
     'ensure_registered',
+    'known_to_timm',
     'load_plugins',
+    'loading',
     'overview',
     'register_variant',
+    'split_variant',
     'taken',
     'variant_cfg',
 ]
@@ -68,31 +72,59 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         UnknownNameError: no such model, with the closest name.
         UserError: an option or a checkpoint does not fit the model.
     """
-    ensure_registered(model_name)
-    return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    with loading(model_name, pretrained, kwargs.get('cache_dir')):
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
 
 
-def ensure_registered(model_name: str) -> None:
+@contextlib.contextmanager
+def loading(model_name: str, pretrained: bool = False, cache_dir: str | None = None) -> Iterator[None]:
+    """Where timm builds a model by any name: registered before, and failures of a repository or folder in sentences.
+
+    Args:
+        model_name: as for :func:`create_model`.
+        pretrained: weights will be loaded; a repository must have safetensors.
+        cache_dir: of the Hub's downloads.
+
+    Raises:
+        UserError: as :func:`create_model`.
+    """
+    ensure_registered(model_name, cache_dir)
+    source, location = parse_model_name(model_name)
+    if not source:
+        yield
+        return
+    if source == 'hf-hub' and pretrained:
+        sources.fetch_weights(location, cache_dir=cache_dir)
+    with sources.explained_load(location):
+        yield
+
+
+def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
     """Make timm know a model's name: load the plugin that has it, or register a variant of any timm backbone.
 
     Args:
         model_name: as for :func:`create_model`; of a folder or a repository, the architecture that its config names.
+        cache_dir: of the Hub's downloads.
 
     Raises:
         UnknownNameError: nobody has it.
         UserError: it is no name, or names a folder without a config, or a backbone that cannot take the head.
     """
     try:
-        source, name = parse_model_name(model_name)
+        source, location = parse_model_name(model_name)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if source:
-        name = _architecture_of(source, name)
-    name, _ = split_model_name_tag(name)
+    config = sources.read_config(source, location, cache_dir) if source else {'architecture': location}
+    name, _ = split_model_name_tag(config['architecture'])
     if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
-    if is_model(name) or _register_on_demand(name):
+    if is_model(name):
         return
+    if variant := split_variant(name):
+        register_variant(*variant)
+        return
+    if source:
+        raise UnknownNameError(sources.missing_architecture(location, config))
     known = [*list_models(), *plugins.plugin_names('model')]
     raise UnknownNameError(
         f"Unknown model '{name}'{did_you_mean(name, known)} `ccl-timm plugins` lists models of plugins, "
@@ -100,22 +132,18 @@ def ensure_registered(model_name: str) -> None:
     )
 
 
-def _architecture_of(source: str, location: str) -> str:
-    load = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
-    try:
-        return load(location)[1]
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        raise UserError(f"'{location}' holds no model of timm: {error}") from error
-
-
-def _register_on_demand(name: str) -> bool:
-    """Register ``<timm architecture>_<head>``; False if the name is not of this form."""
+def split_variant(name: str) -> tuple[str, str] | None:
+    """Backbone and head of ``<timm architecture>_<head>``; None if the name is not of this form."""
     for head in HEADS:
         backbone = name.removesuffix(f'_{head}')
         if backbone != name and is_model(backbone):
-            register_variant(backbone, head)
-            return True
-    return False
+            return backbone, head
+    return None
+
+
+def known_to_timm(name: str) -> bool:
+    """Whether timm's own ``create_model`` has this architecture as soon as ccl_timm is imported."""
+    return name in MODELS or (is_model(name) and model_entrypoint(name).__module__.startswith('timm.'))
 
 
 def load_plugins() -> None:

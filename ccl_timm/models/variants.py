@@ -9,12 +9,13 @@ from typing import Any
 import timm.models
 from timm.models import generate_default_cfgs, get_pretrained_cfg, load_pretrained, register_model
 from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
+from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, Head
+from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
 from ccl_timm.models.families import (
     build_options,
     classifier_path,
@@ -24,6 +25,7 @@ from ccl_timm.models.families import (
     prepare_for_head,
 )
 from ccl_timm.models.headed import backbone_class, put_head
+from ccl_timm.models.sources import read_hub_weights
 
 __all__ = ['build_variant', 'register_variant', 'variant_cfg']
 
@@ -57,11 +59,14 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
         raise UserError(f"There is no head '{head}'; heads: {', '.join(HEADS)}.")
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_variant(name, backbone, HEADS[head], pretrained, **kwargs)
+        options = checkpoint_options(name, kwargs.get('pretrained_cfg'))
+        model = build_variant(name, backbone, HEADS[head], pretrained, **{**options, **kwargs})
+        model._model_args = {**getattr(model, '_model_args', {}), **options}  # timm adds what it was called with
+        return model
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__doc__ = f'{backbone} with the {HEADS[head].__name__} classifier; see build_variant.'
-    default_cfgs.update(generate_default_cfgs({name: variant_cfg(backbone, HEADS[head])}))
+    default_cfgs.update(generate_default_cfgs(tagged_cfgs(name, variant_cfg(backbone, HEADS[head]))))
     setattr(module, name, entry_point)
     return register_model(entry_point)
 
@@ -187,8 +192,7 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | None) -> dict[str, Any] |
     if cfg.file:
         return timm.models.load_state_dict(cfg.file)
     if cfg.hf_hub_id:
-        args = (cfg.hf_hub_id, cfg.hf_hub_filename) if cfg.hf_hub_filename else (cfg.hf_hub_id,)
-        return load_state_dict_from_hf(*args, cache_dir=cache_dir)
+        return read_hub_weights(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
     return None
 
 

@@ -1,0 +1,98 @@
+"""What goes wrong between us and the Hub, each in one sentence."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+
+from ccl_timm.errors import UserError
+
+__all__ = ['check_repository_name', 'explained']
+
+_LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
+_STATUS = {
+    401: f'the Hub does not know you: {_LOG_IN}',
+    403: 'your token may not do this: it needs write permission, and you a place in the owner of the repository',
+    409: 'somebody else changes it at this moment: try again',
+    412: 'it was changed meanwhile: try again',
+    429: 'the Hub got too many requests from you: try again later',
+}
+
+
+def check_repository_name(repo_id: str) -> None:
+    """Accept ``owner/name`` and nothing that looks like a path.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        validate_repo_id(repo_id)
+        right = repo_id.count('/') == 1
+    except HFValidationError:
+        right = False
+    if not right:
+        raise UserError(
+            f"'{repo_id}' names no repository of the Hub: that is owner/name, of letters, digits, '-', '_' and '.'. "
+            'A folder is named local-dir:FOLDER.'
+        )
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what the Hub, the network or a damaged file raise into a sentence that begins with ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, EntryNotFoundError, OfflineModeIsEnabled, SafetensorError) as error:
+        raise UserError(f'{what}: {_reason(error)}.') from error
+    except RuntimeError as error:  # huggingface_hub's, around what stopped an upload
+        if not isinstance(error.__cause__, (HTTPError, OSError)):
+            raise
+        raise UserError(f'{what}: {_reason(error.__cause__)}.') from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return f'it is not in the cache, and {_reason(error.__cause__)}'
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return 'HF_HUB_OFFLINE forbids to ask the Hub: unset it, or fetch the model once while online'
+    if isinstance(error, SafetensorError):
+        return f'its weights are damaged ({error}): fetch or export it again'
+    if isinstance(error, HfHubHTTPError):
+        return _answer(error)
+    if isinstance(error, HTTPError):
+        late = 'Timeout' in type(error).__name__
+        return f'{constants.ENDPOINT} {"does not answer in time" if late else "cannot be reached"}: try again later'
+    return ' '.join(str(error).split()).rstrip('.')
+
+
+def _answer(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return f'it is gated: ask for access on its page, and {_LOG_IN}'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'{constants.ENDPOINT} has no such repository, or it is private: check the name, and {_LOG_IN}'
+    if isinstance(error, RevisionNotFoundError):
+        return 'it has no such revision (branch, tag or commit)'
+    if isinstance(error, EntryNotFoundError):
+        return f'it has no file {PurePosixPath(error.response.url.path).name}'
+    if status in _STATUS:
+        return _STATUS[status]
+    if status >= 500:
+        return f'the Hub answered {status}: try again later'
+    return f'the Hub answered {status}: {error.server_message or "no reason given"}'.rstrip('.')

@@ -1,0 +1,123 @@
+"""Models as training left them: built from a run's settings, loaded from its checkpoints or from an exported folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import timm.models
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from ccl_timm import models, runs
+from ccl_timm.errors import UserError
+
+__all__ = ['Trained', 'build_model', 'load_trained']
+
+
+@dataclass
+class Trained:
+    """A trained model with what its use needs.
+
+    Attributes:
+        name: architecture.
+        model: in evaluation mode, on the CPU.
+        data_config: ``input_size``, ``mean``, ``std``, ``crop_pct``, ``interpolation`` as trained.
+        class_names: in the order of the logits; None if unknown.
+        settings: those of the run; empty for an export.
+        epoch: of the checkpoint, counted from 0; None for an export.
+        ema: whether these are the moving average of the weights.
+    """
+
+    name: str
+    model: nn.Module
+    data_config: dict[str, Any]
+    class_names: list[str] | None
+    settings: dict[str, Any]
+    epoch: int | None = None
+    ema: bool = False
+
+
+def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Build the model that a training script's settings name.
+
+    Args:
+        settings: the script's settings, by name.
+        **kwargs: further arguments of timm's ``create_model``; they come before the settings.
+
+    Raises:
+        UserError: no such model, or one that does not take an option.
+    """
+    name = settings['model']
+    options = {
+        'num_classes': settings.get('num_classes'),
+        'drop_rate': settings.get('drop', 0.0),
+        'drop_path_rate': settings.get('drop_path'),
+        'global_pool': settings.get('gp'),
+        'bn_momentum': settings.get('bn_momentum'),
+        'bn_eps': settings.get('bn_eps'),
+        **settings.get('model_kwargs', {}),
+        **kwargs,
+    }
+    try:
+        with models.loading(name, options.get('pretrained', False)):
+            return timm.create_model(**resolve_model_input_args(name, settings, **options))
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        hint = ''
+        if kwargs.get('checkpoint_path'):
+            hint = '; --pretrained-path adapts a checkpoint to other classes'
+        raise UserError(f"Model '{name}' cannot be built with {_given(options)}: {reason}{hint}.") from error
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
+    """Load a trained model.
+
+    Args:
+        source: folder of a run (its best checkpoint), a checkpoint file in one, an exported folder, or
+            ``'hf-hub:owner/name'``.
+        use_ema: the moving average instead of the weights.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    name = str(source or '')
+    if not name:
+        raise UserError('Name the folder of a run or of an exported model.')
+    if name.startswith('hf-hub:'):
+        return _load_exported(name)
+    path = Path(name.removeprefix('local-dir:'))
+    if (path / 'config.json').is_file():
+        return _load_exported(f'local-dir:{path}')
+    checkpoint_file = runs.checkpoint_of(path)
+    checkpoint = runs.read_checkpoint(checkpoint_file)
+    settings = _settings_of(checkpoint, checkpoint_file)
+    key = 'state_dict_ema' if use_ema else 'state_dict'
+    if key not in checkpoint:
+        raise UserError(f"'{checkpoint_file}' has no moving average: it was trained without --model-ema.")
+    model = build_model(settings)
+    model.load_state_dict(timm.models.clean_state_dict(checkpoint[key]))
+    config = timm.data.resolve_data_config(settings, model=model)
+    names = settings.get('class_names')
+    return Trained(settings['model'], model.eval(), config, names, settings, checkpoint['epoch'], use_ema)
+
+
+def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    args = checkpoint.get('args')
+    if args is None:
+        raise UserError(f"'{path}' does not tell how its model was built: it holds no settings of a run.")
+    return vars(args)
+
+
+def _load_exported(name: str) -> Trained:
+    model = models.create_model(name, pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    names = model.pretrained_cfg.get('label_names')
+    return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})

@@ -1,0 +1,437 @@
+"""Runs to the Hub and back, against a Hub on loopback; and their cards."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+from safetensors.torch import load, save
+
+import ccl_timm
+from ccl_timm import card, cli, hub, models, recipes
+from ccl_timm.models import checkpoints, variants
+from ccl_timm.trained import load_trained
+
+from .conftest import TINY
+from .standin_hub import Fault, StandInHub, short_patience, take_for_the_hub
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
+REPO = 'me/test_resnet_cam.cc_bees'
+
+
+def _with_settings(run, folder, **changes):
+    """A copy of a run with other settings in its args.yaml."""
+    shutil.copytree(run, folder)
+    settings = yaml.safe_load((run / 'args.yaml').read_text())
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**settings, **changes}))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory):
+    """A run of a tiny model. Do not change it."""
+    output = tmp_path_factory.mktemp('runs')
+    argv = ['train.py', *TINY, '--model', 'test_resnet_cam', '--data-dir', str(folder), '--output', str(output)]
+    assert cli.timm([*argv, '--experiment', 'cc', '--mean', '0.4', '--std', '0.2']) == 0
+    return output / 'cc'
+
+
+@pytest.fixture(scope='module')
+def baseline(run, tmp_path_factory):
+    """What a run with cross-entropy and another seed would record; a card reads no more of it."""
+    return _with_settings(run, tmp_path_factory.mktemp('runs') / 'ce', loss='ce', seed=7)
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """A stand-in Hub that this process, logged in as 'me', takes for the Hub."""
+    with StandInHub() as standin:
+        yield from take_for_the_hub(standin, monkeypatch, tmp_path / 'cache')
+
+
+@pytest.fixture
+def pushed(online, run):
+    """The stand-in Hub with the run in REPO."""
+    hub.push(run, REPO)
+    return online
+
+
+def test_push_creates_a_repository_with_weights_config_card_settings_results(words, online, run):
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    assert code == 0, err
+    files = online.files(REPO)
+    assert sorted(files) == ['.gitattributes', *FILES]
+    assert len(files['model.safetensors']) >= 100_000 and online.large  # through large-file storage, the rest in git
+    assert len(online.repositories[REPO].commits) == 2 and not online.repositories[REPO].private
+    config = json.loads(files['config.json'])
+    assert config['architecture'] == 'test_resnet_cam' and config['label_names'] == ['ant', 'bee', 'cat']
+    assert config['ccl_timm']['package'] == 'ccl-timm' and config['ccl_timm']['version'] == ccl_timm.__version__
+    cfg = config['pretrained_cfg']
+    assert cfg['input_size'] == [3, 32, 32] and cfg['mean'] == [0.4] * 3 and cfg['std'] == [0.2] * 3
+    assert f'{online.url}/{REPO}/commit/' in out and 'model.safetensors' in err
+
+
+def test_what_goes_up_names_no_folder_of_this_machine(pushed, folder, run):
+    files = pushed.files(REPO)
+    texts = b''.join(content for path, content in files.items() if path != 'model.safetensors').decode()
+    assert str(folder.parent) not in texts and str(run.parent) not in texts
+    assert f'--data-dir {folder.name}' in texts
+    assert yaml.safe_load(files['args.yaml'])['data_dir'] == folder.name
+
+
+def test_second_push_changes_nothing(words, pushed, run):
+    before = pushed.files(REPO), len(pushed.requests)
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    assert code == 0 and 'nothing to send' in err
+    assert pushed.files(REPO) is before[0]
+    assert not [line for line in pushed.requests[before[1] :] if 'PUT' in line or '/commit/' in line]
+
+
+def test_dry_run_sends_nothing(words, online, run):
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO, '--dry-run')
+    assert code == 0 and 'nothing was sent' in err and all(name in err for name in FILES)
+    assert online.requests == [] and out == ''
+
+
+def test_private_and_revision(words, online, run):
+    assert words('ccl-timm', 'push', run, '--repo-id', 'me/secret', '--private', '--revision', 'v2')[0] == 0
+    assert online.repositories['me/secret'].private
+    assert sorted(online.files('me/secret', 'v2')) == ['.gitattributes', *FILES]
+    assert 'model.safetensors' not in online.files('me/secret')
+    ccl_timm.create_model('hf-hub:me/secret@v2', pretrained=True)
+    online.add('me/open')
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', 'me/open', '--private')
+    assert code == 2 and 'exists and is public' in err
+
+
+def test_a_card_written_by_hand_stays_unless_told(words, pushed, run, baseline):
+    repository = pushed.repositories[REPO]
+    repository.commit('main', {**pushed.files(REPO), 'README.md': pushed.files(REPO)['README.md'] + b'My words.\n'})
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    assert code == 0 and 'by hand and stays' in err
+    assert pushed.files(REPO)['README.md'].endswith(b'My words.\n')
+    assert words('ccl-timm', 'push', run, '--repo-id', REPO, '--replace-card')[0] == 0
+    assert card.is_unedited(pushed.files(REPO)['README.md'].decode())
+    # a card of ours follows what it tells of
+    assert words('ccl-timm', 'push', run, '--repo-id', REPO, '--baseline', baseline)[0] == 0
+    assert b'`test_resnet_cam`, seed 7' in pushed.files(REPO)['README.md']
+
+
+def test_loads_by_both_ways_in_a_fresh_process_and_offline(pushed, run, tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    torch.save(images, tmp_path / 'images.pt')
+    code = f"""
+from tests.standin_hub import left_loopback, stay_on_loopback
+stay_on_loopback()
+import ccl_timm, timm, torch
+torch.set_num_threads({torch.get_num_threads()})
+ours = ccl_timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+ccl_timm.register_variant('test_resnet', 'cam')
+timms = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+other = timm.create_model('hf-hub:{REPO}', pretrained=True, num_classes=7).eval()
+images = torch.load('images.pt', weights_only=True)
+assert torch.equal(ours(images), timms(images)) and other(images).shape == (2, 7)
+assert torch.equal(other.get_classifier().hidden.weight, ours.get_classifier().hidden.weight)
+assert left_loopback == []
+torch.save(ours(images), 'logits.pt')
+"""
+    environment = {
+        **os.environ,
+        'HF_ENDPOINT': pushed.url,
+        'HF_HOME': str(tmp_path / 'home'),
+        'HF_HUB_DISABLE_XET': '1',
+        'HF_TOKEN': '',
+        'PYTHONPATH': f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}',
+    }
+    for offline in ('0', '1'):
+        environment['HF_HUB_OFFLINE'] = offline
+        requests = len(pushed.requests)
+        result = subprocess.run(
+            [sys.executable, '-c', code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert (len(pushed.requests) > requests) == (offline == '0')
+        assert torch.equal(torch.load(tmp_path / 'logits.pt'), load_trained(run).model(images))
+
+
+def test_validate_and_predict_take_a_repository(words, pushed, run, folder):
+    code, out, err = words('timm', 'validate.py', run, '-j', '0')
+    assert code == 0, err
+    code, again, err = words('timm', 'validate.py', f'hf-hub:{REPO}', '--data-dir', folder, '-j', '0')
+    assert code == 0 and again == out, err
+    assert words('ccl-timm', 'predict', f'hf-hub:{REPO}', folder / 'validation' / 'cat')[0] == 0
+
+
+def test_training_goes_on_from_a_repository(words, pushed, folder, place):
+    argv = [*TINY, '--model', f'hf-hub:{REPO}', '--pretrained', '--data-dir', folder, '--experiment', 'tuned']
+    code, out, err = words('timm', 'train.py', *argv)
+    assert code == 0, err
+    code, out, err = words('ccl-timm', 'card', place / 'output' / 'train' / 'tuned')
+    assert code == 0 and f'base_model: {REPO}\n' in out
+
+
+@pytest.mark.parametrize(
+    'fault, message',
+    [
+        (('POST /api/repos/create', 500), 'the Hub answered 500'),
+        (('POST /api/repos/create', 'hang'), 'does not answer in time'),
+        (('POST .*/preupload/', 500), 'the Hub answered 500'),
+        (('POST .*/commit/', 409), 'somebody else changes it'),
+        (('POST .*/commit/', 412), 'changed meanwhile'),
+        (('POST .*/commit/', 'hang'), 'does not answer in time'),
+        (('PUT /lfs/', 'drop'), 'cannot be reached'),
+        (('PUT /lfs/', 500), 'the Hub answered 500'),
+    ],
+)
+def test_an_interrupted_push_changes_nothing_and_can_be_repeated(fault, message, words, online, run):
+    online.add(REPO)
+    before = online.files(REPO)
+    online.faults = [Fault(*fault)]
+    with short_patience() if fault[1] == 'hang' else contextlib.nullcontext():
+        code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith(f"error: '{REPO}' was not pushed: ") and message in last
+    assert online.files(REPO) is before
+    online.faults = []
+    assert words('ccl-timm', 'push', run, '--repo-id', REPO)[0] == 0
+    assert sorted(online.files(REPO)) == ['.gitattributes', *FILES]
+
+
+@pytest.mark.parametrize(
+    'token, repo_id, message',
+    [
+        ('', 'me/x', 'the Hub does not know you: log in with `hf auth login`'),
+        ('hf_other', 'me/x', 'your token may not do this'),
+        ('hf_me', '../x', 'names no repository'),
+        ('hf_me', '/tmp/x', 'names no repository'),
+        ('hf_me', 'x', 'names no repository'),
+        ('hf_me', 'a/b/c', 'names no repository'),
+    ],
+)
+def test_push_to_where_one_may_not(token, repo_id, message, words, online, run, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', token)
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', '/nonexistent')
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', repo_id)
+    assert code == 2 and message in err.strip().splitlines()[-1]
+    assert online.repositories == {}
+
+
+def test_push_takes_only_runs(words, online, run, exported_run, place):
+    for source, message in ((exported_run, 'is an exported model'), (place / 'none', 'does not exist')):
+        code, out, err = words('ccl-timm', 'push', source, '--repo-id', REPO)
+        assert code == 2 and message in err.strip().splitlines()[-1]
+    assert online.requests == []
+
+
+@pytest.fixture
+def exported_run(run, tmp_path):
+    hub.export(run, tmp_path / 'exported')
+    return tmp_path / 'exported'
+
+
+def test_figures_and_weights_belong_together(words, run, place):
+    averaged = _with_settings(run, place / 'averaged', model_ema=True)
+    for argv, message in (([averaged], 'give --use-ema'), ([run, '--use-ema'], 'has no moving average')):
+        code, out, err = words('ccl-timm', 'card', *argv)
+        assert code == 2 and message in err
+
+
+def _with_config(**changes):
+    def change(files):
+        config = {**json.loads(files['config.json']), **changes}
+        return {**files, 'config.json': json.dumps({k: v for k, v in config.items() if v is not None}).encode()}
+
+    return change
+
+
+def _with_tensor(files):
+    tensors = load(files['model.safetensors'])
+    name = next(name for name in tensors if name.endswith('hidden.weight'))
+    return {**files, 'model.safetensors': save({**tensors, name: torch.zeros(3, 5)})}
+
+
+def _pickled(files):
+    files = {**files, 'pytorch_model.bin': files['model.safetensors']}
+    del files['model.safetensors']
+    return files
+
+
+_PLUGIN = {'kind': 'model', 'name': 'toy_net', 'value': 'toy.net:toy_net', 'distribution': 'toy-nets', 'version': '1.2'}
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (_pickled, 'has no model.safetensors, and weights in other formats are not read'),
+        (_with_tensor, 'does not fit'),
+        (lambda files: {**files, 'model.safetensors': files['model.safetensors'][:-5000]}, 'weights are damaged'),
+        (lambda files: {'README.md': b''}, 'it has no file config.json'),
+        (lambda files: {**files, 'config.json': b'{"model_type": "vit"}'}, 'another library wrote it'),
+        (lambda files: {**files, 'config.json': b'{"architec'}, 'is not JSON'),
+        (_with_config(architecture='toy_net', ccl_timm=None), 'import the package that has it before'),
+        (
+            _with_config(architecture='toy_net', ccl_timm={'plugins': [_PLUGIN]}),
+            '`pip install toy-nets`, or import toy.net before',
+        ),
+        (
+            _with_config(architecture='new_net', ccl_timm={'package': 'ccl-timm', 'version': '9.0'}),
+            'it was written by ccl-timm 9.0',
+        ),
+    ],
+)
+def test_repositories_that_cannot_be_loaded_say_why(change, message, pushed):
+    pushed.add('me/odd', change(pushed.files(REPO)))
+    with pytest.raises(ccl_timm.UserError) as caught:
+        ccl_timm.create_model('hf-hub:me/odd', pretrained=True)
+    assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_timms_own_create_model_reads_no_pickle_into_our_models(pushed):
+    models.register_variant('test_resnet', 'cam')
+    pushed.add('me/odd', _pickled(pushed.files(REPO)))
+    with pytest.raises(ccl_timm.UserError, match='not read'):
+        timm.create_model('hf-hub:me/odd', pretrained=True)
+
+
+@pytest.mark.parametrize(
+    'name, fault, message',
+    [
+        ('me/nothing', None, 'no such repository, or it is private'),
+        ('other/secret', None, 'no such repository, or it is private'),
+        (f'{REPO}@v9', None, 'no such revision'),
+        ('../x', None, 'names no repository'),
+        ('a/b/c', None, 'names no repository'),
+        (REPO, 500, 'not in the cache, and the Hub answered 500'),
+        (REPO, 401, 'the Hub does not know you'),
+        (REPO, 'hang', 'not in the cache, and .* does not answer in time'),
+        (REPO, 'offline', 'not in the cache, and HF_HUB_OFFLINE'),
+    ],
+)
+def test_repositories_out_of_reach_say_why(name, fault, message, pushed, monkeypatch):
+    pushed.add('other/secret', private=True)
+    if fault == 'offline':
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    elif fault:
+        pushed.faults = [Fault('(HEAD|GET) .*config.json', fault)]
+    with short_patience(), pytest.raises(ccl_timm.UserError, match=message) as caught:
+        ccl_timm.create_model(f'hf-hub:{name}', pretrained=True)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_download_that_breaks_off_is_said(pushed):
+    pushed.faults = [Fault('GET .*model.safetensors', 'drop')]
+    with pytest.raises(ccl_timm.UserError, match=f"'{REPO}' cannot be loaded"):
+        ccl_timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+
+
+def test_published_checkpoints_are_tags_and_others_are_not(pushed, run, monkeypatch):
+    assert not [name for name in timm.list_pretrained() if name.partition('.')[0].endswith(('_cam', '_pedcc', '_mc'))]
+    pushed.add('us/test_resnet_cam.cc_bees', pushed.files(REPO))
+    cfg = json.loads(pushed.files(REPO)['config.json'])['pretrained_cfg']
+    facts = {key: cfg[key] for key in ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    row = {**facts, 'model_args': {'reduction': 16}}
+    monkeypatch.setattr(checkpoints, 'ORGANISATION', 'us')
+    monkeypatch.setitem(checkpoints.PUBLISHED, 'test_resnet_cam.cc_bees', row)
+    try:
+        _register_again()
+        assert timm.list_pretrained('test_resnet_cam*') == ['test_resnet_cam.cc_bees']
+        model = ccl_timm.create_model('test_resnet_cam.cc_bees', pretrained=True).eval()
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(model(images), load_trained(run).model(images))
+        assert model._model_args['reduction'] == 16 and model.pretrained_cfg['mean'] == [0.4] * 3
+        assert ccl_timm.create_model('test_resnet_cam').num_classes == 1000  # the plain name stays the plain model
+    finally:
+        monkeypatch.undo()
+        _register_again()
+
+
+def _register_again():
+    if hasattr(variants, 'test_resnet_cam'):
+        del variants.test_resnet_cam
+        timm.models._registry._clear_model_entries('test_resnet_cam')
+        del timm.models._registry._model_entrypoints['test_resnet_cam']
+    models.register_variant('test_resnet', 'cam')
+
+
+def test_card_parses_back_to_its_results(words, run, baseline):
+    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
+    assert code == 0, err
+    read = ModelCard(out)
+    top1 = float(list(csv.DictReader((run / 'summary.csv').open()))[-1]['eval_top1'])
+    assert [(r.metric_type, r.metric_value) for r in read.data.eval_results][0] == ('accuracy', round(top1, 3))
+    assert ModelCard(str(read)).data.eval_results == read.data.eval_results
+    assert read.data.library_name == 'timm' and read.data.pipeline_tag == 'image-classification'
+    assert 'ccl-timm' in read.data.tags and read.data.license == 'apache-2.0'
+    assert read.data.model_name == REPO.partition('/')[2] and read.data.eval_results[0].dataset_split == 'validation'
+    assert re.search(r'cross-entropy, same recipe: `test_resnet_cam`, seed 7 \| \d', out)
+    for part in ('2010.05469', '2111.15449', '32 x 32 px', "the backbone's own", '| seed | 42 |', '--loss cc'):
+        assert part in out
+
+
+def test_card_without_a_baseline_says_so(words, run):
+    out = words('ccl-timm', 'card', run)[1]
+    assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
+
+
+def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
+    out = words('ccl-timm', 'card', run)[1]
+    assert re.search(r"= ccl_timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
+    hub.record(run, place, weights=False)
+    config = json.loads(Path('config.json').read_text())
+    Path('config.json').write_text(json.dumps({**config, 'architecture': 'resnet18_cam'}))
+    assert f"= timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
+
+
+def test_card_tells_the_papers_figure_where_the_recipe_states_it(words, run, place, monkeypatch):
+    hub.record(run, place, weights=False)
+    Path('environment.json').write_text(json.dumps({'recipe': 'bees'}))
+    stated = {'model': 'test_resnet_cam', 'loss': 'cc', 'paper': {'top1': 98.7, 'source': 'CC-Loss, Table 9'}}
+    (place / 'recipes').mkdir()
+    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump(stated))
+    monkeypatch.setattr(recipes, 'recipe_folder', lambda: place / 'recipes')
+    assert '| the paper (CC-Loss, Table 9) | 98.70 |' in card.render(place, REPO)
+    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump({**stated, 'loss': 'ce'}))
+    assert 'not stated |' in card.render(place, REPO)  # the figure is another loss's
+
+
+def test_baseline_of_another_recipe_is_refused(words, run, baseline, folder, place):
+    for source, message in ((run, 'name a run with --loss ce'), (place / 'none', 'not the folder of a run')):
+        code, out, err = words('ccl-timm', 'card', run, '--baseline', source)
+        assert code == 2 and message in err
+    longer = _with_settings(baseline, place / 'longer', epochs=9)
+    code, out, err = words('ccl-timm', 'card', run, '--baseline', longer)
+    assert code == 2 and 'another recipe: epochs was 9, is 1' in err
+
+
+def test_the_cards_code_runs(pushed, place):
+    Image.new('RGB', (40, 40), 'red').save('image.png')
+    code = re.search(r'```python\n(.*?)```', pushed.files(REPO)['README.md'].decode(), re.S)[1]
+    assert code.startswith('import ccl_timm\n')
+    exec(compile(code, 'README.md', 'exec'), {})
+
+
+def test_card_is_that_of_the_recorded_run(words, run, baseline, place):
+    hub.record(run, place, weights=False)
+    assert sorted(path.name for path in place.iterdir()) == sorted(card.RECORD)
+    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
+    assert card.render(place, REPO, baseline) == out
+
+
+@pytest.mark.parametrize('folder', sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/README.md')))
+def test_our_cards_are_those_of_their_recorded_runs(folder):
+    baseline = folder / 'baseline'
+    repo_id = f'{checkpoints.ORGANISATION}/{folder.name}'
+    text = card.render(folder, repo_id, baseline if baseline.is_dir() else None)
+    assert text == (folder / 'README.md').read_text(encoding='utf-8')
