@@ -32,7 +32,9 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
     if pad_crop and kwargs.get('is_training') and not kwargs.get('no_aug'):
         size = tuple((kwargs.get('input_size') or args[0])[-2:])
         steps = dataset.transform.transforms
-        crop = [transforms.Resize(size), transforms.RandomCrop(size, padding=pad_crop)]
+        # as at evaluation: a square keeps what the image looks like, and its longer side hangs over
+        resized = size[0] if size[0] == size[1] else size
+        crop = [transforms.Resize(resized), transforms.RandomCrop(size, padding=pad_crop)]
         dataset.transform = transforms.Compose([*crop, *steps[1:]])  # timm's first step is its crop
     return loader
 
