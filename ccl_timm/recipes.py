@@ -12,6 +12,7 @@ from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 __all__ = [
     'DESCRIPTIVE',
     'check_value',
+    'describe',
     'find_recipe',
     'list_recipes',
     'read_recipe',
@@ -66,6 +67,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
     return content
+
+
+def describe(name: str) -> tuple[str, str]:
+    """What a recipe is for, from its first line, and what data it names."""
+    path = find_recipe(name)
+    first = path.read_text(encoding='utf-8').partition('\n')[0]
+    return first.lstrip('# ').rstrip('.'), read_recipe(path).get('dataset') or 'folder'
 
 
 def split_options(recipe: dict[str, Any], typed_loss: str | None, typed_model: str | None) -> dict[str, Any]:
