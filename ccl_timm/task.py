@@ -89,7 +89,10 @@ def probe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> d
         raise
     except (AttributeError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"'{name}' cannot be trained with these losses: {reason}; use another architecture.") from error
+        on = f' on images of {"x".join(map(str, input_size))}' if input_size else ''
+        raise UserError(
+            f"'{name}' cannot be trained with these losses{on}: {reason}; use another architecture."
+        ) from error
     finally:
         for module, training in modes:
             module.training = training
