@@ -236,12 +236,31 @@ def _recipes(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the packaged recipes, or print one.')
     parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='print this one')
     args = parser.parse_strictly(argv)
-    from ccl_timm import recipes
+    from ccl_timm import recipes, tables
+    from ccl_timm.console import table
 
-    print(
-        recipes.find_recipe(args.name).read_text(encoding='utf-8') if args.name else '\n'.join(recipes.list_recipes())
-    )
+    if args.name:
+        print(recipes.find_recipe(args.name).read_text(encoding='utf-8'))
+        return 0
+    rows = []
+    for name in recipes.list_recipes():
+        title, data = recipes.describe(name)
+        served = [f'{key} ({len(found)})' for key, found in tables.tables_of(name).items()]
+        rows.append((name, title, data, ', '.join(served) or '-'))
+    print(table(rows, ('name', 'what', 'data', "papers' tables (rows)")))
     return 0
+
+
+def _reproduce(argv: list[str], prog: str) -> int:
+    from ccl_timm import reproduce
+
+    return reproduce.main(argv, prog)
+
+
+def _compare(argv: list[str], prog: str) -> int:
+    from ccl_timm import compare
+
+    return compare.main(argv, prog)
 
 
 def _plugins(argv: list[str], prog: str) -> int:
@@ -295,6 +314,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'losses': (_losses, 'list the losses, or explain one'),
     'models': (_models, 'list our models, with parameters and the losses made for them'),
     'recipes': (_recipes, 'list the packaged recipes, or print one'),
+    'reproduce': (_reproduce, "run rows of the papers' tables, or tell what that takes"),
+    'compare': (_compare, 'compare losses with cross-entropy on your own images'),
     'plugins': (_plugins, 'list models and losses of other packages'),
     'new-plugin': (_new_plugin, 'write a plugin package to start from'),
 }

@@ -118,8 +118,9 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
     recipe: dict[str, Any] = {}
     own.model = None
     if own.config:
-        recipe = recipes.split_loss_options(recipes.read_recipe(recipes.find_recipe(own.config)), own.loss)
-        own.model = recipe.get('model')
+        recipe = recipes.read_recipe(recipes.find_recipe(own.config))
+        own.model = _typed_model(rest) or recipe.get('model')
+        recipe = recipes.split_options(recipe, own.loss, own.model)
         _refuse_builtin_only(recipe, own.config)
         copy = scratch / 'recipe.yaml'
         kept = {key: value for key, value in recipe.items() if key not in (*OWN, *_IGNORED)}
@@ -144,11 +145,15 @@ def _refuse_builtin_only(recipe: dict[str, Any], name: str) -> None:
 
 def _register_models(rest: list[str], own: argparse.Namespace) -> None:
     """Load the plugin that has the model, and only that."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('--model', '-m', default=own.model)
-    name = parser.parse_known_args(rest)[0].model
+    name = _typed_model(rest) or own.model
     if name and not name.endswith(('.txt', '.csv')) and not set(name) & set('*?'):  # lists and patterns of benchmark.py
         models.ensure_registered(name)
+
+
+def _typed_model(words: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--model', '-m', default=None)
+    return parser.parse_known_args(words)[0].model
 
 
 @contextlib.contextmanager

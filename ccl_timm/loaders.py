@@ -42,9 +42,14 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
     if pad_crop and kwargs.get('is_training') and not kwargs.get('no_aug'):
         size = tuple((kwargs.get('input_size') or args[0])[-2:])
         steps = dataset.transform.transforms
-        crop = [transforms.Resize(size), transforms.RandomCrop(size, padding=pad_crop)]
+        crop = [_resize(size), transforms.RandomCrop(size, padding=pad_crop)]
         dataset.transform = transforms.Compose([*crop, *steps[1:]])  # timm's first step is its crop
     return loader
+
+
+def _resize(size: tuple[int, int]) -> transforms.Resize:
+    # as at evaluation: a square keeps what the image looks like, and its longer side hangs over
+    return transforms.Resize(size[0] if size[0] == size[1] else size)
 
 
 def make_loaders(
@@ -223,7 +228,7 @@ def _storing(args: argparse.Namespace, data_config: dict[str, Any], dataset: Dat
                                            interpolation=data_config['interpolation']).transforms  # fmt: skip
         return transforms.Compose(steps)
     if args.pad_crop:
-        return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
+        return transforms.Compose([_resize(size), transforms.PILToTensor()])
     width, height = _first(dataset).size
     if height <= size[0] and width <= size[1]:
         return transforms.PILToTensor()

@@ -304,7 +304,7 @@ def resolve(argv: list[str], prog: str = 'timm train.py') -> tuple[argparse.Name
     if folder is not None:
         typed.setdefault('data_dir', folder)
     recipe_name = typed.get('config') or ('' if {'data_dir', 'dataset'} & typed.keys() else 'digits')
-    recipe = read_for(parser, defaults, recipe_name, typed.get('loss')) if recipe_name else {}
+    recipe = read_for(parser, defaults, recipe_name, typed) if recipe_name else {}
     recipe = _without_rivals(recipe, typed)
     if recipe.get('lr') is not None:
         batch = recipe.get('batch_size', defaults['batch_size']) * recipe.get('grad_accum_steps', 1)
@@ -331,12 +331,13 @@ def _without_rivals(recipe: dict[str, Any], typed: dict[str, Any]) -> dict[str, 
     return recipe
 
 
-def read_for(parser: Parser, defaults: dict[str, Any], name: str, typed_loss: str | None) -> dict[str, Any]:
+def read_for(parser: Parser, defaults: dict[str, Any], name: str, typed: dict[str, Any]) -> dict[str, Any]:
     """Read a recipe and check its keys and types against the flags; what only describes the recipe is left out."""
     actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config', 'data')}
     path = recipes.find_recipe(name)
+    recipe = recipes.split_options(recipes.read_recipe(path), typed.get('loss'), typed.get('model'))
     checked = {}
-    for key, value in recipes.split_loss_options(recipes.read_recipe(path), typed_loss).items():
+    for key, value in recipe.items():
         if key in recipes.DESCRIPTIVE or (key in UPSTREAM_ONLY and value in (UPSTREAM_ONLY[key], None)):
             continue
         if key in UPSTREAM_ONLY:

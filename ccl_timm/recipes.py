@@ -1,6 +1,7 @@
 """Recipes: flat YAML files of the training script's settings. Finding, reading and checking them."""
 
 import argparse
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from ccl_timm.packaged import packaged_folder
 __all__ = [
     'DESCRIPTIVE',
     'check_value',
+    'describe',
     'find_recipe',
     'list_recipes',
     'read_recipe',
     'recipe_folder',
-    'split_loss_options',
+    'split_options',
 ]
 
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
@@ -66,21 +68,45 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
-def split_loss_options(recipe: dict[str, Any], typed_loss: str | None) -> dict[str, Any]:
-    """Return the recipe with ``loss_kwargs`` that belong to the loss in use, and without ``loss_options``.
+def describe(name: str) -> tuple[str, str]:
+    """What a recipe is for, from its first line, and what data it names."""
+    path = find_recipe(name)
+    first = path.read_text(encoding='utf-8').partition('\n')[0]
+    return first.lstrip('# ').rstrip('.'), read_recipe(path).get('dataset') or 'folder'
 
-    A recipe may hold options that suit its data for several losses, ``loss_options: {arcface: {scale: 16}, ...}``.
-    Its ``loss_kwargs`` belong to its own loss, and do not go with another one that was typed.
+
+def split_options(recipe: dict[str, Any], typed_loss: str | None, typed_model: str | None) -> dict[str, Any]:
+    """Return the recipe with the options of the loss and the model in use, and without those of others.
+
+    A recipe may hold options that suit its data for several losses and models:
+    ``loss_options: {arcface: {scale: 16}, ...}`` and ``model_options: {'*_pedcc': {feature_dim: 256}, ...}``, models by
+    name or pattern. Its ``loss_kwargs`` belong to its own loss, and do not go with another one that was typed; its
+    ``model_kwargs`` go with every model.
+
+    Raises:
+        UserError: they are no mappings.
     """
     recipe = dict(recipe)
-    options = recipe.pop('loss_options', {})
-    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
-        raise UserError("A recipe's loss_options are a mapping of losses to options: {arcface: {scale: 16}}.")
-    loss = typed_loss or recipe.get('loss')
+    of_losses, of_models = (_options(recipe, name) for name in ('loss_options', 'model_options'))
+    loss, model = typed_loss or recipe.get('loss'), typed_model or recipe.get('model') or ''
     if typed_loss and typed_loss != recipe.get('loss'):
         recipe.pop('loss_kwargs', None)
-    kwargs = {**options.get(loss, {}), **(recipe.get('loss_kwargs') or {})}
-    return {**recipe, 'loss_kwargs': kwargs} if kwargs else recipe
+    found: dict[str, dict[str, Any]] = {'loss_kwargs': dict(of_losses.get(loss, {})), 'model_kwargs': {}}
+    for pattern, options in of_models.items():
+        if fnmatch.fnmatchcase(model, pattern):
+            found['model_kwargs'] |= options
+    for key, options in found.items():
+        if options:
+            recipe[key] = {**options, **(recipe.get(key) or {})}
+    return recipe
+
+
+def _options(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    options = recipe.pop(name, {})
+    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+        example = {'loss_options': '{arcface: {scale: 16}}', 'model_options': "{'*_pedcc': {feature_dim: 256}}"}[name]
+        raise UserError(f"A recipe's {name} are a mapping of names to options: {example}.")
+    return options
 
 
 def check_value(action: argparse.Action, default: Any, value: Any, path: Path) -> Any:

@@ -25,6 +25,7 @@ from ccl_timm.errors import UserError
 __all__ = [
     'best_row',
     'check_same_data',
+    'check_same_settings',
     'checkpoint_of',
     'continue_saver',
     'create_folder',
@@ -68,14 +69,14 @@ def plan_folder(args: argparse.Namespace, sources: dict[str, str], name: str) ->
             return _free_folder(folder), checkpoint
         if checkpoint.resolve().parent != folder.resolve():
             raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
-        _check_same_settings(args, folder)
+        check_same_settings(args, folder)
         return folder, checkpoint
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
     if not holds_run(folder):
         return folder, None
     if args.resume == 'auto':
-        _check_same_settings(args, folder)
+        check_same_settings(args, folder)
         return folder, newest_checkpoint(folder)
     if args.experiment and sources.get('experiment') == 'typed':
         raise UserError(
@@ -96,7 +97,8 @@ def _free_folder(folder: Path) -> Path:
     return free
 
 
-def _check_same_settings(args: argparse.Namespace, folder: Path) -> None:
+def check_same_settings(args: argparse.Namespace, folder: Path) -> None:
+    """Raise a UserError unless a run's folder was made with these settings, as far as they change what is computed."""
     changed = differences(read_args(folder), vars(args))
     if changed:
         raise UserError(

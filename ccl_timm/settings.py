@@ -2,9 +2,13 @@
 
 import argparse
 import contextlib
+import functools
+import importlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +18,11 @@ from timm.optim import list_optimizers
 
 from ccl_timm import data, losses, models
 from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.task import fitting_loss, probe
+from ccl_timm.trained import build_model
 
 __all__ = [
+    'check_fit',
     'check_settings',
     'class_weights',
     'explained',
@@ -29,11 +36,14 @@ __all__ = [
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Find what cannot work before anything is built.
+    """Find what cannot work before anything is built; imports the modules that the settings name.
 
     Raises:
         UserError: with the setting and the way out.
     """
+    for module in args.device_modules or []:
+        with explained(f"--device-modules '{module}' cannot be imported"):
+            importlib.import_module(module)
     models.ensure_registered(args.model)
     known = losses.loss_options(args.loss)
     for key in args.loss_kwargs:
@@ -64,6 +74,33 @@ def _check_tracker(args: argparse.Namespace) -> None:
     name = 'wandb' if args.log_wandb else args.tracker
     if name and importlib.util.find_spec(name) is None:
         raise UserError(f'--tracker {name} needs the package {name}: `pip install {name}`.')
+
+
+def check_fit(args: argparse.Namespace) -> None:
+    """Find out whether model, loss and size of images go together, by their shapes: without data, weights or work.
+
+    Args:
+        args: checked settings. Without a number of classes they are tried with ten.
+
+    Raises:
+        UserError: they do not.
+    """
+    options = json.dumps(args.model_kwargs, sort_keys=True)
+    size = (args.input_size and tuple(args.input_size), args.img_size, args.in_chans)
+    model, available = _shapes(args.model, options, args.num_classes or 10, *size)
+    loss = fitting_loss(model, args.loss, available, **loss_settings(args)).to('meta')
+    with explained(f"The loss '{args.loss}' cannot take what '{args.model}' gives"):
+        loss(SimpleNamespace(**available), torch.zeros(1, dtype=torch.long, device='meta'))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(name, options, num_classes, input_size, img_size, in_chans):
+    """A model on torch's meta device and what it gives out; the same model has many rows in a table."""
+    settings = {'model': name, 'model_kwargs': json.loads(options), 'num_classes': num_classes}
+    settings |= {'input_size': input_size, 'img_size': img_size, 'in_chans': in_chans}
+    model = build_model(settings, device='meta')
+    size = resolve_data_config(settings, model=model)['input_size']
+    return model, probe(model, size)
 
 
 def _check_mixing(args: argparse.Namespace) -> None:

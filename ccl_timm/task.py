@@ -13,7 +13,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, HeadOutputs
 from ccl_timm.losses import Loss, create_loss, loss_options
 
-__all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'probe', 'read_head']
+__all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'fitting_loss', 'probe', 'read_head']
 
 
 def create_task(
@@ -64,10 +64,14 @@ def channels_first(model: nn.Module, feature_map: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def probe(model: nn.Module) -> dict[str, Tensor]:
+def probe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
 
-    Leaves the model and the random state as they were.
+    Leaves the model and the random state as they were. On torch's meta device it takes no weights and tells shapes.
+
+    Args:
+        model: any of timm's or ours.
+        input_size: channels, height and width of the image; default the model's own.
 
     Raises:
         UserError: ``model(x)`` is not one tensor equal to what timm's three calls (forward_features, forward_head with
@@ -79,19 +83,19 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
     try:
         model.eval()
         with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
-            x = torch.randn(1, *get_model_input_config(model)['input_size']).to(parameter)
+            x = torch.randn(1, *(input_size or get_model_input_config(model)['input_size'])).to(parameter)
             feature_map = model.forward_features(x)
             pooled = model.forward_head(feature_map, pre_logits=True)
             outputs = read_head(model.get_classifier(), pooled)
-            logits = model(x)
-        same = isinstance(logits, Tensor) and torch.allclose(
-            logits.float(), outputs.logits.float(), rtol=1e-2, atol=1e-2
-        )
+            same = parameter.is_meta or _same(model(x), outputs.logits)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever another's forward raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(f"'{name}' cannot be trained with these losses: {reason}; use another architecture.") from error
+        on = f' on images of {"x".join(map(str, input_size))}' if input_size else ''
+        raise UserError(
+            f"'{name}' cannot be trained with these losses{on}: {reason}; use another architecture."
+        ) from error
     finally:
         for module, training in modes:
             module.training = training
@@ -102,6 +106,28 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
         )
     found = {**outputs._asdict(), 'feature_map': channels_first(model, feature_map)}
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _same(logits: Any, expected: Tensor) -> bool:
+    return isinstance(logits, Tensor) and torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def fitting_loss(model: nn.Module, name: str, available: dict[str, Tensor], **loss_kwargs: Any) -> Loss:
+    """Build a loss by name for a model.
+
+    Args:
+        model: the loss's, named in errors.
+        name: for :func:`ccl_timm.create_loss`.
+        available: what :func:`probe` found; sizes that the loss takes are filled in from it.
+        **loss_kwargs: the loss's options.
+
+    Raises:
+        UserError: the model lacks what the loss reads, or an option is wrong.
+    """
+    facts = {key: value for key, value in _facts(available).items() if key in loss_options(name)}
+    loss = create_loss(name, **{**facts, **loss_kwargs})
+    _check_fit(model, loss, name, available)
+    return loss
 
 
 def _facts(available: dict[str, Tensor]) -> dict[str, int]:
@@ -221,13 +247,13 @@ class LossTask(TrainingTask):
         device = next(model.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         available = probe(model)
-        name = loss if isinstance(loss, str) else type(loss).__name__
         if isinstance(loss, str):
-            facts = {key: value for key, value in _facts(available).items() if key in loss_options(loss)}
-            loss = create_loss(loss, **{**facts, **loss_kwargs})
-        elif loss_kwargs:
-            raise UserError(f'{name} is built already: give its options {sorted(loss_kwargs)} to its constructor.')
-        _check_fit(model, loss, name, available)
+            loss = fitting_loss(model, loss, available, **loss_kwargs)
+        else:
+            name = type(loss).__name__
+            if loss_kwargs:
+                raise UserError(f'{name} is built already: give its options {sorted(loss_kwargs)} to its constructor.')
+            _check_fit(model, loss, name, available)
         scale = getattr(model.get_classifier(), 'scale', None)
         if isinstance(scale, Tensor) and hasattr(loss, 'scale'):
             scale.fill_(loss.scale)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import importlib
 import os
 import time
 from collections import defaultdict
@@ -40,7 +39,7 @@ from ccl_timm.trackers import Tracker
 from ccl_timm.trained import build_model
 from ccl_timm.validate import evaluate, pick_device
 
-__all__ = ['Run', 'main', 'train']
+__all__ = ['Run', 'main', 'set_up', 'take_step', 'train']
 
 _WARM_STEPS = 3  # the first steps are slow and say nothing about the finishing time
 _TIMED_STEPS = 20
@@ -92,6 +91,9 @@ def main(argv: list[str], prog: str = 'timm train.py') -> int:
     args, sources = options.resolve(argv, prog)
     if args.config == 'digits' and sources['config'] != 'typed':
         say('No data named: training on the embedded handwritten digits, with recipe digits. Yours: --data-dir DIR')
+    elif not (args.config or args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
+        say("hint: this is training from scratch with timm's defaults, which a small folder seldom suffices for; "
+            'recipe finetune starts from pretrained weights: --config finetune')  # fmt: skip
     train(args, sources, argv)
     return 0
 
@@ -107,26 +109,12 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     Raises:
         UserError: a setting, the data, the model, the loss or the folder does not allow it; nothing is overwritten.
     """
-    for module in args.device_modules or []:
-        with settings.explained(f"--device-modules '{module}' cannot be imported"):
-            importlib.import_module(module)
     settings.check_settings(args)
     given = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
-    args.device = pick_device(args.device)
     folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model))
-    device = init_distributed_device(args)
-    random_seed(args.seed, args.rank)
-    if args.deterministic:
-        _repeat_exactly()
-    splits = data.open_splits(args, settings.input_channels(args))
-    _take_classes(args, splits, sources)
-    args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)
     continues = runs.holds_run(folder)
-    if continues:
-        held_out = args.val_fraction is not None
-        splits.notes += runs.check_same_data(folder, splits.class_names, splits.fingerprint, held_out)
     try:
-        run = _prepare(args, device, folder, splits, checkpoint)
+        run, splits = set_up(args, sources, folder, checkpoint)
         say_choices(run, splits, sources)
         if is_primary():
             run.folder = folder if continues else runs.create_folder(folder)
@@ -144,10 +132,38 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
         _explain_memory(error, args)
         raise
     finally:
-        if args.distributed:
+        if getattr(args, 'distributed', False):
             torch.distributed.destroy_process_group()
     say_end(run)
     return run.folder
+
+
+def set_up(
+    args: argparse.Namespace, sources: dict[str, str], folder: Path, checkpoint: Path | None = None
+) -> tuple[Run, data.Splits]:
+    """Open the data and build all that a run needs, without writing anything.
+
+    Args:
+        args: settings that have been checked; what is computed from them is filled in.
+        sources: where each is from; likewise.
+        folder: the run's. If it holds a run, its data must be the same.
+        checkpoint: to go on from.
+
+    Raises:
+        UserError: the data, the model, the loss or the checkpoint does not allow it.
+    """
+    args.device = pick_device(args.device)
+    device = init_distributed_device(args)
+    random_seed(args.seed, args.rank)
+    if args.deterministic:
+        _repeat_exactly()
+    splits = data.open_splits(args, settings.input_channels(args))
+    _take_classes(args, splits, sources)
+    args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)
+    if runs.holds_run(folder):
+        held_out = args.val_fraction is not None
+        splits.notes += runs.check_same_data(folder, splits.class_names, splits.fingerprint, held_out)
+    return _prepare(args, device, folder, splits, checkpoint), splits
 
 
 def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[str, str]) -> None:
@@ -286,7 +302,7 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     progress = Progress(run.loader, f'epoch {epoch + 1}/{run.epochs}', args.log_interval)
     started = (time.perf_counter(), 0.0)
     for index, (images, target) in enumerate(progress):
-        result = _step(run, epoch, index, images, target)
+        result = take_step(run, epoch, index, images, target)
         for name, value in result.items():
             if name != 'output':
                 sums[name] += value.detach()
@@ -308,7 +324,7 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     return means
 
 
-def _step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+def take_step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """One batch: forward, backward, and the optimizer's step when enough batches have been gathered."""
     args, task = run.args, run.task
     batches, accumulate = len(run.loader), args.grad_accum_steps

@@ -46,13 +46,15 @@ def test_losses_are_listed_and_explained(words):
 def test_models_are_listed_with_their_losses(words):
     code, out, err = words('ccl-timm', 'models', 'resnet18_*')
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith('resnet18')}
-    assert code == 0 and set(rows) == {f'resnet18_{head}' for head in ('cam', 'cosine', 'pedcc', 'mc')}
+    assert code == 0 and set(rows) == {f'resnet18_{head}' for head in ('cam', 'cosine', 'linear', 'pedcc', 'mc')}
     assert rows['resnet18_pedcc'].endswith('cosine, nac, pedcc, pod') and '12.0 M' in rows['resnet18_cam']
     assert words('ccl-timm', 'models', 'nothing*')[0] == 2
 
 
 def test_recipes_are_listed_and_printed(words):
-    assert words('ccl-timm', 'recipes')[1].split() == recipes.list_recipes()
+    lines = words('ccl-timm', 'recipes')[1].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == recipes.list_recipes()
+    assert any(line.startswith('cc_mnist ') and 'torch/mnist' in line and 'cc-table1 (14)' in line for line in lines)
     assert 'dataset: digits' in words('ccl-timm', 'recipes', 'digits')[1]
 
 

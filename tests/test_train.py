@@ -86,7 +86,7 @@ def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, words):
 def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     words = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
     assert tiny(*words, '--experiment', 'whole')[0] == 0
-    step, seen = train._step, []
+    step, seen = train.take_step, []
 
     def dies(run, epoch, *rest):
         seen.append(epoch)
@@ -95,7 +95,7 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
         return step(run, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='went away'):
-        patch.setattr(train, '_step', dies)
+        patch.setattr(train, 'take_step', dies)
         tiny(*words, '--experiment', 'cut')
     code, out, err = tiny(*words, '--experiment', 'cut', '--resume', 'auto')
     assert code == 0, err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm.hub import load_trained
+from ccl_timm.trained import load_trained
 
 from .conftest import results
 

@@ -3,10 +3,17 @@
 from ccl_timm.heads.base import Head, HeadOutputs
 from ccl_timm.heads.cam import CamHead
 from ccl_timm.heads.cosine import CosineHead
+from ccl_timm.heads.linear import LinearHead
 from ccl_timm.heads.mc import McHead
 from ccl_timm.heads.pedcc import PedccHead
 
-__all__ = ['HEADS', 'CamHead', 'CosineHead', 'Head', 'HeadOutputs', 'McHead', 'PedccHead']
+__all__ = ['HEADS', 'CamHead', 'CosineHead', 'Head', 'HeadOutputs', 'LinearHead', 'McHead', 'PedccHead']
 
 # the suffix of a model's name -> its head
-HEADS: dict[str, type[Head]] = {'cam': CamHead, 'cosine': CosineHead, 'mc': McHead, 'pedcc': PedccHead}
+HEADS: dict[str, type[Head]] = {
+    'cam': CamHead,
+    'cosine': CosineHead,
+    'linear': LinearHead,
+    'mc': McHead,
+    'pedcc': PedccHead,
+}

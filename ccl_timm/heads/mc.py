@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.linear import LinearHead
 
 __all__ = ['ChannelStage', 'McHead']
 
@@ -25,7 +25,7 @@ class ChannelStage(nn.Conv2d):
         return F.relu(self._conv_forward(x, self.weight, self.bias))
 
 
-class McHead(Head):
+class McHead(LinearHead):
     """A linear classifier behind a :class:`ChannelStage`, which the model puts at the end of its feature map.
 
     Inference uses this classifier alone; the channels' grouping matters to MC-Loss only.
@@ -34,25 +34,14 @@ class McHead(Head):
         in_features: width of the backbone's own feature map.
         num_classes: K.
         channels_per_class: xi. 3 in the official code for CUB-200 and in CC-Loss for Cars-196.
+
+    Outputs: logits (N, K), features (N, K * xi), weight (K, K * xi).
     """
 
-    class_tensors = ('out',)
-
     def __init__(self, in_features: int, num_classes: int, channels_per_class: int = 3, device=None, dtype=None):
-        super().__init__()
+        super().__init__(num_classes * channels_per_class, num_classes, device=device, dtype=dtype)
         self.in_features = in_features
         self.channels_per_class = channels_per_class
-        self.out = nn.Linear(num_classes * channels_per_class, num_classes, device=device, dtype=dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """Class vectors (K, K * xi) of the last layer, where timm's scripts look for a classifier's weight."""
-        return self.out.weight
-
-    @property
-    def bias(self) -> Tensor:
-        """Bias (K,) of the last layer."""
-        return self.out.bias
 
     def feature_stage(self) -> ChannelStage:
         """A new :class:`ChannelStage` for this number of classes."""
@@ -63,11 +52,3 @@ class McHead(Head):
         """Replace the linear layer; the model then asks for a new stage."""
         channels, like = num_classes * self.channels_per_class, self.out.weight
         self.out = nn.Linear(channels, num_classes, device=like.device, dtype=like.dtype)
-
-    def outputs(self, pooled: Tensor) -> HeadOutputs:
-        """Pooled features (N, K * xi) to logits (N, K), features (N, K * xi), weight (K, K * xi)."""
-        return HeadOutputs(self.out(pooled), pooled, weight=self.out.weight)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (N, K * xi) to logits (N, K)."""
-        return self.outputs(pooled).logits

@@ -219,8 +219,8 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
 
 
 def losses_for(head: str) -> list[str]:
-    """Names of the losses made for a head; ``'cam'`` and ``'mc'`` end in a linear layer and take those for any head."""
-    made_for = {head, None} if head in ('cam', 'mc') else {head}
+    """Names of the losses made for a head; those ending in a linear layer take those for any head."""
+    made_for = {head, None} if head in ('cam', 'linear', 'mc') else {head}
     found = []
     for name in list_losses():
         with contextlib.suppress(PluginLoadError):

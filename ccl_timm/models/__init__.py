@@ -45,7 +45,7 @@ _BACKBONES = (
     'swin_base_patch4_window7_224',
 )
 _NAMED = [(backbone, head) for backbone in _BACKBONES for head in ('cam', 'cosine', 'pedcc')]
-_NAMED += [('resnet18', 'mc'), ('vgg16', 'mc')]
+_NAMED += [('resnet18', 'mc'), ('vgg16', 'mc'), ('resnet18', 'linear'), ('resnet50', 'linear'), ('vgg16', 'linear')]
 
 # name -> module:function; pyproject.toml declares the same as entry points
 MODELS: dict[str, str] = {}

@@ -1,0 +1,142 @@
+"""A fair comparison of losses on anybody's images: each with its fitting head, beside cross-entropy on that head."""
+
+import itertools
+import warnings
+from pathlib import Path
+
+from ccl_timm import losses
+from ccl_timm.console import table
+from ccl_timm.errors import UserError
+from ccl_timm.options import Parser
+from ccl_timm.reproduce import Plan, add_common, carry_out, figures, plan_of, show_figures, split_words
+from ccl_timm.tables import Row, Table, as_words
+
+__all__ = ['difference', 'main', 'rows_of']
+
+_SEEDS = 3
+_LEVEL = 0.05  # how often a difference may be claimed where there is none
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Train every loss and control with every learning rate and seed, and print the comparison; 1 if a run failed."""
+    own, train_words = split_words(argv)
+    args = _parser(prog).parse_strictly(own)
+    words = ['--config', args.config]
+    words += as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
+    rates = [_rate(text) for text in args.lr.split(',') if text]
+    rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, words)
+    chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
+    plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_words)
+    failed = carry_out(plan, args.dry_run, args.estimate)
+    if not (args.dry_run or args.estimate):
+        print(_result(plan))
+    return int(failed)
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        usage=f'{prog} --data-dir DIR --losses A,B [options] [-- words of the training script]',
+        description='Compare losses on one data set: each with the head made for it, and cross-entropy on that same '
+        'head as a control, all with the same split, epochs, seeds and learning rates. Runs that are done are skipped. '
+        'What stands after -- goes to `timm train.py`, such as -- --val-fraction 0.2 --pretrained-path FILE.',
+    )
+    add = parser.add_argument
+    add('--data-dir', default=None, metavar='DIR', help='your images, as for `timm train.py`')
+    add('--losses', default='ce,cc,arcface', metavar='A,B', help='names of `ccl-timm losses`, and ce')
+    add('--backbone', default='resnet18', metavar='NAME', help='a timm architecture')
+    add('--lr', default='', metavar='X,Y', help="learning rates to try for every row; default the recipe's")
+    add('--config', default='finetune', metavar='RECIPE', help='settings that all rows share, default finetune')
+    add_common(parser, 'output/compare')
+    return parser
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise UserError(f"--lr '{text}' must be positive numbers with commas between them, such as 0.01,0.03.")
+    return rate
+
+
+def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str]) -> tuple[Row, ...]:
+    """A row for each loss on its head and each learning rate, with cross-entropy on every head that occurs.
+
+    Args:
+        backbone: a timm architecture.
+        names: of losses. A loss that any head will do for gets the linear one.
+        rates: learning rates; none for the recipe's.
+        words: of the training script that all rows share; ``--config`` among them.
+
+    Raises:
+        UserError: there is no loss of a name.
+    """
+    pairs = [('linear', 'ce')]
+    for name in names:
+        head = 'linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear'
+        pairs += [(head, 'ce'), (head, name)]
+    rows = []
+    for (head, name), rate in itertools.product(dict.fromkeys(pairs), rates or [None]):
+        own = as_words({'model': f'{backbone}_{head}', 'loss': name} | ({'lr': rate} if rate else {}))
+        rows.append(Row(f'{head}:{name}' + (f':lr{rate:g}' if rate else ''), '', (*words, *own)))
+    return tuple(rows)
+
+
+def difference(first: list[float], second: list[float], comparisons: int = 1) -> str:
+    """Whether the means of two sets of figures differ, in words.
+
+    Welch's t-test, two-sided, at 5 % divided by the number of comparisons (Bonferroni). Nothing is claimed from fewer
+    than two figures a side, nor where all of them are equal on both sides, which tells nothing about their spread.
+    """
+    if min(len(first), len(second)) < 2:
+        return 'no difference shown (it takes two seeds or more)'
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of figures that are almost equal
+        p = stats.ttest_ind(first, second, equal_var=False).pvalue
+    if len({*first}) == len({*second}) == 1 or not p < _LEVEL / comparisons:
+        return 'no difference shown' + (f' (p = {p:.2g})' if p == p else '')
+    return f'{sum(first) / len(first) - sum(second) / len(second):+.2f} (p = {p:.2g})'
+
+
+def _result(plan: Plan) -> str:
+    best = _best_rates(plan)
+    plain = best.get(('linear', 'ce'), ('', []))[1]
+    comparisons = max(1, sum((1 if head == 'linear' else 2) for head, name in best if (head, name) != ('linear', 'ce')))
+    rows = []
+    for (head, name), (rate, values) in best.items():
+        control = best[head, 'ce'][1]
+        against_plain = '' if (head, name) == ('linear', 'ce') else difference(values, plain, comparisons)
+        against_control = '' if name == 'ce' or head == 'linear' else difference(values, control, comparisons)
+        label = name if name != 'ce' or head == 'linear' else 'ce (control)'
+        rows.append((label, head, rate, show_figures(values), str(len(values)), against_plain, against_control))
+    header = ('loss', 'head', 'lr', 'top-1 %', 'seeds', 'against ce, linear head', 'against ce, same head')
+    return '\n'.join([
+        plan.table.title, '', table(rows, header), '',
+        'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
+        'each row, chosen on the same validation images: a little flattering, for every row alike.',
+        f"Differences: Welch's t-test over the seeds, p < {_LEVEL} / {comparisons} comparisons; other images may tell",
+        'otherwise.',
+    ])  # fmt: skip
+
+
+def _best_rates(plan: Plan) -> dict[tuple[str, str], tuple[str, list[float]]]:
+    """For each head and loss, the learning rate with the best mean, and the figures of its seeds.
+
+    A rate counts only if as many of its runs are done as of any other of that row.
+    """
+    found: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    for row, jobs in plan.jobs.items():
+        head, name, *rate = row.name.split(':')
+        values = figures(jobs)
+        known = found.get((head, name), ('', []))[1]
+        if (head, name) not in found or _rank(values) > _rank(known):
+            found[head, name] = (rate[0][2:] if rate else "the recipe's", values)
+    return found
+
+
+def _rank(values: list[float]) -> tuple[int, float]:
+    return len(values), sum(values) / max(1, len(values))

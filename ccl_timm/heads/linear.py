@@ -1,0 +1,49 @@
+"""The plain classifier: one linear layer, behind any stem that our variants can have."""
+
+from torch import Tensor, nn
+
+from ccl_timm.heads.base import Head, HeadOutputs
+
+__all__ = ['LinearHead']
+
+
+class LinearHead(Head):
+    """A linear layer: the papers' networks as they train softmax cross-entropy.
+
+    The model is timm's own but for what the other heads' models have too: ``small_input``, and a VGG without its two
+    4096-wide layers. So it is the baseline that differs from them in the classifier alone.
+
+    Args:
+        in_features: width of the pooled features.
+        num_classes: K.
+    """
+
+    class_tensors = ('out',)
+
+    def __init__(self, in_features: int, num_classes: int, device=None, dtype=None):
+        super().__init__()
+        self.in_features = in_features
+        self.out = nn.Linear(in_features, num_classes, device=device, dtype=dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Class vectors (K, D) of the layer, where timm's scripts look for a classifier's weight."""
+        return self.out.weight
+
+    @property
+    def bias(self) -> Tensor:
+        """Bias (K,) of the layer."""
+        return self.out.bias
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the layer."""
+        out = self.out
+        self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
+
+    def outputs(self, pooled: Tensor) -> HeadOutputs:
+        """Pooled features (N, D) to logits (N, K), features (N, D), weight (K, D)."""
+        return HeadOutputs(self.out(pooled), pooled, weight=self.out.weight)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled features (N, D) to logits (N, K)."""
+        return self.outputs(pooled).logits

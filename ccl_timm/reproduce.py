@@ -1,0 +1,304 @@
+"""A table's rows as runs of the training script: checked, timed, run, skipped when done, resumed when cut."""
+
+import argparse
+import contextlib
+import functools
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ccl_timm import options, recipes, runs, settings, tables
+from ccl_timm.console import say, table, warn
+from ccl_timm.errors import UserError
+from ccl_timm.tables import Row, Table
+
+__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'show_figures', 'split_words']
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the training script.
+
+    Attributes:
+        row: what it is a run of.
+        words: all of the script's words.
+        folder: the run's.
+    """
+
+    row: Row
+    words: tuple[str, ...]
+    folder: Path
+
+    @functools.cached_property
+    def resolved(self) -> tuple[argparse.Namespace, dict[str, str]]:
+        """Its settings, and where each is from."""
+        return options.resolve(list(self.words), 'ccl-timm train')
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it has when it is done."""
+        args = self.resolved[0]
+        return args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
+
+    def top1(self) -> list[float]:
+        """Top-1 in % on the validation part after each epoch that it was measured in; of the last if it is done."""
+        rows = [row for row in runs.read_summary(self.folder) if 'lr' in row]  # a row that was cut has no end
+        done = bool(rows) and rows[-1]['epoch'] + 1 >= self.epochs
+        return [row['eval_top1'] for row in rows if 'eval_top1' in row] if done else []
+
+    def done(self) -> bool:
+        """Whether all its epochs have been trained.
+
+        Raises:
+            UserError: its folder holds a run of other settings.
+        """
+        if not runs.holds_run(self.folder):
+            return False
+        try:
+            runs.check_same_settings(self.resolved[0], self.folder)
+        except UserError as error:
+            raise UserError(f'{str(error).partition(": give")[0]}: give another --output.') from error
+        return bool(self.top1())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table, and the jobs of each of its rows, one for each seed."""
+
+    table: Table
+    jobs: dict[Row, list[Job]]
+
+    @property
+    def all_jobs(self) -> list[Job]:
+        """The jobs of all rows, seed after seed, so that a plan cut short has something on every row."""
+        return [jobs[i] for i in range(max(map(len, self.jobs.values()))) for jobs in self.jobs.values()]
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Check, time or run the rows of one of the papers' tables; 1 if a row failed."""
+    own, train_words = split_words(argv)
+    args = _parser(prog).parse_strictly(own)
+    if not args.table:
+        rows = [(name, tables.read_table(name)) for name in tables.list_tables()]
+        print(table([(name, t.title, ', '.join(t.datasets)) for name, t in rows], ('name', 'title', 'data sets')))
+        return 0
+    names = [name for name in args.rows.split(',') if name]
+    chosen = tables.select(tables.read_table(args.table), args.dataset, names)
+    if len(chosen.datasets) > 1 and not args.dry_run:
+        raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
+    words = tables.as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
+    seeds = chosen.seeds if args.seeds is None else args.seeds
+    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*words, *train_words])
+    failed = carry_out(plan, args.dry_run, args.estimate)
+    if not (args.dry_run or args.estimate):
+        print(_result(plan))
+    return int(failed)
+
+
+def _parser(prog: str) -> options.Parser:
+    parser = options.Parser(
+        prog=prog,
+        usage=f'{prog} [TABLE] [options] [-- words of the training script]',
+        description="Run rows of the papers' tables: what is done is skipped, what was cut goes on. "
+        'Without TABLE: list them. What stands after -- goes to `timm train.py`, such as -- --workers 2.',
+    )
+    add = parser.add_argument
+    add('table', nargs='?', default=None, metavar='TABLE', help='such as cc-table1')
+    add('--dataset', default=None, metavar='NAME', help="the table's column, such as mnist")
+    add('--rows', default='', metavar='A,B', help='such as resnet18:cc,resnet18:ce; default all')
+    add('--data-dir', default=None, metavar='DIR', help="the data set's folder")
+    add_common(parser, 'output/reproduce')
+    return parser
+
+
+def add_common(parser: options.Parser, output: str) -> None:
+    """The flags of every command that carries out a plan."""
+    add = parser.add_argument
+    add('--seeds', type=_at_least_one, default=None, metavar='N', help="runs a row, 0 to N-1; default the table's")
+    add('--epochs', type=_at_least_one, default=None, metavar='N', help="default the recipe's")
+    add('--output', default=output, metavar='DIR', help=f'where the runs lie, default {output}')
+    add('--dry-run', action='store_true', help='check every row and print its commands')
+    add('--estimate', action='store_true', help='time ten steps of every row and print the hours that all takes')
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{number} must be at least 1')
+    return number
+
+
+def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our words, and those after ``--``, which are the training script's."""
+    cut = argv.index('--') if '--' in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
+def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
+    """Make a job of each row and seed.
+
+    Args:
+        chosen: the table.
+        seeds: number of runs a row.
+        output: folder of the runs; each has a name made of data set, row and seed.
+        words: further words of the training script, which come before the rows' own.
+    """
+    jobs: dict[Row, list[Job]] = {}
+    for row in chosen.rows:
+        name = '-'.join(part for part in (row.dataset, *row.name.split(':')) if part)
+        jobs[row] = []
+        for seed in range(seeds):
+            run = {'seed': seed, 'output': str(output), 'experiment': f'{name}-seed{seed}', 'resume': 'auto'}
+            own = tables.as_words(run)
+            jobs[row].append(Job(row, (*row.words, *words, *own), output / run['experiment']))
+    return Plan(chosen, jobs)
+
+
+def carry_out(plan: Plan, dry_run: bool = False, estimate: bool = False) -> bool:
+    """Check every row, and then run all jobs, or only print the commands, or only time them; whether any failed.
+
+    Raises:
+        UserError: a row cannot work, or its data is not there: nothing has begun.
+    """
+    for jobs in plan.jobs.values():
+        _check(jobs[0], needs_data=not dry_run)
+    if dry_run:
+        for job in plan.all_jobs:
+            print(shlex.join(['ccl-timm', 'train', *job.words]))
+        say(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
+        return False
+    if estimate:
+        return _estimate(plan)
+    return not all([_run(job) for job in plan.all_jobs])
+
+
+def _check(job: Job, needs_data: bool) -> None:
+    args = job.resolved[0]
+    settings.check_settings(args)
+    settings.check_fit(args)
+    scheme = args.dataset.partition('/')[0]
+    if not needs_data or args.dataset == 'digits' or scheme in ('hfds', 'hfids', 'tfds', 'wds'):
+        return
+    if not args.data_dir:
+        raise UserError(f'{_label(job.row)} needs its data: give --data-dir DIR.')
+    if not os.path.isdir(args.data_dir) and not args.dataset_download:
+        raise UserError(f"There is no data folder '{args.data_dir}': give an existing one with --data-dir.")
+
+
+def _label(row: Row) -> str:
+    return f'{row.dataset} {row.name}'.strip()
+
+
+def _run(job: Job) -> bool:
+    """Run a job unless it is done; whether it is done then. What goes wrong is said, and harms no other job."""
+    name = job.folder.name
+    with _locked(job.folder) as lock:
+        if lock is None:
+            warn(f'{name} is being trained by another process: left out')
+            return False
+        try:
+            if job.done():
+                say(f'{name}: done already, top-1 {job.top1()[-1]:.2f}%')
+                return True
+        except UserError as error:
+            warn(f'{name} failed: {error}')
+            return False
+        say(f'\n{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
+        command = [sys.executable, '-m', 'ccl_timm', 'train', *job.words]
+        # the child keeps the lock: it may outlive us
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=lock, check=False).returncode
+    if code:
+        warn(f'{name} failed with code {code}; what it said stands above')
+    return code == 0
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
+    """Hold a run's folder against other processes; gives the descriptors that hold it, None if another one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing of the kind holds a folder
+        yield ()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield (descriptor,)
+    except BlockingIOError:
+        yield None
+    finally:
+        os.close(descriptor)
+
+
+def figures(jobs: list[Job]) -> list[float]:
+    """Top-1 in % after the last epoch, of the jobs that are done."""
+    found = [job.top1() for job in jobs if runs.holds_run(job.folder)]
+    return [values[-1] for values in found if values]
+
+
+def show_figures(values: list[float]) -> str:
+    """Mean and largest deviation from it, as the papers print them; one figure as it is."""
+    if not values:
+        return '-'
+    mean = statistics.fmean(values)
+    return f'{mean:.2f}' + (f' ± {max(abs(v - mean) for v in values):.2f}' if len(values) > 1 else '')
+
+
+def _result(plan: Plan) -> str:
+    rows = []
+    for row, jobs in plan.jobs.items():
+        values = figures(jobs)
+        paper, margin = row.paper or (None, None)
+        shown = '-' if paper is None else f'{paper:.2f}' + (f' ± {margin:.2f}' if margin is not None else '')
+        theirs = options.resolve(list(row.words))[0].epochs
+        rows.append((_label(row), show_figures(values), str(len(values)), str(jobs[0].epochs), shown, str(theirs)))
+    header = ('row', 'ours, top-1 %', 'seeds', 'epochs', "the paper's", "the recipe's epochs")
+    lines = [plan.table.title, '', table(rows, header), '']
+    lines.append('Ours: after the last epoch, mean ± largest deviation over the seeds.')
+    return '\n'.join([*lines, *_footnotes(plan)])
+
+
+def _footnotes(plan: Plan) -> list[str]:
+    """What the table's notes say, and what each recipe has assumed because the paper leaves it open."""
+    lines = [f'Note: {note}' for note in plan.table.notes]
+    for name in dict.fromkeys(row.recipe for row in plan.jobs):
+        assumed = recipes.read_recipe(recipes.find_recipe(name)).get('assumed') or []
+        lines += [f'Recipe {name} assumes:', *(f'  - {text}' for text in assumed)]
+    return lines
+
+
+def _estimate(plan: Plan) -> bool:
+    from ccl_timm.estimate import time_run
+
+    started = time.perf_counter()
+    subprocess.run([sys.executable, '-c', 'import ccl_timm.train'], check=True)
+    outset = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
+    rows, total, failed = [], 0.0, False
+    for row, jobs in plan.jobs.items():
+        args, sources = jobs[0].resolved
+        try:
+            cost = time_run(argparse.Namespace(**vars(args)), dict(sources), jobs[0].folder)
+        except UserError as error:
+            warn(f'{_label(row)} failed: {error}')
+            failed = True
+            continue
+        hours = len(jobs) * (outset + cost.hours)
+        total += hours
+        rows.append((_label(row), f'{cost.training:.1f}', f'{cost.validation:.1f}', str(cost.epochs), str(len(jobs)),
+                     _hours(hours)))  # fmt: skip
+    rows.append(('in all', '', '', '', '', _hours(total)))
+    print(table(rows, ('row', 's an epoch', 's a validation', 'epochs', 'seeds', 'hours')))
+    print('\nFrom ten steps of each row on this machine, without saving; runs that are done count too.')
+    print('\n'.join(_footnotes(plan)))
+    return failed
+
+
+def _hours(hours: float) -> str:
+    return f'{hours:.1f}' if hours >= 10 else f'{hours:.3f}'

@@ -1,0 +1,147 @@
+"""The papers' tables as data: which recipe, model, loss and overrides a row is, and the figure that paper prints."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ccl_timm import recipes
+from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+
+__all__ = ['Row', 'Table', 'as_words', 'list_tables', 'read_table', 'select', 'tables_of']
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a table.
+
+    Attributes:
+        name: such as ``'resnet18:cc'``.
+        dataset: column of the table; '' if it has one only.
+        words: of the training script, without seed and folders.
+        paper: the figure that the paper prints, top-1 in %, and the largest deviation from it or None; None for no
+            paper.
+    """
+
+    name: str
+    dataset: str
+    words: tuple[str, ...]
+    paper: tuple[float, float | None] | None = None
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name."""
+        return self.words[self.words.index('--config') + 1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's rows in the order of its data sets, and how many runs stand behind each of its figures."""
+
+    name: str
+    title: str
+    seeds: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def datasets(self) -> list[str]:
+        """The columns, in their order."""
+        return list(dict.fromkeys(row.dataset for row in self.rows))
+
+
+def list_tables() -> list[str]:
+    """Names of the papers' tables."""
+    return sorted(path.stem for path in _folder().glob('*.yaml'))
+
+
+def read_table(name: str) -> Table:
+    """Read one of the papers' tables.
+
+    Its file has ``title``, ``seeds``, ``notes``, ``datasets`` (each with ``recipe`` and settings to ``set``) and
+    ``rows`` (each with ``model``, ``loss``, settings to ``set``, settings ``in`` single data sets, perhaps a ``recipe``
+    of its own, and the ``paper``'s figures: a data set without one is not in the row).
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if name not in list_tables():
+        raise UnknownNameError(
+            f"Unknown table '{name}'{did_you_mean(name, list_tables())} Tables: {', '.join(list_tables())}."
+        )
+    content = recipes.read_recipe(_folder() / f'{name}.yaml')
+    rows = [
+        _row(row_name, row, dataset, column)
+        for dataset, column in content['datasets'].items()
+        for row_name, row in content['rows'].items()
+        if dataset in row['paper']
+    ]
+    return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())))
+
+
+def select(table: Table, dataset: str | None, names: Iterable[str]) -> Table:
+    """The table with the rows asked for only.
+
+    Args:
+        table: see :func:`read_table`.
+        dataset: its column; None for all.
+        names: of rows; none for all.
+
+    Raises:
+        UserError: it has no such data set, or none of its rows there has such a name.
+    """
+    if dataset is not None and dataset not in table.datasets:
+        raise UnknownNameError(
+            f"Table '{table.name}' has no data set '{dataset}'{did_you_mean(dataset, table.datasets)} "
+            f'It has {", ".join(table.datasets)}.'
+        )
+    rows = [row for row in table.rows if dataset in (None, row.dataset)]
+    found = list(dict.fromkeys(row.name for row in rows))
+    for name in names:
+        if name not in found:
+            raise UnknownNameError(
+                f"Table '{table.name}' has no row '{name}'"
+                f'{f" for {dataset}" if dataset else ""}{did_you_mean(name, found)} Rows: {", ".join(found)}.'
+            )
+    chosen = tuple(row for row in rows if not names or row.name in names)
+    return Table(table.name, table.title, table.seeds, chosen, table.notes)
+
+
+def tables_of(recipe: str) -> dict[str, list[Row]]:
+    """For each table that a recipe serves, its rows there."""
+    served = {name: [row for row in read_table(name).rows if row.recipe == recipe] for name in list_tables()}
+    return {name: rows for name, rows in served.items() if rows}
+
+
+def as_words(settings: dict[str, Any]) -> list[str]:
+    """Settings by name as words of the training script: ``{'batch_size': 8}`` to ``['--batch-size', '8']``."""
+    words = []
+    for key, value in settings.items():
+        words.append(f'--{key.replace("_", "-")}')
+        if isinstance(value, dict):
+            words += [f'{name}={option}' for name, option in value.items()]
+        elif isinstance(value, list):
+            words += [str(item) for item in value]
+        elif value is False:
+            raise UserError(f"'{key}: false' cannot be said in words: a flag can only be given.")
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _folder() -> Path:
+    return recipes.recipe_folder() / 'tables'
+
+
+def _row(name: str, row: dict[str, Any], dataset: str, column: dict[str, Any]) -> Row:
+    settings = {
+        'config': row.get('recipe') or column['recipe'],
+        'model': row['model'],
+        'loss': row['loss'],
+        **column.get('set', {}),
+        **row.get('set', {}),
+        **row.get('in', {}).get(dataset, {}),
+    }
+    figure = row['paper'][dataset]
+    paper = tuple(figure) if isinstance(figure, list) else (figure, None)
+    return Row(name, dataset, tuple(as_words(settings)), paper)

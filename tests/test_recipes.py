@@ -1,0 +1,164 @@
+"""Every recipe and row of the papers' tables: checked by shapes, run for some steps, taken by timm's own script."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ccl_timm import UserError, data, estimate, launch, loaders, options, recipes, settings, tables
+
+# of the same family, for what takes long on a laptop
+SMALLER = {'resnet50': 'resnet18', 'vit_base_patch16_224': 'test_vit'}
+TINY_SWIN = {'embed_dim': 8, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 1, 1)}
+
+
+@pytest.fixture(scope='module')
+def few_images(tmp_path_factory):
+    """Three classes of two images to train on, one to validate on."""
+    root, random = tmp_path_factory.mktemp('few'), np.random.default_rng(0)
+    for part, count in (('train', 2), ('validation', 1)):
+        for name in 'abc':
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(0, 255, (70, 90, 3), np.uint8)).save(root / part / name / f'{i}.png')
+    return root
+
+
+def check(words):
+    args = options.resolve(list(words))[0]
+    settings.check_settings(args)
+    settings.check_fit(args)
+    return args
+
+
+@pytest.mark.parametrize('name', recipes.list_recipes())
+def test_recipe_is_whole(name):
+    text = recipes.find_recipe(name).read_text()
+    header = text[: text.index('device_modules')]
+    assert all(re.search(f'(?m)^# {word}  ', header) for word in ('command', 'paper', 'measured', 'hardware'))
+    recipe = yaml.safe_load(text)
+    assert recipe['device_modules'] == ['ccl_timm.autoload'] and recipe['smoothing'] == 0.0
+    assert recipe['assumed'] and all(isinstance(line, str) for line in recipe['assumed'])
+    assert ('img_size' in recipe) != ('input_size' in recipe) and 'crop_pct' in recipe
+    for loss, kwargs in recipe.get('loss_options', {}).items():
+        assert not kwargs.keys() - settings.losses.loss_options(loss).keys()
+
+
+def distinct_rows():
+    """Rows that differ in more than data and what only training shows."""
+    rows = {}
+    for name in tables.list_tables():
+        for row in tables.read_table(name).rows:
+            args = options.resolve(list(row.words))[0]
+            key = (args.model, args.loss, str(args.model_kwargs))
+            rows.setdefault(key, (name, row))
+    return [pytest.param(row, id=f'{name}-{row.dataset}-{row.name}') for name, row in rows.values()]
+
+
+@pytest.mark.parametrize('row', distinct_rows())
+def test_row_fits(row):
+    check(row.words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', tables.list_tables())
+def test_whole_table_passes_a_dry_run(name, words):
+    code, out, err = words('ccl-timm', 'reproduce', name, '--dry-run', '--seeds', '1')
+    assert code == 0, err
+    assert len(out.splitlines()) == len(tables.read_table(name).rows)
+
+
+@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', recipes.list_recipes())
+def test_recipe_takes_steps(name, whole, few_images, tmp_path, place):
+    words = ['--config', name, '--num-classes', '3', '-b', '3', '-j', '0', '--epochs', '1']
+    if name != 'digits':
+        words += ['--dataset', 'folder', '--data-dir', str(few_images)]
+    args, sources = options.resolve(words if name != 'digits' else [*words, '--num-classes', '10'])
+    args.pretrained = False
+    if not whole:
+        for large, small in SMALLER.items():
+            args.model = args.model.replace(large, small)
+        args.model_kwargs = {**args.model_kwargs, **(TINY_SWIN if 'swin' in args.model else {})}
+    cost = estimate.time_run(args, sources, tmp_path / 'run')
+    assert cost.epochs == 1 and cost.training > 0 and cost.validation > 0
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', [name for name in recipes.list_recipes() if name != 'digits'])
+def test_recipe_goes_through_the_launcher(name, tmp_path):
+    own, rest = launch._split_words(['-c', name], tmp_path)
+    passed = yaml.safe_load((tmp_path / 'recipe.yaml').read_text())
+    assert own.loss == recipes.read_recipe(recipes.find_recipe(name))['loss'] and 'loss' not in passed
+    scripts = os.environ.get('TIMM_SCRIPTS')
+    if scripts:
+        flags = set(re.findall(r"'--([a-z0-9-]+)'", (Path(scripts) / 'train.py').read_text()))
+        assert {key.replace('_', '-') for key in passed} <= flags
+
+
+def test_model_loadergo_with_the_model_that_is_typed(tmp_path):
+    resolved = options.resolve(['--config', 'pod_cifar10'])[0]
+    assert resolved.model_kwargs == {'small_input': True, 'feature_dim': 256}
+    assert options.resolve(['--config', 'pod_cifar10', '--model', 'resnet50_linear'])[0].model_kwargs == {
+        'small_input': True
+    }
+    assert launch._split_words(['-c', 'cc_mnist', '--model', 'vgg16_cam'], tmp_path)[1][:1] == ['--config']
+    assert yaml.safe_load((tmp_path / 'recipe.yaml').read_text())['model_kwargs'] == {'small_input': True}
+    (tmp_path / 'bad.yaml').write_text('model_options: {resnet18_cam: 3}\n')
+    with pytest.raises(UserError, match="model_options are a mapping of names to options: {'\\*_pedcc'"):
+        options.resolve(['--config', str(tmp_path / 'bad.yaml')])
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--model', 'resnet18_linear', '--loss', 'cc'], 'reads attention; resnet18_linear has .* use resnet18_cam'),
+        (['--model', 'resnet18_mc', '--loss', 'mc', '--img-size', '8'], 'the feature map .* has one only'),
+        (['--model', 'vgg16_cosine', '--loss', 'arcface', '--img-size', '24'], 'on images of 3x24x24: .* too small'),
+    ],
+)
+def test_what_does_not_fit_is_found_without_work(words, message):
+    with pytest.raises(UserError, match=message):
+        check(['--data-dir', 'x', *words])
+
+
+def test_figures_are_the_papers():
+    """Some figures of each table, copied from the papers once more."""
+    expected = {
+        ('cc-table1', 'cars196', 'vgg16:mc'): (92.80, None),
+        ('cc-table2', 'cifar100', 'vgg16:cc:batch64'): (75.1, 0.14),
+        ('cc-table4', 'mnist', 'resnet18:ce-cam'): (97.67, 0.01),
+        ('cc-table5', 'cars196', 'vgg16:cc:weight0.5'): (89.53, 0.07),
+        ('pod-table2', 'cifar10', 'resnet50:pod:dim9'): (92.71, None),
+        ('pod-table4', 'tiny', 'resnet50:cm'): (59.53, None),
+        ('pod-table6', 'imagenet500', 'resnet50:pod'): (82.56, None),
+        ('pod-table7', 'facescrub', 'mobilenetv2:softmax'): (87.84, None),
+        ('pod-table8', 'imagenet1000', 'vit:pod'): (81.20, None),
+    }
+    for (name, dataset, row), figure in expected.items():
+        found = tables.select(tables.read_table(name), dataset, [row]).rows
+        assert [r.paper for r in found] == [figure]
+    assert {name: len(tables.read_table(name).rows) for name in tables.list_tables()} == {
+        'cc-table1': 41, 'cc-table2': 10, 'cc-table4': 18, 'cc-table5': 15, 'pod-table2': 7, 'pod-table4': 40,
+        'pod-table6': 10, 'pod-table7': 16, 'pod-table8': 20,
+    }  # fmt: skip
+
+
+def test_no_training_from_scratch_without_a_hint(words, few_images, place):
+    tiny = ['--data-dir', few_images, '--img-size', '32', '--epochs', '1', '-b', '3', '-j', '0']
+    tiny += ['--model', 'test_resnet_cam']
+    assert 'recipe finetune' in words('timm', 'train.py', *tiny)[2]
+    assert 'recipe finetune' not in words('timm', 'train.py', '--config', 'digits', *tiny)[2]
+
+
+def test_pad_crop_resizes_as_evaluation_does(few_images):
+    args = options.resolve(['--data-dir', str(few_images)])[0]
+    dataset = data.open_part(args, 'train', 3, None)
+    loader = dict(batch_size=4, is_training=True, device=torch.device('cpu'))
+    loaders.create_loader(dataset, input_size=(3, 32, 32), pad_crop=4, **loader)
+    assert dataset.transform.transforms[0](Image.new('RGB', (90, 70))).size == (41, 32)

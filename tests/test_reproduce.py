@@ -1,0 +1,238 @@
+"""reproduce and compare: what they run, skip, resume, time, print and refuse. Runs are made in this process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from ccl_timm import cli, compare, reproduce, runs, tables, train
+
+TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']
+TABLE = {
+    'title': 'A small table',
+    'seeds': 2,
+    'datasets': {'own': {'recipe': 'digits', 'set': {'lr': 0.01}}, 'other': {'recipe': 'digits'}},
+    'rows': {
+        'tiny:ce': {'model': 'test_resnet_linear', 'loss': 'ce', 'paper': {'own': 90.5, 'other': 80}},
+        'tiny:cc': {'model': 'test_resnet_cam', 'loss': 'cc', 'paper': {'own': [91.25, 0.5]}},
+    },
+    'notes': ['made up'],
+}
+
+
+@pytest.fixture
+def small_table(place, monkeypatch):
+    """A table of our own in the place of the papers'."""
+    (place / 'tables').mkdir()
+    (place / 'tables' / 'small.yaml').write_text(yaml.safe_dump(TABLE, sort_keys=False))
+    monkeypatch.setattr(tables, '_folder', lambda: place / 'tables')
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that were started, which run in this process."""
+    commands = []
+
+    def run(command, **kwargs):
+        if '-c' in command:
+            return SimpleNamespace(returncode=0)
+        commands.append(command[3:])
+        return SimpleNamespace(returncode=cli.main(command[3:]))
+
+    monkeypatch.setattr(reproduce, 'subprocess', SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    return commands
+
+
+@pytest.fixture
+def small(words, folder, small_table, started):
+    """Run `ccl-timm reproduce small` with these words."""
+
+    def run(*argv):
+        own = ('--dataset', 'own', '--data-dir', folder, '--epochs', '2', *argv)
+        return words('ccl-timm', 'reproduce', 'small', *own, '--', *TINY)
+
+    return run
+
+
+def figures_in(out):
+    """The table alone: rows by name, without the runs' own results before it."""
+    lines = out[out.index('A small table') :].splitlines()
+    return {line.split('  ')[0]: line for line in lines if line.startswith('own ')}
+
+
+def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
+    code, whole, err = small('--output', 'whole')
+    assert code == 0, err
+    step, seen = train.take_step, []
+
+    def dies(run, epoch, *rest):
+        seen.append(epoch)
+        if len(started) == 6 and epoch == 1:  # the second row's first run, in its second epoch
+            raise RuntimeError('killed')
+        return step(run, epoch, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
+        patch.setattr(train, 'take_step', dies)
+        small('--output', 'cut')
+    assert len(started) == 6
+    code, resumed, err = small('--output', 'cut')
+    assert code == 0, err
+    assert err.count('done already') == 1 and 'going on after 1' in err
+    assert figures_in(resumed) == figures_in(whole) and len(figures_in(whole)) == 2
+    runs_there = sorted(path.name for path in Path('cut/small').iterdir())
+    assert runs_there == [f'own-tiny-{loss}-seed{seed}' for loss in ('cc', 'ce') for seed in (0, 1)]
+
+    count = len(started)
+    code, again, err = small('--output', 'cut')
+    assert (code, len(started)) == (0, count) and figures_in(again) == figures_in(whole)
+    code, out, err = small('--output', 'cut', '--epochs', '3', '--rows', 'tiny:ce', '--seeds', '1')
+    assert code == 1 and 'epochs was 2, is 3): give another --output.' in err
+
+
+def test_table_has_our_figures_and_the_papers(small):
+    code, out, err = small('--seeds', '1')
+    row = figures_in(out)['own tiny:cc']
+    ours = runs.Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
+    assert code == 0, err
+    assert re.fullmatch(r'own tiny:cc +(\d+\.\d\d) +1 +2 +91\.25 ± 0\.50 +15', row)
+    assert f'{float(ours[5]):.2f}' in row
+    assert 'Note: made up' in out and 'Recipe digits assumes:' in out
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on(small, monkeypatch):
+    run, fails = reproduce.subprocess.run, SimpleNamespace(returncode=2)
+    monkeypatch.setattr(reproduce.subprocess, 'run', lambda c, **k: fails if 'ce' in c else run(c, **k))
+    code, out, err = small('--seeds', '1')
+    assert code == 1 and 'own-tiny-ce-seed0 failed with code 2' in err
+    assert re.match(r'own tiny:ce +- +0 ', figures_in(out)['own tiny:ce'])
+    assert ' 1 ' in figures_in(out)['own tiny:cc']
+
+
+def test_run_of_another_process_is_left_alone(small, started):
+    held = Path('output/reproduce/small/own-tiny-ce-seed0')
+    with reproduce._locked(held) as lock:
+        assert lock
+        code, out, err = small('--seeds', '1', '--rows', 'tiny:ce')
+    assert code == 1 and not started and 'is being trained by another process' in err
+
+
+def test_dry_run_prints_commands_and_needs_no_data(words, small_table, place):
+    code, out, err = words('ccl-timm', 'reproduce', 'small', '--dry-run', '--rows', 'tiny:ce', '--', '--amp')
+    assert code == 0 and '2 rows checked, 4 runs' in err
+    first = out.splitlines()[0]
+    assert first == (
+        'ccl-timm train --config digits --model test_resnet_linear --loss ce --lr 0.01 --amp --seed 0 '
+        '--output output/reproduce/small --experiment own-tiny-ce-seed0 --resume auto'
+    )
+    assert {path.name for path in place.iterdir()} == {'tables'}
+
+
+def test_estimate_times_rows_and_writes_nothing(small, place):
+    code, out, err = small('--estimate')
+    assert code == 0, err
+    lines = out.splitlines()
+    hours = [float(line.split()[-1]) for line in lines[1:3]]
+    assert lines[3].startswith('in all') and float(lines[3].split()[-1]) == pytest.approx(sum(hours), abs=2e-3)
+    assert {path.name for path in place.iterdir()} == {'tables'}
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['cc-tabel1'], "Unknown table 'cc-tabel1'; did you mean 'cc-table1'?"),
+        (['cc-table1', '--dataset', 'mnits'], "no data set 'mnits'; did you mean 'mnist'?"),
+        (['cc-table1', '--dataset', 'mnist', '--rows', 'resnet18:c'], "no row 'resnet18:c' for mnist"),
+        (['cc-table1', '--dataset', 'mnist', '--seeds', '0'], '--seeds: 0 must be at least 1'),
+        (['cc-table1'], 'several data sets: give --dataset mnist|cifar100|cars196'),
+        (['cc-table1', '--dataset', 'mnist', '--rows', 'resnet18:cc'], 'mnist resnet18:cc needs its data'),
+        (['cc-table1', '--dataset', 'mnist', '--rows', 'resnet18:cc', '--data-dir', 'no'], "no data folder 'no'"),
+        (['pod-table2', '--rows', 'resnet50:pod:dim9', '--dry-run', '--', '--lrr', '1'], "Unknown argument '--lrr'"),
+    ],
+)
+def test_reproduce_refuses(argv, message, words, place):
+    code, out, err = words('ccl-timm', 'reproduce', *argv)
+    assert code == 2 and message in err
+    assert not any(place.iterdir())
+
+
+def test_tables_are_listed(words):
+    code, out, err = words('ccl-timm', 'reproduce')
+    assert [line.split()[0] for line in out.splitlines()[1:]] == tables.list_tables()
+
+
+def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(words, folder, place, started):
+    argv = ['--config', 'digits', '--data-dir', folder, '--losses', 'cc', '--backbone', 'test_resnet', '--epochs', '1']
+    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01,0.02', '--', *TINY)
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if re.match(r'(ce|cc)\b.* (linear|cam) ', line)]
+    assert [row.split('  ')[0] for row in rows] == ['ce', 'ce (control)', 'cc']
+    assert rows[2].count('no difference shown') == 2 and '0.0' in rows[2]
+    assert len(started) == 3 * 2 * 2
+    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '1', '--lr', '0.01', '--', *TINY)
+    assert len(started) == 12 and 'it takes two seeds or more' in out
+
+
+def test_rows_of_a_comparison():
+    rows = compare.rows_of('resnet18', ['ce', 'focal', 'arcface', 'pod'], [], ['--config', 'finetune'])
+    assert [row.name for row in rows] == [
+        'linear:ce', 'linear:focal', 'cosine:ce', 'cosine:arcface', 'pedcc:ce', 'pedcc:pod'
+    ]  # fmt: skip
+    assert rows[3].words == ('--config', 'finetune', '--model', 'resnet18_cosine', '--loss', 'arcface')
+
+
+@pytest.mark.parametrize(
+    'first, second, comparisons, words',
+    [
+        ([90.0, 90.1, 90.2], [80.0, 80.1, 80.3], 1, r'\+9\.97 \(p = .*\)'),
+        ([80.0, 80.2], [90.0, 90.1], 1, r'-9\.95 \(p = .*\)'),
+        ([90.0, 91.0, 92.0], [90.5, 91.0, 91.5], 1, r'no difference shown \(p = 1\)'),
+        ([90.0, 90.5, 91.2], [88.0, 89.4, 89.2], 1, r'\+1\.70 \(p = 0\.041\)'),
+        ([90.0, 90.5, 91.2], [88.0, 89.4, 89.2], 4, r'no difference shown \(p = 0\.041\)'),
+        ([90.0], [10.0], 1, r'no difference shown \(it takes two seeds or more\)'),
+        ([90.0, 90.0], [80.0, 80.0], 1, r'no difference shown.*'),
+    ],
+)
+def test_difference_is_claimed_only_where_it_shows(first, second, comparisons, words):
+    assert re.fullmatch(words, compare.difference(first, second, comparisons))
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--losses', 'cc,acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
+        (['--lr', '0.1,fast'], "--lr 'fast' must be positive numbers"),
+        (['--seeds', '0'], '--seeds: 0 must be at least 1'),
+        (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
+        ([], 'needs its data: give --data-dir DIR.'),
+        (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
+    ],
+)
+def test_compare_refuses(argv, message, words, place):
+    code, out, err = words('ccl-timm', 'compare', *argv)
+    assert code == 2 and message in err
+
+
+@pytest.mark.slow
+def test_real_kill_of_the_whole_group(place):
+    """The processes themselves: killed in the middle of a run, started again, and the same table as without."""
+    command = [sys.executable, '-m', 'ccl_timm', 'compare', '--config', 'digits', '--losses', 'ce', '--backbone',
+               'test_resnet', '--seeds', '2', '--epochs', '3', '--output']  # fmt: skip
+    after = ['--', '--input-size', '1', '16', '16', '--batch-size', '32']
+    whole = subprocess.run([*command, 'whole', *after], capture_output=True, text=True, check=True).stdout
+    process = subprocess.Popen([*command, 'cut', *after], start_new_session=True, stderr=subprocess.DEVNULL)
+    summary = place / 'cut' / 'linear-ce-seed1' / 'summary.csv'
+    while not summary.exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(summary.read_text().splitlines()) < 4
+    again = subprocess.run([*command, 'cut', *after], capture_output=True, text=True, check=True)
+    assert again.stdout == whole and 'linear-ce-seed0: done already' in again.stderr
