@@ -227,3 +227,18 @@ def test_cam_head_is_the_papers_formula():
     assert torch.allclose(outputs.features, features)
     assert torch.allclose(outputs.logits, features @ head.out.weight.T + head.out.bias)
     assert torch.equal(head(pooled), outputs.logits)
+
+
+def test_linear_head_has_a_narrow_layer_where_it_is_asked_for(tmp_path):
+    model = ccl_timm.create_model('test_resnet_linear', num_classes=10, feature_dim=2).eval()
+    pooled = torch.randn(3, model.num_features)
+    head = model.get_classifier()
+    outputs = head.outputs(pooled)
+    features = pooled @ head.hidden.weight.T + head.hidden.bias
+    assert torch.allclose(outputs.features, features) and outputs.features.shape == (3, 2)
+    assert torch.allclose(outputs.logits, features @ head.out.weight.T + head.out.bias)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=4)
+    assert torch.equal(other.get_classifier().hidden.weight, head.hidden.weight)
+    plain = ccl_timm.create_model('test_resnet_linear', num_classes=10)
+    assert set(plain.get_classifier().state_dict()) == {'out.weight', 'out.bias'}

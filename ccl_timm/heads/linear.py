@@ -20,10 +20,11 @@ class LinearHead(Head):
 
     class_tensors = ('out',)
 
-    def __init__(self, in_features: int, num_classes: int, device=None, dtype=None):
+    def __init__(self, in_features: int, num_classes: int, feature_dim: int | None = None, device=None, dtype=None):
         super().__init__()
         self.in_features = in_features
-        self.out = nn.Linear(in_features, num_classes, device=device, dtype=dtype)
+        self.hidden = nn.Linear(in_features, feature_dim, device=device, dtype=dtype) if feature_dim else nn.Identity()
+        self.out = nn.Linear(feature_dim or in_features, num_classes, device=device, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -36,14 +37,15 @@ class LinearHead(Head):
         return self.out.bias
 
     def reset(self, num_classes: int) -> None:
-        """Replace the layer."""
+        """Replace the last layer, keep the one before it."""
         out = self.out
         self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
-        """Pooled features (N, D) to logits (N, K), features (N, D), weight (K, D)."""
-        return HeadOutputs(self.out(pooled), pooled, weight=self.out.weight)
+        """Pooled features (N, in_features) to logits (N, K), features (N, D), weight (K, D)."""
+        features = self.hidden(pooled)
+        return HeadOutputs(self.out(features), features, weight=self.out.weight)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (N, D) to logits (N, K)."""
+        """Pooled features (N, in_features) to logits (N, K)."""
         return self.outputs(pooled).logits

@@ -39,7 +39,7 @@ class McHead(LinearHead):
     """
 
     def __init__(self, in_features: int, num_classes: int, channels_per_class: int = 3, device=None, dtype=None):
-        super().__init__(num_classes * channels_per_class, num_classes, device=device, dtype=dtype)
+        super().__init__(num_classes * channels_per_class, num_classes, None, device, dtype)
         self.in_features = in_features
         self.channels_per_class = channels_per_class
 
