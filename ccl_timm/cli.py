@@ -263,6 +263,12 @@ def _compare(argv: list[str], prog: str) -> int:
     return compare.main(argv, prog)
 
 
+def _report(argv: list[str], prog: str) -> int:
+    from ccl_timm import report
+
+    return report.main(argv, prog)
+
+
 def _plugins(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the models and losses that other packages bring.')
     parser.add_argument('--check', action='store_true', help='load each and check it; exit code 1 if one fails')
@@ -316,6 +322,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'recipes': (_recipes, 'list the packaged recipes, or print one'),
     'reproduce': (_reproduce, "run rows of the papers' tables, or tell what that takes"),
     'compare': (_compare, 'compare losses with cross-entropy on your own images'),
+    'report': (_report, "put runs into the papers' tables, with tests and pictures, or tell two runs apart"),
     'plugins': (_plugins, 'list models and losses of other packages'),
     'new-plugin': (_new_plugin, 'write a plugin package to start from'),
 }

@@ -1,20 +1,19 @@
 """A fair comparison of losses on anybody's images: each with its fitting head, beside cross-entropy on that head."""
 
 import itertools
-import warnings
 from pathlib import Path
 
 from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
 from ccl_timm.options import Parser
-from ccl_timm.reproduce import Plan, add_common, carry_out, figures, plan_of, show_figures, split_words
+from ccl_timm.reproduce import Plan, add_common, carry_out, figures, plan_of, split_words
+from ccl_timm.statistics import LEVEL, difference, show_figures
 from ccl_timm.tables import Row, Table, as_words
 
-__all__ = ['difference', 'main', 'rows_of']
+__all__ = ['main', 'rows_of']
 
 _SEEDS = 3
-_LEVEL = 0.05  # how often a difference may be claimed where there is none
 
 
 def main(argv: list[str], prog: str) -> int:
@@ -84,24 +83,6 @@ def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str
     return tuple(rows)
 
 
-def difference(first: list[float], second: list[float], comparisons: int = 1) -> str:
-    """Whether the means of two sets of figures differ, in words.
-
-    Welch's t-test, two-sided, at 5 % divided by the number of comparisons (Bonferroni). Nothing is claimed from fewer
-    than two figures a side, nor where all of them are equal on both sides, which tells nothing about their spread.
-    """
-    if min(len(first), len(second)) < 2:
-        return 'no difference shown (it takes two seeds or more)'
-    from scipy import stats
-
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of figures that are almost equal
-        p = stats.ttest_ind(first, second, equal_var=False).pvalue
-    if len({*first}) == len({*second}) == 1 or not p < _LEVEL / comparisons:
-        return 'no difference shown' + (f' (p = {p:.2g})' if p == p else '')
-    return f'{sum(first) / len(first) - sum(second) / len(second):+.2f} (p = {p:.2g})'
-
-
 def _result(plan: Plan) -> str:
     best = _best_rates(plan)
     plain = best.get(('linear', 'ce'), ('', []))[1]
@@ -118,7 +99,7 @@ def _result(plan: Plan) -> str:
         plan.table.title, '', table(rows, header), '',
         'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
         'each row, chosen on the same validation images: a little flattering, for every row alike.',
-        f"Differences: Welch's t-test over the seeds, p < {_LEVEL} / {comparisons} comparisons; other images may tell",
+        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {comparisons} comparisons; other images may tell",
         'otherwise.',
     ])  # fmt: skip
 

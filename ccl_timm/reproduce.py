@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -16,9 +15,10 @@ from pathlib import Path
 from ccl_timm import options, recipes, runs, settings, tables
 from ccl_timm.console import say, table, warn
 from ccl_timm.errors import UserError
+from ccl_timm.statistics import show_figures
 from ccl_timm.tables import Row, Table
 
-__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'show_figures', 'split_words']
+__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'run_name', 'split_words']
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,12 @@ class Job:
     @property
     def epochs(self) -> int:
         """Epochs that it has when it is done."""
-        args = self.resolved[0]
-        return args.epochs + args.cooldown_epochs + (args.warmup_epochs if args.warmup_prefix else 0)
+        return runs.planned_epochs(vars(self.resolved[0]))
 
     def top1(self) -> list[float]:
         """Top-1 in % on the validation part after each epoch that it was measured in; of the last if it is done."""
-        rows = [row for row in runs.read_summary(self.folder) if 'lr' in row]  # a row that was cut has no end
-        done = bool(rows) and rows[-1]['epoch'] + 1 >= self.epochs
+        rows = runs.whole_rows(self.folder)
+        done = runs.is_done(rows, vars(self.resolved[0]))
         return [row['eval_top1'] for row in rows if 'eval_top1' in row] if done else []
 
     def done(self) -> bool:
@@ -151,13 +150,17 @@ def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
     """
     jobs: dict[Row, list[Job]] = {}
     for row in chosen.rows:
-        name = '-'.join(part for part in (row.dataset, *row.name.split(':')) if part)
         jobs[row] = []
         for seed in range(seeds):
-            run = {'seed': seed, 'output': str(output), 'experiment': f'{name}-seed{seed}', 'resume': 'auto'}
+            run = {'seed': seed, 'output': str(output), 'experiment': run_name(row, seed), 'resume': 'auto'}
             own = tables.as_words(run)
             jobs[row].append(Job(row, (*row.words, *words, *own), output / run['experiment']))
     return Plan(chosen, jobs)
+
+
+def run_name(row: Row, seed: int) -> str:
+    """Name of a row's run, made of data set, row and seed; ``args.yaml`` keeps it as ``experiment``."""
+    return '-'.join(part for part in (row.dataset, *row.name.split(':'), f'seed{seed}') if part)
 
 
 def carry_out(plan: Plan, dry_run: bool = False, estimate: bool = False) -> bool:
@@ -241,14 +244,6 @@ def figures(jobs: list[Job]) -> list[float]:
     """Top-1 in % after the last epoch, of the jobs that are done."""
     found = [job.top1() for job in jobs if runs.holds_run(job.folder)]
     return [values[-1] for values in found if values]
-
-
-def show_figures(values: list[float]) -> str:
-    """Mean and largest deviation from it, as the papers print them; one figure as it is."""
-    if not values:
-        return '-'
-    mean = statistics.fmean(values)
-    return f'{mean:.2f}' + (f' ± {max(abs(v - mean) for v in values):.2f}' if len(values) > 1 else '')
 
 
 def _result(plan: Plan) -> str:

@@ -31,10 +31,13 @@ __all__ = [
     'create_folder',
     'differences',
     'environment',
+    'is_done',
     'plan_folder',
+    'planned_epochs',
     'read_args',
     'read_checkpoint',
     'read_summary',
+    'whole_rows',
     'write_run_files',
 ]
 
@@ -219,6 +222,33 @@ def read_summary(folder: Path) -> list[dict[str, float]]:
         return []
     with path.open(encoding='utf-8', newline='') as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def whole_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's summary.csv without one that was cut while it was written, which has no end."""
+    return [row for row in read_summary(folder) if 'lr' in row]
+
+
+def planned_epochs(settings: dict[str, Any]) -> int:
+    """Epochs that a run of these settings has when it is done, unless its patience ends before."""
+    more = settings.get('warmup_epochs', 0) if settings.get('warmup_prefix') else 0
+    return settings['epochs'] + settings.get('cooldown_epochs', 0) + more
+
+
+def is_done(rows: list[dict[str, float]], settings: dict[str, Any]) -> bool:
+    """Whether rows of a summary are those of all epochs, or of those that the setting ``patience`` left.
+
+    Args:
+        rows: of :func:`whole_rows`.
+        settings: the run's.
+    """
+    if not rows:
+        return False
+    last, patience = rows[-1]['epoch'], settings.get('patience')
+    if last + 1 >= planned_epochs(settings):
+        return True
+    best = best_row(rows, settings.get('eval_metric', 'top1'))
+    return patience is not None and bool(best) and last - best['epoch'] > patience
 
 
 def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:

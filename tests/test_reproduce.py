@@ -188,22 +188,6 @@ def test_rows_of_a_comparison():
 
 
 @pytest.mark.parametrize(
-    'first, second, comparisons, words',
-    [
-        ([90.0, 90.1, 90.2], [80.0, 80.1, 80.3], 1, r'\+9\.97 \(p = .*\)'),
-        ([80.0, 80.2], [90.0, 90.1], 1, r'-9\.95 \(p = .*\)'),
-        ([90.0, 91.0, 92.0], [90.5, 91.0, 91.5], 1, r'no difference shown \(p = 1\)'),
-        ([90.0, 90.5, 91.2], [88.0, 89.4, 89.2], 1, r'\+1\.70 \(p = 0\.041\)'),
-        ([90.0, 90.5, 91.2], [88.0, 89.4, 89.2], 4, r'no difference shown \(p = 0\.041\)'),
-        ([90.0], [10.0], 1, r'no difference shown \(it takes two seeds or more\)'),
-        ([90.0, 90.0], [80.0, 80.0], 1, r'no difference shown.*'),
-    ],
-)
-def test_difference_is_claimed_only_where_it_shows(first, second, comparisons, words):
-    assert re.fullmatch(words, compare.difference(first, second, comparisons))
-
-
-@pytest.mark.parametrize(
     'argv, message',
     [
         (['--losses', 'cc,acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),

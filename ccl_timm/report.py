@@ -1,0 +1,275 @@
+"""The papers' tables with our figures beside theirs, from the folders of runs; what two runs differ in."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ccl_timm import results, runs
+from ccl_timm.console import say
+from ccl_timm.errors import UserError
+from ccl_timm.options import Parser
+from ccl_timm.rendering import FORMATS, Report, Section
+from ccl_timm.results import Group, Place, Result
+from ccl_timm.statistics import LEVEL, difference, margin, one_sample, show_figures, welch
+from ccl_timm.tables import Row, Table, read_table
+
+__all__ = ['main', 'plain_report', 'show_differences', 'table_report']
+
+_LEGEND = (
+    'Top-1 in %, mean ± largest deviation over the seeds. Differences and tests are of the last epoch. What stands '
+    'under best epoch is too good: that epoch is chosen on the images that it is measured on.'
+)
+_COLUMNS = {'data_dir', 'dataset', 'loss', 'model'}  # settings with a column of their own
+_BEST_OTHER = (
+    'Against the best other: one-sample t-test, two-sided, of ours against the highest figure that the paper prints '
+    "for another loss on that backbone and data, as in CC-Loss's table 3."
+)
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Print or write a report of runs, or what two runs differ in."""
+    args = _parser(prog).parse_strictly(argv)
+    if args.diff:
+        if len(args.runs) != 2 or args.table or args.format != 'md' or args.output:
+            raise UserError('--diff takes the folders of two runs, and no --table, --format or --output.')
+        print(show_differences(*map(Path, args.runs)))
+        return 0
+    if args.output and Path(args.output).exists():
+        raise UserError(f"'{args.output}' exists already: name another file.")
+    table = read_table(args.table) if args.table else None
+    found = results.read_results(args.runs)
+    text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
+    if not args.output:
+        print(text, end='')
+        return 0
+    with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
+        file.write(text)
+    say(f'written: {args.output}')
+    return 0
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description="Put finished runs into one of the papers' tables, or into one of their own. It reads what runs "
+        'record (args.yaml, summary.csv, environment.json), not their checkpoints.',
+    )
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one that holds some')
+    add('--table', default=None, metavar='NAME', help='such as cc-table1; `ccl-timm reproduce` lists them')
+    add('--format', default='md', choices=tuple(FORMATS), help='md: Markdown; html: one file, with pictures')
+    add('-o', '--output', default='', metavar='FILE', help='write to this new file')
+    add('--diff', action='store_true', help='settings, versions and data that two runs differ in, then their figures')
+    return parser
+
+
+def table_report(table: Table, found: list[Result]) -> Report:
+    """A paper's table: as the paper prints it, then figure by figure, with tests.
+
+    Args:
+        table: rows with the paper's figures.
+        found: runs; those that are of no row are named on stderr.
+    """
+    places = results.assign(table, found)
+    groups = [own for place in places for own in place.groups]
+    comparisons = _comparisons(groups)
+    records = []
+    for place in places:
+        named = {'row': place.row.name, 'data': place.row.dataset}
+        settings = results.varying(list(place.groups)) if place.groups else ['']
+        for words, own in zip(settings, place.groups or [None], strict=True):
+            theirs = _theirs(place, table, own.last if own else [])
+            records.append({**named, 'settings': words, **_ours(own, groups, comparisons), **theirs})
+    sections = [_layout(table, places)]
+    if groups:
+        sections.append(_details(records))
+    notes = [_LEGEND, _BEST_OTHER, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
+    labels = [f'{place.row.dataset}, top-1 %' for place in places for _ in place.groups]
+    names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
+    return Report(table.title, sections, notes, records, _curves(groups, labels, names), _pictures(groups))
+
+
+def plain_report(found: list[Result]) -> Report:
+    """A table of any runs, those that differ in their seeds only together."""
+    groups = results.group(found)
+    comparisons = _comparisons(groups)
+    records = []
+    for own, words in zip(groups, results.varying(groups, _COLUMNS), strict=True):
+        named = {key: own.settings[key] for key in ('model', 'loss')}
+        data = own.settings.get('dataset') or own.settings['data_dir'] or 'images'
+        records.append({**named, 'data': data, 'settings': words, **_ours(own, groups, comparisons)})
+    labels = [f'{record["data"]}, top-1 %' for record in records]
+    names = [', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records]
+    notes = [_LEGEND, *_welch_note(comparisons)]
+    return Report('Runs', [_details(records)], notes, records, _curves(groups, labels, names), _pictures(groups))
+
+
+def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str, Any]:
+    """What was measured; of nothing, the same keys without values."""
+    last, best = (own.last, own.best) if own else ([], [])
+    ce = results.baseline_of(own, groups) if own else None
+    return {
+        'seeds': [result.seed for result in own.results] if own else [],
+        'epochs': own.epochs if own else None,
+        **_summary('last_epoch', last),
+        **_summary('best_epoch', best),
+        'p_ce': welch(last, ce.last) if ce else None,
+        'against_ce': difference(last, ce.last, comparisons) if ce else '',
+        'folders': [result.folder.as_posix() for result in own.results] if own else [],
+    }
+
+
+def _summary(name: str, values: list[float]) -> dict[str, Any]:
+    return {
+        name: values,
+        f'{name}_mean': statistics.fmean(values) if values else None,
+        f'{name}_margin': margin(values) if len(values) > 1 else None,
+    }
+
+
+def _theirs(place: Place, table: Table, last: list[float]) -> dict[str, Any]:
+    """What the paper prints, and how ours stands to it."""
+    paper, largest = place.row.paper or (None, None)
+    other = _best_other(place.row, table)
+    return {
+        'recipe_epochs': place.epochs,
+        'paper': paper,
+        'paper_margin': largest,
+        'difference': statistics.fmean(last) - paper if last and paper is not None else None,
+        'best_other': other.paper[0] if other else None,
+        'best_other_row': other.name if other else None,
+        'p_best_other': one_sample(last, other.paper[0]) if other else None,
+    }
+
+
+def _best_other(row: Row, table: Table) -> Row | None:
+    """The row of another loss, on the same backbone and data, with the highest figure printed."""
+    backbone, loss = row.name.partition(':')[0], _loss(row)
+    others = [
+        other
+        for other in table.rows
+        if other.dataset == row.dataset and other.name.partition(':')[0] == backbone
+        if other.paper and _loss(other) != loss
+    ]
+    return max(others, key=lambda other: other.paper[0], default=None)
+
+
+def _loss(row: Row) -> str:
+    return row.words[row.words.index('--loss') + 1]
+
+
+def _comparisons(groups: list[Group]) -> int:
+    return sum(results.baseline_of(own, groups) is not None for own in groups)
+
+
+def _welch_note(comparisons: int) -> list[str]:
+    if not comparisons:
+        return []
+    return [
+        f"Against our ce: Welch's t-test over the seeds against cross-entropy on that backbone, p < {LEVEL} / "
+        f'{comparisons} {"comparison" if comparisons == 1 else "comparisons"}.'
+    ]
+
+
+def _layout(table: Table, places: list[Place]) -> Section:
+    """Rows and data sets as the paper has them, ours beside the paper's."""
+    header = ['row', *(f'{name}, {whose}' for name in table.datasets for whose in ('ours', "paper's"))]
+    cells = {(place.row.name, place.row.dataset): (_cell(place), _paper(*place.row.paper)) for place in places}
+    rows = [
+        (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))))
+        for name in dict.fromkeys(row.name for row in table.rows)
+    ]
+    return Section('As the paper prints it, ours after the last epoch', tuple(header), rows)
+
+
+def _cell(place: Place) -> str:
+    if not place.groups:
+        return 'not run'
+    own = place.groups[0]
+    short = '' if own.epochs == place.epochs else f', {own.epochs} of {place.epochs} epochs'
+    return f'{show_figures(own.last)} (n={len(own.last)}{short})'
+
+
+def _paper(figure: float, largest: float | None) -> str:
+    return f'{figure:.2f}' + (f' ± {largest:.2f}' if largest is not None else '')
+
+
+def _details(records: list[dict[str, Any]]) -> Section:
+    """One line for each group of runs; columns in which no line has anything are left out."""
+    rows = []
+    for record in (record for record in records if record['seeds']):
+        cells = {name: str(record[name]) for name in ('row', 'model', 'loss', 'data', 'settings') if name in record}
+        cells['last epoch'] = show_figures(record['last_epoch'])
+        cells['seeds'] = str(len(record['seeds']))
+        cells['epochs'] = str(record['epochs'])
+        if 'paper' in record:
+            cells["recipe's epochs"] = str(record['recipe_epochs'])
+            cells["paper's"] = _paper(record['paper'], record['paper_margin'])
+            cells['difference'] = f'{record["difference"]:+.2f}'
+            cells['against the best other'] = _against_other(record)
+        cells['against our ce'] = record['against_ce']
+        cells['best epoch'] = show_figures(record['best_epoch'])
+        rows.append(cells)
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    return Section('Figure by figure', tuple(header), [tuple(row[name] for name in header) for row in rows])
+
+
+def _against_other(record: dict[str, Any]) -> str:
+    if record['best_other'] is None:
+        return ''
+    p = record['p_best_other']
+    gap = record['last_epoch_mean'] - record['best_other']
+    named = f'{gap:+.2f} to {record["best_other_row"]} {record["best_other"]:.2f}'
+    return named + (f', p = {p:.2g}' if p is not None else '')
+
+
+def _curves(groups: list[Group], labels: list[str], names: list[str]) -> dict[str, dict[str, list]]:
+    """For each data set, the curves of each group."""
+    found: dict[str, dict[str, list]] = {}
+    for own, label, name in zip(groups, labels, names, strict=True):
+        found.setdefault(label, {}).setdefault(name, []).extend(result.curve for result in own.results)
+    return found
+
+
+def _pictures(groups: list[Group]) -> list[Path]:
+    """What `ccl-timm features` has drawn of these runs."""
+    return [path for own in groups for run in own.results for path in sorted((run.folder / 'pictures').glob('*.png'))]
+
+
+def show_differences(first: Path, second: Path) -> str:
+    """What two runs differ in, in words: settings, versions and data before the figures.
+
+    Raises:
+        UserError: one of them is no finished run.
+    """
+    one, two = results.read_result(first), results.read_result(second)
+    before, now = results.environment_of(first), results.environment_of(second)
+    parts = {
+        'other settings, of those that change what is computed': runs.differences(one.settings, two.settings),
+        'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
+        'other versions': _changes(_versions(before), _versions(now)),
+        'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),
+        'other data': _changes(before, now, ('data_fingerprint',)),
+    }
+    lines = [f'{first.as_posix()} -> {second.as_posix()}']
+    for name, changed in parts.items():
+        lines += [f'{name}: {"" if changed else "none"}'.rstrip(), *(f'  {text}' for text in changed)]
+    if not (before and now):
+        lines.append('environment.json is missing in one of them: versions, machine and data are not known.')
+    lines.append('figures, top-1 %:')
+    for name in ('last', 'best'):
+        was, value = getattr(one, name), getattr(two, name)
+        lines.append(f'  {name} epoch: {was:.2f} -> {value:.2f} ({value - was:+.2f})')
+    lines.append(f'  epochs: {one.epochs} -> {two.epochs}')
+    return '\n'.join(lines)
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, Any]:
+    plugins = {f'plugin {item["distribution"]}': item['version'] for item in environment.get('plugins', [])}
+    return {**environment.get('versions', {}), 'git_commit': environment.get('git_commit'), **plugins}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...] = ()) -> list[str]:
+    """Entries that are not the same, in words."""
+    names = names or tuple(dict.fromkeys([*before, *now]))
+    return [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in names if before.get(key) != now.get(key)]

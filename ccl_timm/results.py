@@ -1,0 +1,317 @@
+"""Results as their folders record them: found, read, put together over their seeds, and given to a table's rows."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ccl_timm import losses, models, options, runs
+from ccl_timm.console import warn
+from ccl_timm.errors import UserError
+from ccl_timm.reproduce import run_name
+from ccl_timm.tables import Row, Table
+
+__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'environment_of', 'group', 'read_results', 'varying']
+
+# what may differ between runs that stand behind one figure
+_FREE_IN_GROUP = {'dataset_download', 'seed'}
+# what may differ between a run and the row of a paper's table that it is of: where the data lies, how fast it is gone
+# through, and for how long, which the report tells
+_FREE_IN_TABLE = _FREE_IN_GROUP | {
+    'amp', 'amp_dtype', 'channels_last', 'cooldown_epochs', 'data_dir', 'decay_epochs', 'decay_milestones',
+    'deterministic', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch', 'memory_format',
+    'pretrained_path', 'torchcompile', 'torchcompile_mode', 'val_interval', 'validation_batch_size', 'warmup_epochs',
+}  # fmt: skip
+# what may differ between a run and the cross-entropy run that it is tested against
+_FREE_IN_BASELINE = _FREE_IN_GROUP | {'loss', 'loss_kwargs', 'model', 'model_kwargs'}
+_NAMED = 5  # runs that a table has no row for: what they differ in
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: where it was read.
+        settings: of args.yaml, with the loss's defaults, and of the data folder only the name.
+        rows: of summary.csv, one an epoch.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    rows: list[dict[str, float]]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.settings.get('seed', 0)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it was trained for."""
+        return int(self.rows[-1]['epoch']) + 1
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Epochs, counted from 1, and top-1 in % after them."""
+        return [(int(row['epoch']) + 1, row['eval_top1']) for row in self.rows if 'eval_top1' in row]
+
+    @property
+    def last(self) -> float:
+        """Top-1 in % after the last epoch."""
+        return self.curve[-1][1]
+
+    @property
+    def best(self) -> float:
+        """Top-1 in % after the epoch that is best in the run's ``eval_metric``."""
+        return runs.best_row(self.rows, self.settings.get('eval_metric', 'top1'))['eval_top1']
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same settings with different seeds, in the order of these."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the first of them."""
+        return self.results[0].settings
+
+    @property
+    def epochs(self) -> int:
+        """That they were trained for; of the longest, where patience ended some."""
+        return max(result.epochs for result in self.results)
+
+    @property
+    def last(self) -> list[float]:
+        """Top-1 in % after each one's last epoch."""
+        return [result.last for result in self.results]
+
+    @property
+    def best(self) -> list[float]:
+        """Top-1 in % after each one's best epoch."""
+        return [result.best for result in self.results]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of a table, with what was run of it.
+
+    Attributes:
+        row: the row.
+        epochs: that its recipe has.
+        groups: of runs, which differ in settings that a row leaves open, such as the epochs; that with the most nearly
+            as many epochs as the recipe first. Empty if nothing was run.
+    """
+
+    row: Row
+    epochs: int
+    groups: tuple[Group, ...]
+
+
+def read_results(paths: list[str]) -> list[Result]:
+    """Read all finished runs in folders and their subfolders; what is half-written is named and left out.
+
+    Args:
+        paths: of runs, or of folders that hold some.
+
+    Returns:
+        In the order of the paths, and within each of the folders' names.
+
+    Raises:
+        UserError: a folder does not exist or holds no run, or none is finished.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"There is no folder '{path}': name folders of runs, or one that holds some.")
+        folders = sorted({file.parent for name in ('args.yaml', 'summary.csv') for file in path.rglob(name)})
+        if not folders:
+            raise UserError(f"'{path}' holds no run: there is no args.yaml or summary.csv in it.")
+        found += [folder for folder in folders if folder not in found]
+    results = []
+    for folder in found:
+        try:
+            results.append(read_result(folder))
+        except UserError as error:
+            warn(f'left out: {error}')
+    if not results:
+        raise UserError('None of these runs is finished: there is nothing to report.')
+    return results
+
+
+def read_result(folder: Path) -> Result:
+    """Read a run.
+
+    Raises:
+        UserError: it is not whole, or was not measured.
+    """
+    try:
+        settings = runs.read_args(folder)
+        rows = runs.whole_rows(folder)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"'{folder}' has files that cannot be read: {str(error).splitlines()[0]}.") from error
+    if not isinstance(settings, dict) or 'epochs' not in settings:
+        raise UserError(f"'{folder}' has an args.yaml that is not a run's: it does not tell the epochs.")
+    if not runs.is_done(rows, settings):
+        done = int(rows[-1]['epoch']) + 1 if rows else 0
+        raise UserError(f"'{folder}' is half-written, {done} of {runs.planned_epochs(settings)} epochs.")
+    if 'eval_top1' not in rows[-1]:
+        raise UserError(f"'{folder}' was not measured after its last epoch: its summary.csv has no eval_top1 there.")
+    return Result(folder, _effective(settings), rows)
+
+
+def _effective(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in one form, where different words mean the same."""
+    settings = dict(settings)
+    loss = settings.get('loss') or 'ce'
+    settings['loss'] = loss
+    settings['loss_kwargs'] = {**_defaults(loss), **(settings.get('loss_kwargs') or {})}
+    settings['data_dir'] = Path(settings.get('data_dir') or '').name
+    if 'pretrained' in settings:
+        settings['pretrained'] = bool(settings['pretrained'] or settings.get('pretrained_path'))
+    return settings
+
+
+def _defaults(loss: str) -> dict[str, Any]:
+    """Options of a loss that have a default; none of one that is not here, such as a plugin's on another machine."""
+    if losses.is_timm_loss(loss):
+        return {}  # its options follow from other settings
+    try:
+        known = losses.loss_options(loss)
+    except UserError:
+        return {}
+    return {key: option.default for key, option in known.items() if isinstance(option.default, (bool, int, float, str))}
+
+
+def environment_of(folder: Path) -> dict[str, Any]:
+    """What a run was made with, from its environment.json; empty without one.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    path = folder / 'environment.json'
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise UserError(f"'{path}' is not JSON: {error}.") from error
+
+
+def group(results: list[Result], free: set[str] = _FREE_IN_GROUP) -> list[Group]:
+    """Put runs together that differ in their seeds only; of a seed's second run it is said that it does not count.
+
+    Settings that only one of two runs has, as runs of different versions do, set none apart.
+    """
+    found: list[list[Result]] = []
+    for result in results:
+        same = next((own for own in found if not runs.differences(own[0].settings, result.settings, free)), None)
+        if same is None:
+            found.append([result])
+        elif other := next((own for own in same if own.seed == result.seed), None):
+            warn(f"left out: '{result.folder}' has the settings and the seed of '{other.folder}'")
+        else:
+            same.append(result)
+    return [Group(tuple(sorted(own, key=lambda result: result.seed))) for own in found]
+
+
+def assign(table: Table, results: list[Result]) -> list[Place]:
+    """Give runs to the rows of a table by what was trained; those that fit none are named."""
+    wanted = {row: _effective(vars(options.resolve(list(row.words))[0])) for row in table.rows}
+    found: dict[Row, list[Result]] = {row: [] for row in table.rows}
+    unfit = []
+    for result in results:
+        changed = {row: _against_row(settings, result.settings) for row, settings in wanted.items()}
+        fitting = [row for row in changed if not changed[row]]
+        if len(fitting) > 1:  # data sets that differ in their folders only
+            name = result.settings.get('experiment') or ''
+            fitting = [row for row in fitting if name == run_name(row, result.seed)] or fitting
+        if len(fitting) == 1:
+            found[fitting[0]].append(result)
+        elif fitting:
+            rows = ', '.join(f'{row.dataset} {row.name}' for row in fitting)
+            unfit.append(f"'{result.folder}' fits several rows of {table.name} ({rows})")
+        else:
+            row = min(changed, key=lambda row: len(changed[row]))
+            why = ', '.join(changed[row][:3])
+            unfit.append(f"'{result.folder}' is no row of {table.name}; closest: {row.dataset} {row.name}, but {why}")
+    for text in unfit[:_NAMED]:
+        warn(f'left out: {text}')
+    if len(unfit) > _NAMED:
+        warn(f'left out: {len(unfit) - _NAMED} more runs that are no row of {table.name}')
+    places = []
+    for row, own in found.items():
+        epochs = wanted[row]['epochs']
+        groups = sorted(group(own), key=lambda g: (abs(g.epochs - epochs), -len(g.results)))
+        places.append(Place(row, epochs, tuple(groups)))
+    return places
+
+
+def _against_row(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    changed = runs.differences(wanted, settings, _FREE_IN_TABLE)
+    classes = wanted.get('num_classes')
+    if classes and settings.get('num_classes') not in (None, classes):
+        changed.append(f'num_classes was {classes}, is {settings["num_classes"]}')
+    return changed
+
+
+def varying(groups: list[Group], told: Collection[str] = ()) -> list[str]:
+    """For each group, in words, those of its settings that are not the same in all of them.
+
+    Args:
+        groups: at least one.
+        told: settings that are told elsewhere, beside the seed and the epochs.
+    """
+    first, free = groups[0].settings, {*_FREE_IN_GROUP, 'epochs', *told}
+    keys = [
+        key
+        for key in first
+        if any(key in g.settings and runs.differences({key: first[key]}, {key: g.settings[key]}, free) for g in groups)
+    ]
+    shown = []
+    for g in groups:
+        own = {key: g.settings[key] for key in keys if key in g.settings}
+        if 'loss_kwargs' in own:
+            usual = _defaults(g.settings['loss'])
+            own['loss_kwargs'] = {key: value for key, value in own['loss_kwargs'].items() if usual.get(key) != value}
+        shown.append(', '.join(f'{key}={_shown(value)}' for key, value in own.items() if value not in ({}, '')))
+    return shown
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return '{' + ', '.join(f'{key}={item}' for key, item in value.items()) + '}'
+    return 'x'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def baseline_of(group: Group, groups: list[Group]) -> Group | None:
+    """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
+
+    Of several, those whose head is linear, as the papers' baseline is.
+    """
+    own = group.settings
+    if own['loss'] == 'ce':
+        return None
+    found = [
+        other
+        for other in groups
+        if other.settings['loss'] == 'ce'
+        and _backbone(other.settings['model']) == _backbone(own['model'])
+        and not runs.differences(other.settings, own, _FREE_IN_BASELINE)
+    ]
+    return min(found, key=lambda g: _head(g.settings['model']) not in ('', 'linear'), default=None)
+
+
+def _backbone(model: str) -> str:
+    return (models.split_variant(model) or (model, ''))[0]
+
+
+def _head(model: str) -> str:
+    return (models.split_variant(model) or (model, ''))[1]

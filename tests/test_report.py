@@ -1,0 +1,276 @@
+"""report: which runs stand behind which figure, what is printed of them, what is left out and what is refused."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from ccl_timm import options, results, tables
+
+TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
+CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
+
+
+def write_run(folder, words, top1, summary=None, environment=None, **more):
+    """The files of a run with these words of the training script and these figures, one an epoch."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    settings = vars(options.resolve(list(words))[0])
+    settings |= {'epochs': len(top1), 'data_dir': '/some/where/mnist', 'class_names': ['0', '1'], 'resume': '', **more}
+    settings.pop('config')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(settings))
+    lines = ['epoch,train_loss,eval_loss,eval_top1,lr']
+    lines += [f'{epoch},0.5,0.25,{value},0.1' for epoch, value in enumerate(top1)]
+    (folder / 'summary.csv').write_text(summary if summary is not None else '\n'.join(lines) + '\n')
+    if environment:
+        (folder / 'environment.json').write_text(json.dumps(environment))
+    return folder
+
+
+@pytest.fixture
+def runs_of_table1(place):
+    """Three seeds of cc, two of ce, in folders whose names say nothing."""
+    for seed, top1 in enumerate(([90, 98.6, 98.4], [91, 98.5, 98.5], [92, 98.8, 98.7])):
+        write_run(f'runs/x{seed}', TABLE1, top1, seed=seed)
+    for seed, top1 in enumerate(([90, 97.0, 97.4], [91, 97.9, 97.8])):
+        write_run(f'runs/deeper/y{seed}', CE, top1, seed=seed)
+    return place
+
+
+def lines_of(markdown, first):
+    """Cells of the lines that begin with a cell."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in markdown.splitlines() if line[:1] == '|']
+    return [row for row in rows if row[0] == first]
+
+
+def test_table_stands_beside_the_papers(runs_of_table1, words):
+    code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
+    assert (code, err) == (0, '')
+    layout, line = lines_of(out, 'resnet18:cc')
+    assert layout[1:3] == ['98.53 ± 0.17 (n=3, 3 of 300 epochs)', '98.52 ± 0.09']
+    assert layout[3:] == ['not run', '78.23 ± 0.07', 'not run', '88.41 ± 0.06']
+    header = lines_of(out, 'row')[1]
+    cells = dict(zip(header, line, strict=True))
+    assert (cells['seeds'], cells['epochs'], cells["recipe's epochs"]) == ('3', '3', '300')
+    assert cells['last epoch'] == '98.53 ± 0.17' and cells['difference'] == '+0.01'
+    assert cells['best epoch'] == '98.63 ± 0.17'
+    p = stats.ttest_1samp([98.4, 98.5, 98.7], 98.45).pvalue
+    assert cells['against the best other'] == f'+0.08 to resnet18:mc 98.45, p = {p:.2g}'
+    p = stats.ttest_ind([98.4, 98.5, 98.7], [97.4, 97.8], equal_var=False).pvalue
+    assert cells['against our ce'].endswith(f'(p = {p:.2g})')
+    assert lines_of(out, 'vgg16:cc')[0][1] == 'not run' and lines_of(out, 'resnet18:mc')[0][-2:] == ['', '']
+    assert 'Note: fical is reimplemented' in out
+
+
+def test_json_and_csv_have_what_summary_csv_has(runs_of_table1, words):
+    records = json.loads(words('ccl-timm', 'report', 'runs', '--table', 'cc-table1', '--format', 'json')[1])['records']
+    found = {(record['row'], record['data']): record for record in records}
+    assert len(records) == len(tables.read_table('cc-table1').rows)
+    cc = found['resnet18:cc', 'mnist']
+    assert cc['last_epoch'] == [98.4, 98.5, 98.7] and cc['best_epoch'] == [98.6, 98.5, 98.8]
+    assert cc['seeds'] == [0, 1, 2] and cc['paper'] == 98.52 and cc['folders'] == ['runs/x0', 'runs/x1', 'runs/x2']
+    assert found['vgg16:cc', 'mnist']['last_epoch_mean'] is None
+    out = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1', '--format', 'csv')[1]
+    rows = {(row['row'], row['data']): row for row in csv.DictReader(out.splitlines())}
+    assert rows['resnet18:ce', 'mnist']['last_epoch'] == '97.4;97.8'
+    assert float(rows['resnet18:cc', 'mnist']['p_ce']) == cc['p_ce']
+
+
+def test_report_is_the_same_from_the_records_alone(runs_of_table1, words):
+    """As in hub_cards/results: other folder names, no checkpoints, read on another machine, in another order."""
+    whole = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
+    for number, path in enumerate(sorted(Path('runs').rglob('args.yaml'), reverse=True)):
+        kept = Path('results') / f'{number}'
+        kept.mkdir(parents=True)
+        settings = yaml.safe_load(path.read_text())
+        settings |= {'data_dir': 'elsewhere', 'output': '', 'workers': 7, 'a_setting_of_tomorrow': 3}
+        (kept / 'args.yaml').write_text(yaml.safe_dump(settings))
+        shutil.copy(path.parent / 'summary.csv', kept)
+    assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
+
+
+def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):
+    head = 'epoch,train_loss,eval_loss,eval_top1,lr\n'
+    write_run('runs/cut', TABLE1, [1, 2, 3], summary=head + '0,1,1,98,0.1\n1,1,1,98', seed=7)
+    write_run('runs/empty', TABLE1, [1, 2], summary='', seed=8)
+    write_run('runs/unmeasured', TABLE1, [1], summary='epoch,train_loss,lr\n0,1,0.1\n', seed=9)
+    write_run('runs/garbage', TABLE1, [1], summary=head + '0,1,1,many,0.1\n', seed=10)
+    write_run('runs/no_yaml', TABLE1, [1], seed=11)
+    Path('runs/no_yaml/args.yaml').write_text('{')
+    write_run('runs/no_args', TABLE1, [1], seed=12)
+    Path('runs/no_args/args.yaml').unlink()
+    code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
+    assert code == 0
+    assert lines_of(out, 'resnet18:cc')[0][1] == '98.53 ± 0.17 (n=3, 3 of 300 epochs)'
+    for text in (
+        "left out: 'runs/cut' is half-written, 1 of 3 epochs.",
+        "left out: 'runs/empty' is half-written, 0 of 2 epochs.",
+        "left out: 'runs/unmeasured' was not measured after its last epoch",
+        "left out: 'runs/garbage' has files that cannot be read: could not convert string to float: 'many'",
+        "left out: 'runs/no_yaml' has files that cannot be read",
+        "left out: 'runs/no_args' has no args.yaml",
+    ):
+        assert text in err
+    assert err.count('\n') == 6
+
+
+def test_runs_are_given_to_rows_by_what_was_trained(place, words):
+    write_run('runs/table1', ('--config', 'cc_cifar100', '--model', 'vgg16_bn_cam', '--loss', 'cc'), [75, 76])
+    write_run(
+        'runs/batch', ('--config', 'cc_cifar100', '--model', 'vgg16_bn_cam', '--loss', 'cc', '-b', '64'), [75, 74]
+    )
+    half = ('--config', 'cc_cifar100', '--model', 'vgg16_bn_cam', '--loss', 'cc', '--loss-kwargs', 'weight=0.5')
+    write_run('runs/weight', half, [70, 71])
+    cells = {}
+    for name in ('cc-table1', 'cc-table2', 'cc-table5'):
+        code, out, err = words('ccl-timm', 'report', 'runs', '--table', name)
+        cells[name] = {
+            record['row']: record['last_epoch'][0]
+            for record in json.loads(words('ccl-timm', 'report', 'runs', '--table', name, '--format', 'json')[1])[
+                'records'
+            ]
+            if record['seeds']
+        }
+    assert cells == {
+        'cc-table1': {'vgg16:cc': 76},
+        'cc-table2': {'vgg16:cc:batch32': 76, 'vgg16:cc:batch64': 74},
+        'cc-table5': {'vgg16:cc:weight0.5': 71, 'vgg16:cc:weight1': 76},  # the default weight is 1
+    }
+    assert (
+        "'runs/batch' is no row of cc-table5; closest: cifar100 vgg16:cc:weight1, but batch_size was 32, is 64" in err
+    )
+
+
+def test_data_sets_that_differ_in_their_folders_are_told_by_what_reproduce_called_the_run(place, words):
+    swin = ('--config', 'pod_swin', '--model', 'swin_base_patch4_window7_224_pedcc', '--loss', 'pod')
+    write_run('runs/a', (*swin, '--num-classes', '100'), [80], experiment='facescrub-swin-pod-seed0', seed=0)
+    write_run('runs/b', (*swin, '--num-classes', '100'), [70], experiment='mine', seed=1)
+    write_run('runs/c', (*swin, '--num-classes', '500'), [60], seed=0)
+    code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'pod-table8', '--format', 'json')
+    ran = {(r['row'], r['data']): r['last_epoch'] for r in json.loads(out)['records'] if r['seeds']}
+    assert ran == {('swin:pod', 'facescrub'): [80], ('swin:pod', 'imagenet500'): [60]}
+    assert "left out: 'runs/b' fits several rows of pod-table8 (facescrub swin:pod, imagenet100 swin:pod)" in err
+
+
+def test_other_epochs_are_no_other_seeds(runs_of_table1, words):
+    """Runs of other epochs or precision stand on lines of their own; a second run of a seed does not count twice."""
+    write_run('runs/long', TABLE1, [90, 91, 92, 99.0], seed=5)
+    write_run('runs/amp', TABLE1, [90, 91, 94.0], amp=True, seed=0)
+    write_run('runs/z', TABLE1, [90, 91, 10.0], seed=2)
+    code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
+    layout, *lines = lines_of(out, 'resnet18:cc')
+    assert layout[1] == '99.00 (n=1, 4 of 300 epochs)'
+    assert [line[2:6] for line in lines] == [
+        ['amp=False', '99.00', '1', '4'],
+        ['amp=False', '98.53 ± 0.17', '3', '3'],
+        ['amp=True', '94.00', '1', '3'],
+    ]
+    assert "left out: 'runs/z' has the settings and the seed of 'runs/x2'" in err
+
+
+def test_patience_ends_a_run(place, words):
+    write_run('a/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=1)
+    code, out, err = words('ccl-timm', 'report', 'a')
+    assert code == 0 and lines_of(out, 'resnet18_cam')[0][3:6] == ['96.50', '1', '3']
+    write_run('b/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=2)
+    code, out, err = words('ccl-timm', 'report', 'b')
+    assert code == 2 and 'None of these runs is finished' in err and '3 of 300 epochs' in err
+
+
+def test_runs_without_a_table_are_grouped_by_their_settings(runs_of_table1, words):
+    write_run('runs/lr', (*TABLE1, '--lr', '0.01', '--loss-kwargs', 'weight=2.0'), [1, 2, 3], seed=3)
+    code, out, err = words('ccl-timm', 'report', 'runs')
+    header = lines_of(out, 'model')[0]
+    rows = [dict(zip(header, line, strict=True)) for line in lines_of(out, 'resnet18_cam')]
+    assert [row['seeds'] for row in rows] == ['1', '3'] and [row['loss'] for row in rows] == ['cc', 'cc']
+    assert rows[0]['settings'] == 'loss_kwargs={weight=2.0}, lr=0.01' and rows[1]['settings'] == 'lr=0.1'
+    assert rows[1]['last epoch'] == '98.53 ± 0.17' and rows[1]['data'] == 'torch/mnist'
+    assert rows[1]['against our ce'] == 'no difference shown (p = 0.091)' and rows[0]['against our ce'] == ''
+
+
+def test_baseline_is_the_linear_head_of_that_backbone(place):
+    names = ['resnet18_cam/ce', 'resnet18_linear/ce', 'resnet50_linear/ce', 'resnet18_cam/cc', 'resnet18_pedcc/pod']
+    groups = []
+    for name in names:
+        model, loss = name.split('/')
+        folder = write_run(name, ('--config', 'digits', '--model', model, '--loss', loss), [1])
+        groups.append(results.Group((results.read_result(folder),)))
+    found = [results.baseline_of(group, groups) for group in groups]
+    assert found == [None, None, None, groups[1], groups[1]]
+    assert results.baseline_of(groups[3], groups[:1]) is groups[0]
+
+
+def test_diff_tells_settings_versions_and_data_before_figures(place, words):
+    before = {'versions': {'torch': '2.14', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'aa', 'git_commit': 'c1'}
+    now = {'versions': {'torch': '2.15', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'bb', 'git_commit': 'c1'}
+    write_run('a', TABLE1, [98, 97.5], environment=before)
+    write_run('b', (*TABLE1, '--lr', '0.2'), [98, 98.25], environment=now, newer=1)
+    code, out, err = words('ccl-timm', 'report', 'a', 'b', '--diff')
+    assert code == 0 and out.splitlines() == [
+        'a -> b',
+        'other settings, of those that change what is computed:',
+        '  lr was 0.1, is 0.2',
+        'settings that only one of them has:',
+        '  newer',
+        'other versions:',
+        "  torch was '2.14', is '2.15'",
+        'other machine: none',
+        'other data:',
+        "  data_fingerprint was 'aa', is 'bb'",
+        'figures, top-1 %:',
+        '  last epoch: 97.50 -> 98.25 (+0.75)',
+        '  best epoch: 98.00 -> 98.25 (+0.25)',
+        '  epochs: 2 -> 2',
+    ]
+    Path('b/environment.json').unlink()
+    assert 'versions, machine and data are not known' in words('ccl-timm', 'report', 'a', 'b', '--diff')[1]
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        ([], 'The following arguments are required: RUN'),
+        (['nowhere'], "There is no folder 'nowhere': name folders of runs"),
+        (['empty'], "'empty' holds no run: there is no args.yaml or summary.csv in it."),
+        (['a', '--table', 'cc-table9'], "Unknown table 'cc-table9'; did you mean"),
+        (['a', '--format', 'pdf'], "invalid choice: 'pdf'"),
+        (['a', '-o', 'taken'], "'taken' exists already: name another file."),
+        (['a', '--diff'], '--diff takes the folders of two runs'),
+        (['a', 'a', '--diff', '--table', 'cc-table1'], '--diff takes the folders of two runs'),
+        (['a', 'empty', '--diff'], "'empty' has no args.yaml"),
+        (['a', 'broken', '--diff'], "'broken/environment.json' is not JSON"),
+    ],
+)
+def test_report_refuses(argv, message, place, words):
+    write_run('a', TABLE1, [98])
+    write_run('broken', TABLE1, [98])
+    Path('broken/environment.json').write_text('{')
+    Path('empty').mkdir()
+    Path('taken').write_text('mine')
+    code, out, err = words('ccl-timm', 'report', *argv)
+    assert code == 2 and message in err and Path('taken').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name', tables.list_tables())
+def test_every_table_prints_its_own_rows_and_no_others(name, place, words):
+    """One run of each row finds that row again, whatever its folder is called."""
+    table = tables.read_table(name)
+    for number, row in enumerate(table.rows):
+        experiment = '-'.join([row.dataset, *row.name.split(':'), 'seed0'])
+        write_run(f'runs/{number:03}', row.words, [10 + number / 8], experiment=experiment, seed=0)
+    code, out, err = words('ccl-timm', 'report', 'runs', '--table', name, '--format', 'json')
+    assert (code, err) == (0, '')
+    records = json.loads(out)['records']
+    assert {(r['row'], r['data']): r['last_epoch'] for r in records} == {
+        (row.name, row.dataset): [10 + number / 8] for number, row in enumerate(table.rows)
+    }
+    assert all(r['paper'] == row.paper[0] for r, row in zip(records, table.rows, strict=True))
+    layout = re.search(
+        r'after the last epoch:\n\n(.*?)\n\n', words('ccl-timm', 'report', 'runs', '--table', name)[1], re.S
+    )
+    assert 'not run' not in layout.group(1)
