@@ -269,6 +269,12 @@ def _report(argv: list[str], prog: str) -> int:
     return report.main(argv, prog)
 
 
+def _features(argv: list[str], prog: str) -> int:
+    from ccl_timm import features
+
+    return features.main(argv, prog)
+
+
 def _plugins(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the models and losses that other packages bring.')
     parser.add_argument('--check', action='store_true', help='load each and check it; exit code 1 if one fails')
@@ -323,6 +329,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'reproduce': (_reproduce, "run rows of the papers' tables, or tell what that takes"),
     'compare': (_compare, 'compare losses with cross-entropy on your own images'),
     'report': (_report, "put runs into the papers' tables, with tests and pictures, or tell two runs apart"),
+    'features': (_features, "draw a model's features, attention and confusion"),
     'plugins': (_plugins, 'list models and losses of other packages'),
     'new-plugin': (_new_plugin, 'write a plugin package to start from'),
 }

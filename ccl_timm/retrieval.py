@@ -1,5 +1,6 @@
 """How well a model's features tell classes apart without its classifier: nearest neighbours."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,31 +10,45 @@ from torch.nn import functional as F
 from ccl_timm.console import Progress
 from ccl_timm.task import read_head
 
-__all__ = ['extract_features', 'knn_accuracy', 'recall_at_1']
+__all__ = ['extract_features', 'extract_outputs', 'knn_accuracy', 'recall_at_1']
 
 _ROWS = 1024  # of the similarity matrix at a time
 
 
 @torch.inference_mode()
-def extract_features(model: nn.Module, loader: Any, label: str = 'features') -> tuple[Tensor, Tensor]:
-    """Features of a data set: what the last layer reads, scaled to length 1.
+def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label: str) -> dict[str, Tensor]:
+    """What a model's head gives out for a data set.
 
     Args:
         model: a timm model, ours or any other.
         loader: of images and labels; an image of label -1 could not be read, and is left out.
+        names: of outputs with a row an image: ``features``, ``logits``, ``attention`` ...; those that the head lacks
+            are left out.
         label: name in front of the progress.
+
+    Returns:
+        Each (N, ...) float32, and ``labels`` (N,), on the model's device.
+    """
+    model.eval()
+    found: dict[str, list[Tensor]] = {}
+    for images, target in Progress(loader, label, 50):
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        outputs = read_head(model.get_classifier(), pooled)._asdict()
+        for name in names:
+            if outputs.get(name) is not None:
+                found.setdefault(name, []).append(outputs[name].float()[target >= 0])
+        found.setdefault('labels', []).append(target[target >= 0])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def extract_features(model: nn.Module, loader: Any, label: str = 'features') -> tuple[Tensor, Tensor]:
+    """Features of a data set, as :func:`extract_outputs` takes it: what the last layer reads, scaled to length 1.
 
     Returns:
         Features (N, D) float32, labels (N,), on the model's device.
     """
-    model.eval()
-    features, labels = [], []
-    for images, target in Progress(loader, label, 50):
-        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-        found = read_head(model.get_classifier(), pooled).features.float()
-        features.append(F.normalize(found, dim=1)[target >= 0])
-        labels.append(target[target >= 0])
-    return torch.cat(features), torch.cat(labels)
+    found = extract_outputs(model, loader, ('features',), label)
+    return F.normalize(found['features'], dim=1), found['labels']
 
 
 def recall_at_1(features: Tensor, labels: Tensor) -> float:

@@ -21,7 +21,7 @@ from ccl_timm.loaders import evaluation_loader
 from ccl_timm.options import Parser
 from ccl_timm.trained import load_trained
 
-__all__ = ['Evaluation', 'evaluate', 'main', 'pick_device']
+__all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
 
 @dataclass
@@ -122,11 +122,11 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
             raise UserError(f"'{path}' exists already: name another file.")
     device = torch.device(pick_device(args.device))
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
-    settings = _data_settings(args, trained.settings)
+    settings = data_settings(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
-    dataset = _open(settings, settings.val_split, config['input_size'][0], trained.class_names)
-    _check_labels(dataset, trained)
-    loader = _loader(dataset, config, device, args.workers)
+    dataset = open_for(settings, settings.val_split, config['input_size'][0], trained.class_names)
+    check_labels(dataset, trained)
+    loader = loader_of(dataset, config, device, args.workers)
     model = trained.model.to(device)
     say(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
     found = evaluate(model, loader, device)
@@ -143,7 +143,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     return 0
 
 
-def _loader(dataset: Any, config: dict[str, Any], device: torch.device, workers: int) -> Any:
+def loader_of(dataset: Any, config: dict[str, Any], device: torch.device, workers: int) -> Any:
+    """A loader of a part of the data, preprocessed as a trained model's ``data_config`` with ``batch_size`` says."""
     names = ('input_size', 'batch_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
 
@@ -155,8 +156,8 @@ def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
     if args.recall:
         found['recall_at_1'] = retrieval.recall_at_1(features, labels)
     if args.knn:
-        known = _open(settings, settings.train_split, config['input_size'][0], trained.class_names, training=True)
-        known_loader = _loader(known, config, features.device, args.workers)
+        known = open_for(settings, settings.train_split, config['input_size'][0], trained.class_names, training=True)
+        known_loader = loader_of(known, config, features.device, args.workers)
         known_features = retrieval.extract_features(trained.model, known_loader, 'features of the training part')
         found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
     say('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
@@ -198,7 +199,7 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
+def data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
     """The run's data settings, overridden by what was typed."""
     defaults = {'data_dir': None, 'dataset': '', 'val_split': 'validation', 'train_split': 'train', 'seed': 42}
     defaults |= {'val_fraction': None, 'class_map': '', 'class_names': None, 'num_classes': None}
@@ -215,16 +216,26 @@ def _data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argpar
     return argparse.Namespace(**settings, batch_size=args.batch_size, needs_part=args.split is not None)
 
 
-def _open(
+def open_for(
     settings: argparse.Namespace, split: str, channels: int, class_names: list[str] | None, training: bool = False
 ) -> Any:
+    """A part of the data as :func:`data_settings` tell; with a held-out share, that or the one trained on.
+
+    Args:
+        settings: where the data is.
+        split: name of the part.
+        channels: of the images.
+        class_names: of the model; None if unknown.
+        training: of a training part divided by ``val_fraction``, the share trained on.
+    """
     if settings.val_fraction is None:
         return data.open_part(settings, split, channels, class_names, settings.needs_part)
     splits = data.open_splits(settings, channels)
     return splits.train if training else splits.validation
 
 
-def _check_labels(dataset: Any, trained: Any) -> None:
+def check_labels(dataset: Any, trained: Any) -> None:
+    """Raise a UserError if the data has labels beyond a trained model's classes."""
     targets = data.targets_of(dataset)
     if targets and max(targets) >= trained.model.num_classes:
         raise UserError(

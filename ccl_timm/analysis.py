@@ -1,0 +1,102 @@
+"""What POD-Loss's paper asks of features: norms, eigenvalues, distances, and other ways to tell classes by them."""
+
+import numpy as np
+from sklearn.covariance import ledoit_wolf
+
+__all__ = [
+    'accuracy_by_norm',
+    'class_centres',
+    'class_distances',
+    'cosine_accuracy',
+    'eigenvalue_variance',
+    'gaussian_accuracy',
+]
+
+
+def accuracy_by_norm(features: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """Accuracy in % of the images whose features are shorter than the mean, and of the others (POD-Loss, table 1).
+
+    Args:
+        features: (N, D).
+        correct: (N,) bool, whether the model is right.
+
+    Returns:
+        NaN for a side without images.
+    """
+    norms = np.linalg.norm(features, axis=1)
+    below = norms < norms.mean()
+    return tuple(100 * float(side.mean()) if side.size else float('nan') for side in (correct[below], correct[~below]))
+
+
+def class_centres(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that occur (K,), and the mean (K, D) of the features (N, D) of each."""
+    classes = np.unique(labels)
+    return classes, np.stack([features[labels == k].mean(0) for k in classes])
+
+
+def class_distances(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean distance of features (N, D) to their class's centre, and of the centres to one another, in their own unit.
+
+    The second is NaN for a single class.
+    """
+    classes, centres = class_centres(features, labels)
+    intra = np.linalg.norm(features - centres[np.searchsorted(classes, labels)], axis=1).mean()
+    first, second = np.triu_indices(len(classes), 1)
+    between = np.linalg.norm(centres[first] - centres[second], axis=1)
+    return float(intra), float(between.mean()) if between.size else float('nan')
+
+
+def eigenvalue_variance(features: np.ndarray, labels: np.ndarray) -> float:
+    """How unevenly features scatter around their class's centre (POD-Loss, table 5).
+
+    Variance of the D eigenvalues of the covariance of unit features (N, D) within classes: 0 if they scatter alike in
+    all directions, which the SC term is for. That paper does not state of what it takes eigenvalues [inferred from the
+    size of its figures]: compare losses, not with it.
+    """
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    classes, centres = class_centres(unit, labels)
+    scatter = unit - centres[np.searchsorted(classes, labels)]
+    return float(np.linalg.eigvalsh(scatter.T @ scatter / len(scatter)).var())
+
+
+def cosine_accuracy(features: np.ndarray, labels: np.ndarray, vectors: np.ndarray) -> float:
+    """Accuracy in % of the classifier that takes the class vector at the smallest angle.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        vectors: (K, D), one a class.
+    """
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return 100 * float(((features @ unit.T).argmax(1) == labels).mean())
+
+
+def gaussian_accuracy(
+    known_features: np.ndarray, known_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
+) -> float:
+    """Accuracy in % of Gaussian discriminant analysis (POD-Loss, table 9): a Gaussian and a prior for each class.
+
+    Covariances are shrunk by Ledoit and Wolf's rule, since classes may have fewer images than features have dimensions
+    [inferred; that paper does not tell how it fits them], and have a millionth of the mean variance in every direction.
+
+    Args:
+        known_features: (M, D), of the training part.
+        known_labels: (M,).
+        features: (N, D).
+        labels: (N,).
+    """
+    floor = 1e-6 * max(known_features.var(0).mean(), 1e-12) * np.eye(features.shape[1])
+    classes = np.unique(known_labels)
+    scores = []
+    for k in classes:
+        own = known_features[known_labels == k].astype(np.float64)
+        covariance = ledoit_wolf(own)[0] + floor
+        scores.append(_log_density(features, own.mean(0), covariance) + np.log(len(own) / len(known_labels)))
+    return 100 * float((classes[np.argmax(scores, axis=0)] == labels).mean())
+
+
+def _log_density(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Logarithm (N,) of a Gaussian's density, but for what is the same for all Gaussians of D dimensions."""
+    lower = np.linalg.cholesky(covariance)
+    distances = np.linalg.solve(lower, (features - mean).T)
+    return -0.5 * (distances**2).sum(0) - np.log(np.diagonal(lower)).sum()

@@ -1,0 +1,157 @@
+"""A trained model's features: pictures of them, and what they tell without its classifier."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ccl_timm import analysis, pictures, retrieval, validate
+from ccl_timm.console import say, table
+from ccl_timm.errors import UserError
+from ccl_timm.options import Parser
+from ccl_timm.trained import Trained, load_trained
+
+__all__ = ['analyse', 'draw', 'main']
+
+
+def main(argv: list[str], prog: str) -> int:
+    """Draw a model's features, attention and confusion, and print what its features tell."""
+    args = _parser(prog).parse_strictly(argv)
+    if args.limit < 2:
+        raise UserError(f'--limit {args.limit} must be at least 2.')
+    trained = load_trained(args.source, use_ema=args.use_ema)
+    parts = _read_parts(args, trained)
+    folder = Path(args.output) if args.output else _folder_beside(args.source)
+    names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in draw(parts, names, _title(trained), folder, args.limit):
+        say(f'written: {path}')
+    weight = getattr(trained.model.get_classifier(), 'weight', None)
+    rows = analyse(parts, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
+    print(table(rows, ('', *parts)))
+    return 0
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description="Draw a trained model's features (as they are if two wide, else by t-SNE), its attention, if "
+        'it has any, and its confusion; print distances, norms, and what other classifiers make of its features.',
+    )
+    add = parser.add_argument
+    add('source', metavar='RUN', help='folder of a run or of an export, or a checkpoint file')
+    add(
+        '-o',
+        '--output',
+        default='',
+        metavar='DIR',
+        help='where pictures go; default RUN/pictures, for `ccl-timm report`',
+    )
+    add('--data-dir', default=None, metavar='DIR', help="default: the run's")
+    add('--dataset', default=None, metavar='NAME')
+    add(
+        '--split', default=None, metavar='NAME', help='part beside the training part; default what the run validated on'
+    )
+    add('--limit', type=int, default=1500, metavar='N', help='images of each part that t-SNE takes')
+    add('--use-ema', action='store_true', help='the moving average of the weights')
+    add('-b', '--batch-size', type=int, default=256, metavar='N')
+    add('-j', '--workers', type=int, default=4, metavar='N')
+    add('--device', default='auto')
+    return parser
+
+
+def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
+    """For the training and the other part, what :func:`retrieval.extract_outputs` gives."""
+    device = torch.device(validate.pick_device(args.device))
+    settings = validate.data_settings(args, trained.settings)
+    config = {**trained.data_config, 'batch_size': args.batch_size}
+    splits = {'training': settings.train_split, 'test': settings.val_split}
+    model, parts = trained.model.to(device), {}
+    for part, split in splits.items():
+        if not split:
+            raise UserError('The run had no part to validate on: give --split NAME.')
+        dataset = validate.open_for(
+            settings, split, config['input_size'][0], trained.class_names, training=part == 'training'
+        )
+        validate.check_labels(dataset, trained)
+        loader = validate.loader_of(dataset, config, device, args.workers)
+        found = retrieval.extract_outputs(model, loader, ('features', 'logits', 'attention'), f'{part} part')
+        parts[part] = {name: value.cpu().numpy() for name, value in found.items()}
+        parts[part] |= {'features': parts[part]['features'].astype(np.float64)}
+    return parts
+
+
+def _folder_beside(source: str) -> Path:
+    path = Path(source)
+    return (path if path.is_dir() else path.parent) / 'pictures'
+
+
+def _title(trained: Trained) -> str:
+    loss = trained.settings.get('loss') or ''
+    when = f', after epoch {trained.epoch + 1}' if trained.epoch is not None else ''
+    return f'{trained.name}{f" trained with {loss}" if loss else ""}{when}'
+
+
+def draw(parts: dict[str, dict[str, np.ndarray]], names: list[str], title: str, folder: Path, limit: int) -> list[Path]:
+    """Draw features of both parts, and attention and confusion of the test part.
+
+    Args:
+        parts: ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and perhaps ``attention`` (N, C), by part.
+        names: of the classes.
+        title: of the model.
+        folder: where to write, which exists.
+        limit: see :func:`pictures.in_the_plane`.
+
+    Returns:
+        The files written.
+    """
+    points, how = pictures.in_the_plane({part: (own['features'], own['labels']) for part, own in parts.items()}, limit)
+    caption = '; '.join([how, *(_distances(part, own) for part, own in parts.items())])
+    drawn = {'features': pictures.draw_features(points, names, title, caption.replace('; ', '\n'))}
+    test = parts['test']
+    if 'attention' in test:
+        drawn['attention'] = pictures.draw_attention(test['attention'], test['labels'], names, title)
+    confusion = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(confusion, (test['labels'], test['logits'].argmax(1)), 1)
+    drawn['confusion'] = pictures.draw_confusion(confusion, names, title)
+    for name, figure in drawn.items():
+        pictures.save(figure, folder / f'{name}.png')
+    return [folder / f'{name}.png' for name in drawn]
+
+
+def _distances(part: str, own: dict[str, np.ndarray]) -> str:
+    intra, inter = analysis.class_distances(own['features'], own['labels'])
+    return f'{part}: mean distance to the class centre {intra:.3g}, between class centres {inter:.3g}'
+
+
+def analyse(parts: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None) -> list[tuple[str, ...]]:
+    """What the features of each part tell, as rows of a table: a name, and a figure for each part.
+
+    Args:
+        parts: as for :func:`draw`.
+        vectors: the classifier's, one a class (K, D); None if it has none.
+    """
+    known = parts['training']
+    columns: list[dict[str, Any]] = []
+    for own in parts.values():
+        features, labels = own['features'], own['labels']
+        correct = own['logits'].argmax(1) == labels
+        intra, inter = analysis.class_distances(features, labels)
+        eigenvalues = analysis.eigenvalue_variance(features, labels)
+        below, above = analysis.accuracy_by_norm(features, correct)
+        column = {
+            'images': f'{len(labels)}',
+            'mean distance to the class centre': f'{intra:.4g}',
+            'mean distance between class centres': f'{inter:.4g}',
+            'variance of eigenvalues within classes, unit features': f'{eigenvalues:.3g}',
+            'top-1 %, features shorter than the mean': f'{below:.2f}',
+            'top-1 %, features longer than the mean': f'{above:.2f}',
+            'top-1 %, the model': f'{100 * correct.mean():.2f}',
+        }
+        if vectors is not None and vectors.shape[1] == features.shape[1]:
+            column['top-1 %, cosine with class vectors'] = f'{analysis.cosine_accuracy(features, labels, vectors):.2f}'
+        gaussian = analysis.gaussian_accuracy(known['features'], known['labels'], features, labels)
+        columns.append({**column, 'top-1 %, Gaussian discriminant': f'{gaussian:.2f}'})
+    return [(name, *(column[name] for column in columns)) for name in columns[0]]

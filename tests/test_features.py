@@ -1,0 +1,239 @@
+"""Analyses of features against independent computations, the pictures, and the HTML report in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
+from sklearn.metrics.pairwise import cosine_similarity
+
+from ccl_timm import analysis, cli, pictures
+
+BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+TINY = ['--img-size', '16', '-b', '8', '-j', '0', '--epochs', '2', '--checkpoint-hist', '1']
+
+
+def blobs(seed=0, count=40, classes=3, width=4, spread=0.3):
+    """Features (N, width) around a centre for each class, and labels."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    labels = np.repeat(np.arange(classes), count)
+    return centres[labels] + spread * random.normal(size=(len(labels), width)), labels
+
+
+def test_accuracy_by_norm_by_hand():
+    features = np.array([[1.0, 0], [0, 2], [3, 0], [0, 6]])  # norms 1, 2, 3, 6; mean 3
+    assert analysis.accuracy_by_norm(features, np.array([True, False, True, True])) == (50.0, 100.0)
+    below, above = analysis.accuracy_by_norm(np.ones((2, 2)), np.array([True, False]))
+    assert np.isnan(below) and above == 50.0
+
+
+def test_class_distances_by_hand():
+    features = np.array([[0.0, 0], [0, 2], [3, 1], [3, 1], [3, 5]])
+    labels = np.array([0, 0, 4, 4, 7])  # centres (0, 1), (3, 1), (3, 5), of classes with gaps between
+    intra, inter = analysis.class_distances(features, labels)
+    assert intra == pytest.approx(2 / 5) and inter == pytest.approx((3 + 4 + 5) / 3)
+    assert np.isnan(analysis.class_distances(features[:2], labels[:2])[1])
+
+
+def test_eigenvalue_variance_is_that_of_the_covariance_within_classes():
+    features, labels = blobs()
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    scatter = np.concatenate([unit[labels == k] - unit[labels == k].mean(0) for k in range(3)])
+    eigenvalues = np.linalg.svd(scatter / np.sqrt(len(scatter)), compute_uv=False) ** 2
+    assert analysis.eigenvalue_variance(features, labels) == pytest.approx(np.var(eigenvalues))
+    assert analysis.eigenvalue_variance(7 * features, labels) == pytest.approx(np.var(eigenvalues))
+
+
+def test_cosine_accuracy_is_scikit_learns():
+    features, labels = blobs(spread=1.0)
+    vectors = np.random.default_rng(5).normal(size=(3, 4)) * [[1], [10], [100]]
+    expected = 100 * (cosine_similarity(features, vectors).argmax(1) == labels).mean()
+    assert analysis.cosine_accuracy(features, labels, vectors) == pytest.approx(expected) and 0 < expected < 100
+
+
+def test_gaussian_accuracy_is_that_of_scikit_learns_discriminant():
+    """With many images the shrinkage vanishes; the classes' covariances differ, so that no shared one will do."""
+    random = np.random.default_rng(0)
+    shapes = np.random.default_rng(1).normal(size=(3, 4, 4))
+    draw = [(random.normal(size=(4000, 4)) @ shape, np.full(4000, 2 * k)) for k, shape in enumerate(shapes)]
+    features, labels = (np.concatenate(parts) for parts in zip(*draw, strict=True))
+    keep = labels < 4  # unequal priors
+    keep[: len(keep) // 6] = False
+    known, rest = np.flatnonzero(keep)[::2], np.flatnonzero(keep)[1::2]
+    theirs = QuadraticDiscriminantAnalysis().fit(features[known], labels[known])
+    expected = 100 * theirs.score(features[rest], labels[rest])
+    found = analysis.gaussian_accuracy(features[known], labels[known], features[rest], labels[rest])
+    assert found == pytest.approx(expected, abs=0.5) and 60 < expected < 99
+
+
+def test_gaussian_accuracy_stands_fewer_images_than_dimensions_and_dead_features():
+    features, labels = blobs(count=5, width=30)
+    assert analysis.gaussian_accuracy(features, labels, features, labels) == 100.0
+    features[labels == 1] = 0
+    features[:, 7] = 0
+    assert analysis.gaussian_accuracy(features, labels, features, labels) == 100.0
+
+
+def test_two_features_are_drawn_as_they_are_and_more_by_t_sne():
+    flat = {'training': blobs(width=2), 'test': blobs(seed=1, width=2, count=9)}
+    assert pictures.in_the_plane(flat, 5) == (flat, 'the two features themselves')
+    wide = {'training': blobs(width=9), 'test': blobs(seed=1, width=9, count=9)}
+    points, how = pictures.in_the_plane(wide, 30)
+    again, _ = pictures.in_the_plane(wide, 30)
+    assert [own[0].shape for own in points.values()] == [(30, 2), (27, 2)] and how.startswith('t-SNE of 9 features')
+    assert all(np.array_equal(points[part][0], again[part][0]) for part in points)
+    (near, labels), (_, known) = points['test'], points['training']
+    centres = analysis.class_centres(points['training'][0], known)[1]
+    assert (np.linalg.norm(near[:, None] - centres, axis=2).argmin(1) == labels).mean() > 0.9
+
+
+def test_pictures_show_what_they_are_given():
+    names = ['ant', 'bee', 'cat']
+    points, labels = blobs(width=2)
+    figure = pictures.draw_features({'training': (points, labels), 'test': (points, labels)}, names, 'title', 'caption')
+    first, second = figure.axes
+    drawn = np.concatenate([own.get_offsets() for own in first.collections[::2]])
+    assert np.allclose(np.sort(drawn, 0), np.sort(points, 0)) and first.get_xlim() == second.get_xlim()
+    assert np.allclose(
+        [own.get_offsets()[0] for own in first.collections[1::2]], analysis.class_centres(points, labels)[1]
+    )
+    assert [text.get_text() for text in first.texts] == names
+
+    attention = np.array([[0.1, 0.9, 0.2], [0.3, 0.7, 0.2], [0.8, 0.1, 0.1], [0.2, 0.1, 0.6]])
+    figure = pictures.draw_attention(attention, np.array([0, 0, 1, 2]), names, 'title')
+    assert np.allclose(figure.axes[0].images[0].get_array(), [[0.8, 0.2, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.6]])
+
+    figure = pictures.draw_confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), names, 'title')
+    assert np.allclose(figure.axes[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ['1', '2', '3']
+
+    curves = {'ce': [[(1, 10.0), (2, 30.0)], [(1, 20.0), (2, 50.0), (3, 60.0)]], 'cc': [[(1, 5.0)]]}
+    axis = pictures.draw_curves('top-1', curves).axes[0]
+    assert [list(line.get_ydata()) for line in axis.lines] == [[15.0, 40.0], [5.0]]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ['ce (n=2)', 'cc']
+
+
+@pytest.mark.parametrize('classes', [3, 15, 40])
+def test_every_number_of_classes_can_be_drawn(classes, tmp_path):
+    features, labels = blobs(width=2, classes=classes, count=4)
+    names = [f'class {k}' for k in range(classes)]
+    for figure in (
+        pictures.draw_features({'test': (features, labels)}, names, '', ''),
+        pictures.draw_confusion(np.eye(classes, dtype=int), names, ''),
+        pictures.draw_attention(features, labels, names, ''),
+    ):
+        pictures.save(figure, tmp_path / 'picture.png')
+        assert np.asarray(Image.open(tmp_path / 'picture.png').convert('L')).std() > 1
+
+
+@pytest.fixture(scope='module')
+def place_of_runs(folder, tmp_path_factory):
+    """A folder with `runs`: cc on cam, with seeds 0 and 1, and ce with two features. Do not change the runs."""
+    root = tmp_path_factory.mktemp('place')
+    shared = ['train.py', '--data-dir', str(folder), *TINY, '--output', str(root / 'runs')]
+    for seed in '01':
+        own = ['--model', 'test_resnet_cam', '--loss', 'cc', '--seed', seed, '--experiment', f'cc{seed}']
+        assert cli.timm([*shared, *own]) == 0
+    own = ['--model', 'test_resnet_linear', '--loss', 'ce', '--model-kwargs', 'feature_dim=2', '--experiment', 'flat']
+    assert cli.timm([*shared, *own]) == 0
+    return root
+
+
+def test_features_of_a_run(place_of_runs, words):
+    code, out, err = words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
+    assert code == 0, err
+    drawn = {path.name for path in (place_of_runs / 'runs' / 'cc0' / 'pictures').iterdir()}
+    assert drawn == {'features.png', 'attention.png', 'confusion.png'} and err.count('written: ') == 3
+    rows = {line[:55].strip(): line[55:].split() for line in out.splitlines()}
+    assert rows['images'] == ['24', '12']
+    best = words('timm', 'validate.py', place_of_runs / 'runs' / 'cc0', '--workers', '0')[1]
+    assert float(rows['top-1 %, the model'][1]) == pytest.approx(
+        json.loads(best.split('--result')[1])['top1'], abs=0.01
+    )
+    assert set(rows) >= {'top-1 %, Gaussian discriminant', 'mean distance between class centres'}
+
+
+def test_features_two_wide_in_another_folder(place_of_runs, words):
+    code, out, err = words(
+        'ccl-timm', 'features', place_of_runs / 'runs' / 'flat', '--workers', '0', '-o', place_of_runs / 'flat'
+    )
+    assert code == 0, err
+    assert {path.name for path in (place_of_runs / 'flat').iterdir()} == {
+        'features.png',
+        'confusion.png',
+    }  # no attention
+    assert not (place_of_runs / 'runs' / 'flat' / 'pictures').exists()
+
+
+def test_without_matplotlib_one_sentence_says_so(place_of_runs, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    for argv in (
+        ['features', place_of_runs / 'runs' / 'flat', '--workers', '0'],
+        ['report', place_of_runs / 'runs', '--format', 'html'],
+    ):
+        code, out, err = words('ccl-timm', *argv)
+        assert (
+            code == 2 and err.splitlines()[-1] == "error: Pictures need matplotlib: `pip install 'ccl-timm[pictures]'`."
+        )
+    assert words('ccl-timm', 'report', place_of_runs / 'runs')[0] == 0
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['nowhere'], "'nowhere' does not exist"),
+        (['RUN', '--limit', '1'], '--limit 1 must be at least 2.'),
+        (['RUN', '--limt', '9'], "Unknown argument '--limt'; did you mean '--limit'?"),
+    ],
+)
+def test_features_refuses(argv, message, place_of_runs, words):
+    argv = [place_of_runs / 'runs' / 'cc1' if word == 'RUN' else word for word in argv]
+    code, out, err = words('ccl-timm', 'features', *argv)
+    assert code == 2 and message in err
+    assert not (place_of_runs / 'runs' / 'cc1' / 'pictures').exists()
+
+
+def html_of(place_of_runs, words, name):
+    code, out, err = words('ccl-timm', 'report', place_of_runs / 'runs', '--format', 'html', '-o', place_of_runs / name)
+    assert code == 0, err
+    return place_of_runs / name
+
+
+def test_html_is_one_file_and_the_same_each_time(place_of_runs, words):
+    words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
+    text = html_of(place_of_runs, words, 'one.html').read_text()
+    assert text == html_of(place_of_runs, words, 'two.html').read_text()
+    assert text.count('<svg') == 1 and text.count('src="data:image/png;base64,') == 3
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+
+
+def browse(page):
+    """What a browser makes of a page, and what it says on the console."""
+    command = [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr', '--log-level=0']
+    done = subprocess.run([*command, '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if 'CONSOLE' in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason='no Chromium here')
+def test_html_in_a_browser(place_of_runs, words):
+    """The browser has nothing to complain of, runs nothing, and shows the figures of summary.csv."""
+    page = html_of(place_of_runs, words, 'page.html')
+    dom, said = browse(page)
+    assert said == []
+    last = [
+        float((place_of_runs / 'runs' / f'cc{seed}' / 'summary.csv').read_text().splitlines()[-1].split(',')[5])
+        for seed in '01'
+    ]
+    mean = sum(last) / 2
+    assert f'<td>{mean:.2f} ± {abs(last[0] - mean):.2f}</td>' in dom
+    control = place_of_runs / 'control.html'
+    control.write_text(page.read_text().replace('</body>', '<script>throw Error("x")</script></body>'))
+    assert len(browse(control)[1]) == 1
