@@ -274,3 +274,26 @@ def test_every_table_prints_its_own_rows_and_no_others(name, place, words):
         r'after the last epoch:\n\n(.*?)\n\n', words('ccl-timm', 'report', 'runs', '--table', name)[1], re.S
     )
     assert 'not run' not in layout.group(1)
+
+
+def test_what_the_training_script_writes_is_found(place, words, monkeypatch):
+    """A real run of a row, with settings that a row leaves open, is that row's, and shows its summary.csv."""
+    shared = {'input_size': [1, 16, 16], 'batch_size': 128, 'scale_lr': True}
+    rows = {
+        f'tiny:{loss}': {'model': f'test_resnet_{head}', 'loss': loss, 'paper': {'own': 99.5}}
+        for loss, head in (('ce', 'linear'), ('cc', 'cam'))
+    }
+    content = {'title': 'Small', 'seeds': 1, 'datasets': {'own': {'recipe': 'digits', 'set': shared}}, 'rows': rows}
+    Path('small.yaml').write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.setattr(tables, '_folder', lambda: place)
+    row = tables.read_table('small').rows[1]
+    own = ['--epochs', '1', '--seed', '3', '--experiment', 'a', '--workers', '1', '--checkpoint-hist', '1']
+    code, out, err = words('timm', 'train.py', *row.words, *own)
+    assert code == 0, err
+    code, out, err = words('ccl-timm', 'report', 'output', '--table', 'small', '--format', 'json')
+    assert (code, err) == (0, '')
+    with open('output/train/a/summary.csv') as file:
+        top1 = float(list(csv.DictReader(file))[-1]['eval_top1'])
+    first, second = json.loads(out)['records']
+    assert first['seeds'] == [] and second['seeds'] == [3] and second['last_epoch'] == [top1]
+    assert (second['epochs'], second['recipe_epochs'], second['best_other_row']) == (1, 15, 'tiny:ce')
