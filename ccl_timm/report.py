@@ -227,7 +227,9 @@ def _curves(groups: list[Group], labels: list[str], names: list[str]) -> dict[st
     """For each data set, the curves of each group."""
     found: dict[str, dict[str, list]] = {}
     for own, label, name in zip(groups, labels, names, strict=True):
-        found.setdefault(label, {}).setdefault(name, []).extend(result.curve for result in own.results)
+        of_data = found.setdefault(label, {})
+        name = f'{name}, {own.epochs} epochs' if name in of_data else name
+        of_data[name] = [result.curve for result in own.results]
     return found
 
 

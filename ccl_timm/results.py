@@ -157,8 +157,8 @@ def read_result(folder: Path) -> Result:
         if isinstance(error, UserError):
             raise
         raise UserError(f"'{folder}' has files that cannot be read: {str(error).splitlines()[0]}.") from error
-    if not isinstance(settings, dict) or 'epochs' not in settings:
-        raise UserError(f"'{folder}' has an args.yaml that is not a run's: it does not tell the epochs.")
+    if not isinstance(settings, dict) or not {'epochs', 'model'} <= settings.keys():
+        raise UserError(f"'{folder}' has an args.yaml that is not a run's: it does not tell model and epochs.")
     if not runs.is_done(rows, settings):
         done = int(rows[-1]['epoch']) + 1 if rows else 0
         raise UserError(f"'{folder}' is half-written, {done} of {runs.planned_epochs(settings)} epochs.")

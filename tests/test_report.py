@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm import options, results, tables
+from ccl_timm import options, report, results, tables
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
@@ -104,6 +104,8 @@ def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):
     Path('runs/no_yaml/args.yaml').write_text('{')
     write_run('runs/no_args', TABLE1, [1], seed=12)
     Path('runs/no_args/args.yaml').unlink()
+    write_run('runs/other', TABLE1, [1], seed=13)
+    Path('runs/other/args.yaml').write_text('epochs: 1')
     code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
     assert code == 0
     assert lines_of(out, 'resnet18:cc')[0][1] == '98.53 ± 0.17 (n=3, 3 of 300 epochs)'
@@ -114,9 +116,10 @@ def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):
         "left out: 'runs/garbage' has files that cannot be read: could not convert string to float: 'many'",
         "left out: 'runs/no_yaml' has files that cannot be read",
         "left out: 'runs/no_args' has no args.yaml",
+        "left out: 'runs/other' has an args.yaml that is not a run's",
     ):
         assert text in err
-    assert err.count('\n') == 6
+    assert err.count('\n') == 7
 
 
 def test_runs_are_given_to_rows_by_what_was_trained(place, words):
@@ -171,6 +174,14 @@ def test_other_epochs_are_no_other_seeds(runs_of_table1, words):
         ['amp=True', '94.00', '1', '3'],
     ]
     assert "left out: 'runs/z' has the settings and the seed of 'runs/x2'" in err
+    report_of = report.table_report(tables.read_table('cc-table1'), results.read_results(['runs']))
+    curves = report_of.curves['mnist, top-1 %']
+    assert {name: len(of_runs) for name, of_runs in curves.items()} == {
+        'resnet18:ce': 2,
+        'resnet18:cc amp=False': 1,
+        'resnet18:cc amp=False, 3 epochs': 3,
+        'resnet18:cc amp=True': 1,
+    }
 
 
 def test_patience_ends_a_run(place, words):
