@@ -10,7 +10,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.options import Parser
 from ccl_timm.rendering import FORMATS, Report, Section
 from ccl_timm.results import Group, Place, Result
-from ccl_timm.statistics import LEVEL, difference, margin, one_sample, show_figures, welch
+from ccl_timm.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
 from ccl_timm.tables import Row, Table, read_table
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
@@ -83,6 +83,8 @@ def table_report(table: Table, found: list[Result]) -> Report:
     sections = [_layout(table, places)]
     if groups:
         sections.append(_details(records))
+    if tested := _papers_tests(table):
+        sections.append(tested)
     notes = [_LEGEND, _BEST_OTHER, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
     labels = [f'{place.row.dataset}, top-1 %' for place in places for _ in place.groups]
     names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
@@ -140,6 +142,20 @@ def _theirs(place: Place, table: Table, last: list[float]) -> dict[str, Any]:
         'best_other_row': other.name if other else None,
         'p_best_other': one_sample(last, other.paper[0]) if other else None,
     }
+
+
+def _papers_tests(table: Table) -> Section | None:
+    """The paper's own one-sample tests, as far as its printed means and margins tell; None if it prints no margins."""
+    rows = []
+    for row in table.rows:
+        other = _best_other(row, table)
+        if row.paper and row.paper[1] and other and _loss(row) != 'ce':
+            (figure, largest), constant = row.paper, other.paper[0]
+            low, high = p_bounds(figure, largest, constant, table.seeds)
+            gap = f'{figure - constant:+.2f} to {other.name} {constant:.2f}'
+            rows.append((row.name, row.dataset, _paper(figure, largest), gap, f'{low:.2g} to {high:.2g}'))
+    caption = f"The paper's own figures against the best other: p that {table.seeds} runs of that margin can have"
+    return Section(caption, ('row', 'data', "paper's", 'against the best other', 'p'), rows) if rows else None
 
 
 def _best_other(row: Row, table: Table) -> Row | None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm import options, report, results, tables
+from ccl_timm import options, report, results, statistics, tables
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
@@ -51,7 +51,7 @@ def lines_of(markdown, first):
 def test_table_stands_beside_the_papers(runs_of_table1, words):
     code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
     assert (code, err) == (0, '')
-    layout, line = lines_of(out, 'resnet18:cc')
+    layout, line, papers, *_ = lines_of(out, 'resnet18:cc')
     assert layout[1:3] == ['98.53 ± 0.17 (n=3, 3 of 300 epochs)', '98.52 ± 0.09']
     assert layout[3:] == ['not run', '78.23 ± 0.07', 'not run', '88.41 ± 0.06']
     header = lines_of(out, 'row')[1]
@@ -64,6 +64,8 @@ def test_table_stands_beside_the_papers(runs_of_table1, words):
     p = stats.ttest_ind([98.4, 98.5, 98.7], [97.4, 97.8], equal_var=False).pvalue
     assert cells['against our ce'].endswith(f'(p = {p:.2g})')
     assert lines_of(out, 'vgg16:cc')[0][1] == 'not run' and lines_of(out, 'resnet18:mc')[0][-2:] == ['', '']
+    low, high = statistics.p_bounds(98.52, 0.09, 98.45, 5)
+    assert papers == ['resnet18:cc', 'mnist', '98.52 ± 0.09', '+0.07 to resnet18:mc 98.45', f'{low:.2g} to {high:.2g}']
     assert 'Note: fical is reimplemented' in out
 
 
@@ -166,7 +168,7 @@ def test_other_epochs_are_no_other_seeds(runs_of_table1, words):
     write_run('runs/amp', TABLE1, [90, 91, 94.0], amp=True, seed=0)
     write_run('runs/z', TABLE1, [90, 91, 10.0], seed=2)
     code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
-    layout, *lines = lines_of(out, 'resnet18:cc')
+    layout, *lines = lines_of(out, 'resnet18:cc')[:4]
     assert layout[1] == '99.00 (n=1, 4 of 300 epochs)'
     assert [line[2:6] for line in lines] == [
         ['amp=False', '99.00', '1', '4'],
