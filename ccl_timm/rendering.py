@@ -75,12 +75,13 @@ def _json(report: Report) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 80rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
+td.long { white-space: normal; min-width: 12rem; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 figure { margin: 1rem 0; } img, svg { max-width: 100%; height: auto; }
 """
@@ -110,8 +111,13 @@ def _html(report: Report) -> str:
 
 def _html_table(section: Section) -> str:
     head = ''.join(f'<th>{escape(cell)}</th>' for cell in section.header)
-    body = '\n'.join('<tr>' + ''.join(f'<td>{escape(cell)}</td>' for cell in row) + '</tr>' for row in section.rows)
+    body = '\n'.join(f'<tr>{"".join(map(_html_cell, row))}</tr>' for row in section.rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+
+
+def _html_cell(cell: str) -> str:
+    kind = ' class="long"' if len(cell) > 24 else ''
+    return f'<td{kind}>{escape(cell)}</td>'
 
 
 def _figure(content: str, caption: str) -> str:

@@ -294,7 +294,7 @@ def _shown(value: Any) -> str:
 def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
 
-    Of several, those whose head is linear, as the papers' baseline is.
+    Of several, those with features of the same width, and of these those whose head is linear, as the papers' is.
     """
     own = group.settings
     if own['loss'] == 'ce':
@@ -303,15 +303,28 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
         other
         for other in groups
         if other.settings['loss'] == 'ce'
-        and _backbone(other.settings['model']) == _backbone(own['model'])
+        and _backbone(other.settings) == _backbone(own)
         and not runs.differences(other.settings, own, _FREE_IN_BASELINE)
     ]
-    return min(found, key=lambda g: _head(g.settings['model']) not in ('', 'linear'), default=None)
+    return min(found, key=lambda g: (_width(g.settings) != _width(own), not _is_linear(g.settings)), default=None)
 
 
-def _backbone(model: str) -> str:
-    return (models.split_variant(model) or (model, ''))[0]
+def _backbone(settings: dict[str, Any]) -> tuple[str, bool]:
+    """Architecture without the head, and whether it has the stem for small images."""
+    variant = models.split_variant(settings['model'])
+    return variant[0] if variant else settings['model'], bool(_model_options(settings).get('small_input'))
 
 
-def _head(model: str) -> str:
-    return (models.split_variant(model) or (model, ''))[1]
+def _is_linear(settings: dict[str, Any]) -> bool:
+    variant = models.split_variant(settings['model'])
+    return variant is None or variant[1] == 'linear'
+
+
+def _width(settings: dict[str, Any]) -> int | None:
+    """Width of the features that a head was asked for; None for its default."""
+    options = _model_options(settings)
+    return options.get('feature_dim') or options.get('hidden_features')
+
+
+def _model_options(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings.get('model_kwargs') or {}

@@ -218,6 +218,32 @@ def test_baseline_is_the_linear_head_of_that_backbone(place):
     assert results.baseline_of(groups[3], groups[:1]) is groups[0]
 
 
+def test_baseline_has_features_as_wide_and_the_same_stem(place):
+    groups = {}
+    for model, loss, *extra in (
+        ('linear', 'ce'),
+        ('linear', 'ce', 'feature_dim=2'),
+        ('linear', 'ce', 'small_input=True'),
+        ('cam', 'cc'),
+        ('cam', 'cc', 'hidden_features=2'),
+        ('pedcc', 'pod', 'feature_dim=64'),
+        ('cam', 'cc', 'small_input=True'),
+        ('cosine', 'arcface', 'small_input=True'),
+    ):
+        name = '-'.join([loss, *extra])
+        own = ['--model-kwargs', *extra] if extra else []
+        folder = write_run(name, ('--config', 'digits', '--model', f'resnet18_{model}', '--loss', loss, *own), [1])
+        groups[name] = results.Group((results.read_result(folder),))
+    found = {name: results.baseline_of(group, list(groups.values())) for name, group in groups.items()}
+    assert {name: own.results[0].folder.name for name, own in found.items() if own} == {
+        'cc': 'ce',
+        'cc-hidden_features=2': 'ce-feature_dim=2',
+        'pod-feature_dim=64': 'ce',
+        'cc-small_input=True': 'ce-small_input=True',
+        'arcface-small_input=True': 'ce-small_input=True',
+    }
+
+
 def test_diff_tells_settings_versions_and_data_before_figures(place, words):
     before = {'versions': {'torch': '2.14', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'aa', 'git_commit': 'c1'}
     now = {'versions': {'torch': '2.15', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'bb', 'git_commit': 'c1'}
