@@ -119,6 +119,8 @@ REFUSED = {
     'levit_384_s8': 'has several classifiers, and a head can stand for a single one',
     'mobilenetv5_300m_enc': "cannot take a head: it has no 'reset_classifier'",
     'pit_ti_distilled_224': "use 'pit_ti_224'",
+    'resnet18_cosine': "has a head already: put one on 'resnet18'",
+    'resnet18_mc': "has a head already: put one on 'resnet18'",
     'qwen3_vit_88m_enc': 'has no classifier to put a head in the place of: use another architecture.',
     'repvit_m0_9': 'has 2 classifiers (head.head.l, head.head_dist.l)',
     'swiftformer_xs': 'has 2 classifiers (head, head_dist)',
