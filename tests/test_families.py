@@ -117,7 +117,7 @@ REFUSED = {
     'iformer_m_distilled': "for a single one: use 'iformer_m'",
     'levit_128s': 'has 2 classifiers (head.linear, head_dist.linear)',
     'levit_384_s8': 'has several classifiers, and a head can stand for a single one',
-    'mobilenetv5_300m_enc': "cannot take a head: it has no 'reset_classifier'",
+    'mobilenetv5_300m_enc': "cannot take a head: it has no 'get_classifier'",
     'pit_ti_distilled_224': "use 'pit_ti_224'",
     'resnet18_cosine': "has a head already: put one on 'resnet18'",
     'resnet18_mc': "has a head already: put one on 'resnet18'",
