@@ -1,24 +1,20 @@
-"""One collective: a sum over all processes that gradients pass through."""
+"""One collective: a sum over all processes, which gradients pass through or not."""
 
 import torch
 import torch.distributed as dist
 
-__all__ = ['all_sum', 'world_size']
+__all__ = ['all_sum', 'sum_over_processes', 'world_size']
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        total = x.detach().clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_processes(x.detach())
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         # every process's loss holds this process's share, so their gradients add up
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_processes(grad)
 
 
 def _is_distributed() -> bool:
@@ -28,6 +24,22 @@ def _is_distributed() -> bool:
 def world_size() -> int:
     """Number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if _is_distributed() else 1
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """Sum ``x`` over all processes, without autograd: for functions that write out their own gradient.
+
+    Args:
+        x: any shape, the same on every process. Every process must call it equally often.
+
+    Returns:
+        The sum, same shape; ``x`` itself without a process group.
+    """
+    if not _is_distributed():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def all_sum(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ccl_timm.errors import UserError
+
 __all__ = ['Augment', 'InMemoryLoader', 'decode', 'random_crops', 'resized_crops']
 
 
@@ -24,20 +26,34 @@ def decode(dataset: Dataset, transform: Callable, workers: int = 0) -> tuple[Ten
 
     Returns:
         Images (N, C, H, W) uint8 and labels (N,) int64; None if the images are not of one size.
+
+    Raises:
+        UserError: no image can be read.
     """
     dataset.transform = transform
-    loader = DataLoader(dataset, batch_size=256, num_workers=workers, collate_fn=_readable)
+    loader = DataLoader(dataset, batch_size=256, num_workers=workers, collate_fn=_stack_readable)
     images, labels = [], []
-    for batch in loader:
-        images += [image for image, _ in batch]
-        labels += [int(label) for _, label in batch]
-        if len({image.shape for image in images[-len(batch) - 1 :]}) > 1:
+    for batch, targets in loader:
+        if not len(targets):
+            continue
+        if batch is None or (images and batch.shape[1:] != images[0].shape[1:]):
             return None
-    return torch.stack(images), torch.tensor(labels)
+        images.append(batch)
+        labels.append(targets)
+    if not images:
+        raise UserError('Not one image can be read.')
+    return torch.cat(images), torch.cat(labels)
 
 
-def _readable(samples: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
-    return [sample for sample in samples if sample[1] >= 0]
+def _stack_readable(samples: list[tuple[Tensor, int]]) -> tuple[Tensor | None, Tensor]:
+    """Images (n, C, H, W) and labels (n,) of those that can be read; None for images that are not of one size.
+
+    One tensor, since each one that a process sends takes a file descriptor.
+    """
+    readable = [(image, int(label)) for image, label in samples if label >= 0]
+    same = len({image.shape for image, _ in readable}) == 1
+    images = torch.stack([image for image, _ in readable]) if same else None
+    return images, torch.tensor([label for _, label in readable], dtype=torch.int64)
 
 
 class Augment:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from torchvision import transforms
 
 from ccl_timm.data import Digits
+from ccl_timm.errors import UserError
 from ccl_timm.in_memory import Augment, InMemoryLoader, _random_boxes, decode, random_crops, resized_crops
 from ccl_timm.loaders import evaluation_loader
 
@@ -23,6 +24,7 @@ class Noise(Dataset):
     def __init__(self, *sizes):
         random = np.random.default_rng(0)
         self.images = [random.integers(0, 256, (height, width, 3), np.uint8) for height, width in sizes]
+        self.labels = list(range(len(sizes)))
         self.transform = None
 
     def __len__(self):
@@ -30,7 +32,7 @@ class Noise(Dataset):
 
     def __getitem__(self, index):
         image = Image.fromarray(self.images[index])
-        return (self.transform(image) if self.transform else image), index
+        return (self.transform(image) if self.transform else image), self.labels[index]
 
 
 @pytest.mark.parametrize('size', [(40, 52), (20, 17)], ids=['shrunk', 'enlarged'])
@@ -120,6 +122,24 @@ def test_decode_reads_all_or_says_that_sizes_differ():
     images, labels = decode(Noise((5, 6), (5, 6)), transforms.PILToTensor())
     assert images.shape == (2, 3, 5, 6) and images.dtype == torch.uint8 and labels.tolist() == [0, 1]
     assert decode(Noise((5, 6), (5, 7)), transforms.PILToTensor()) is None
+
+
+def test_decode_by_processes_takes_few_file_descriptors():
+    resource = pytest.importorskip('resource')
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        images, labels = decode(Noise(*[(5, 6)] * 600), transforms.PILToTensor(), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert images.shape == (600, 3, 5, 6) and labels.tolist() == list(range(600))
+
+
+def test_decode_without_a_readable_image():
+    noise = Noise((1, 1))
+    noise.labels = [-1]
+    with pytest.raises(UserError, match='Not one image'):
+        decode(noise, transforms.PILToTensor())
 
 
 def test_last_batch_is_kept_or_dropped():

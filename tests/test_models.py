@@ -18,7 +18,7 @@ def small(name):
     """What makes an architecture small enough for a test, at 32 px."""
     if name.startswith('swin'):
         return {'depths': (1, 1, 1, 1), 'patch_size': 2, 'window_size': 4}
-    return {'depth': 2} if name.startswith('vit') else {}
+    return {'depth': 3} if name.startswith('vit') else {}
 
 
 # what the backbone decides, whatever its head: checked with one head of each, and with every head of a ResNet-18

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ccl_timm.distributed import all_sum
+from ccl_timm.distributed import all_sum, sum_over_processes
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
@@ -37,27 +38,55 @@ def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | No
     if target.ndim == 2:
         intra, inter, classes = _soft_pair_sums(attention, target)
     else:
-        intra, inter, classes = _pair_sums(attention, target, num_classes or int(target.max()) + 1)
+        # evaluation is each process's own
+        intra, inter, counts = _PairSums.apply(
+            attention, target, num_classes or int(target.max()) + 1, torch.is_grad_enabled()
+        )
+        classes = (counts > 0).sum()
     several = classes > 1
     # with a single class the paper's ratio is intra / eps, about 1e9: there is nothing to push apart, so no term
     return torch.where(several, intra, 0.0) / torch.where(several, inter + eps, 1.0)
 
 
-def _pair_sums(c: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = _count_and_centre(c)
-    counts = all_sum(c.new_zeros(num_classes).index_add(0, target, c.new_ones(len(target))))  # (K,)
-    sums = all_sum(c.new_zeros(num_classes, c.shape[1]).index_add(0, target, c))  # (K, D)
-    means = sums / counts.clamp_min(1)[:, None]
-    # index_select, since the gradient of means[target] is summed in any order on several threads
-    scatter = (c - means.index_select(0, target)).square().sum(1)  # (N,) squared distance to the own class's mean
-    own = counts.index_select(0, target)  # (N,) size of the own class
-    intra = all_sum((own * scatter).sum())
-    inter = all_sum(((n - own) * scatter).sum()) + n * (counts * means.square().sum(1)).sum()
-    return intra, inter, (counts > 0).sum()
+class _PairSums(torch.autograd.Function):
+    """Sums of squared distances over pairs of one class and of two, and the size of each class (K,).
+
+    The gradient is written out: with r the difference to the own class's mean m, it is 2 n_k r for the first sum and
+    2 (n - n_k) r + 2 n m for the second. It needs r alone, where autograd keeps and fills four such matrices; to write
+    them is nearly all the time that this loss takes.
+    """
+
+    @staticmethod
+    def forward(ctx, c: Tensor, target: Tensor, num_classes: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.sum = sum_over_processes if shared else lambda x: x
+        n = ctx.sum(c.new_tensor(float(len(c))))
+        c = c - ctx.sum(c.sum(0)) / n  # distances stay, rounding errors do not
+        counts = ctx.sum(c.new_zeros(num_classes).index_add_(0, target, c.new_ones(len(target))))  # (K,)
+        sums = ctx.sum(c.new_zeros(num_classes, c.shape[1]).index_add_(0, target, c))  # (K, D)
+        means = sums / counts.clamp_min(1)[:, None]
+        residual = c.sub_(means.index_select(0, target))
+        means = means - sums.sum(0) / n  # what rounding left of the centre would be in every row of the gradient
+        scatter = torch.linalg.vector_norm(residual, dim=1).square()  # (N,) squared distance to the own class's mean
+        own = counts.index_select(0, target)  # (N,) size of the own class
+        intra = ctx.sum((own * scatter).sum())
+        inter = ctx.sum(((n - own) * scatter).sum()) + n * (counts * means.square().sum(1)).sum()
+        ctx.save_for_backward(residual, own, means, target, n)
+        ctx.mark_non_differentiable(counts)
+        return intra, inter, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_intra: Tensor, grad_inter: Tensor, _) -> tuple[Tensor, None, None, None]:
+        residual, own, means, target, n = ctx.saved_tensors
+        grad_intra, grad_inter = ctx.sum(torch.stack([grad_intra, grad_inter]))  # each process's loss has all pairs
+        factor = 2 * (grad_intra * own + grad_inter * (n - own))
+        grad = (2 * n * grad_inter * means).index_select(0, target)
+        return grad.addcmul_(residual, factor[:, None]), None, None, None
 
 
 def _soft_pair_sums(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = _count_and_centre(c)
+    n = all_sum(c.new_tensor(float(len(c))))
+    c = c - all_sum(c.sum(0)) / n  # distances stay, rounding errors do not
     counts = all_sum(y.sum(0))  # (K,)
     # a class without weight has a zero sum: any positive divisor will do
     means = all_sum(y.T @ c) / torch.where(counts > 0, counts, 1.0)[:, None]  # (K, D)
@@ -67,12 +96,6 @@ def _soft_pair_sums(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     intra = (counts * scatter).sum()
     inter = ((n - counts).clamp_min(0) * scatter).sum() + n * (counts * means.square().sum(1)).sum()
     return intra, inter, (counts > 0).sum()
-
-
-def _count_and_centre(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Global number of rows, and the rows minus their global mean: distances stay, rounding errors do not."""
-    n = all_sum(c.new_tensor(float(len(c))))
-    return n, c - all_sum(c.sum(0)) / n
 
 
 class CCLoss(Loss):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm.models
-from timm.models import generate_default_cfgs, get_pretrained_cfg, load_pretrained, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, load_pretrained, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import load_state_dict_from_path
 from timm.models._pretrained import PretrainedCfg
@@ -72,7 +72,13 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
 
 
 def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
-    """A default_cfg like the backbone's, without its weights, that names the tensors shaped by the classes."""
+    """A default_cfg like the backbone's, without its weights, that names the tensors shaped by the classes.
+
+    Raises:
+        UserError: the backbone has a head of ours, or no single classifier.
+    """
+    if is_model(bare := backbone.rpartition('_')[0]) and backbone.removeprefix(f'{bare}_') in HEADS:
+        raise UserError(f"'{backbone}' has a head already: put one on '{bare}'.")
     tensors = _class_tensors(backbone, classifier_path(backbone), head_class)
     return dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
 
