@@ -11,7 +11,9 @@ from PIL import Image
 from ccl_timm import cli
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach a network
-torch.set_num_threads(2)
+# beside others a process with several threads is many times slower, not faster
+os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 TINY = ['--model', 'resnet18_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1']
 

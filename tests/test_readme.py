@@ -70,5 +70,5 @@ def test_every_loss_and_head_is_spoken_of():
 def test_two_commands_install():
     assert len(INSTALLS) == 2
     assert INSTALLS[0].endswith('timm train.py --model resnet18_cam --loss cc')
-    assert INSTALLS[1].endswith('pytest')
+    assert INSTALLS[1].endswith('pytest -n auto --dist loadscope')
     assert INSTALLS[1] in (ROOT / '.ci' / 'run').read_text()
