@@ -205,7 +205,9 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'options', 'expected'), LIMITS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ('name', 'options', 'expected'), LIMITS, ids=[f'{name}-{options}'[:60] for name, options, _ in LIMITS]
+)
 def test_limit_is_a_torch_op(name, options, expected):
     # arccos and back costs some digits
     assert_same(build(name, **options), expected, loss_class(name).reads, tolerance=1e-9)
