@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.base import HeadOutputs
+from ccl_timm.heads.linear import HeadWithLinear
 
 __all__ = ['CamHead', 'SqueezeExcite']
 
@@ -29,7 +30,7 @@ class SqueezeExcite(nn.Module):
         return self.expand(self.reduce(pooled).relu()).sigmoid()
 
 
-class CamHead(Head):
+class CamHead(HeadWithLinear):
     """``P = f2(ReLU(f1(F) * f_se(F)))``: the classifier of CC-Loss (section 2, P2), from pooled features F.
 
     The attention f_se(F) is what CC-Loss compares between samples; it stays on at inference.
@@ -44,8 +45,6 @@ class CamHead(Head):
 
     He initialisation of the layers before a ReLU, as the paper names it.
     """
-
-    class_tensors = ('out',)
 
     def __init__(
         self,
@@ -65,27 +64,8 @@ class CamHead(Head):
         nn.init.kaiming_normal_(self.hidden.weight, nonlinearity='relu')
         nn.init.zeros_(self.hidden.bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """Class vectors (K, D) of the last layer, where timm's scripts look for a classifier's weight."""
-        return self.out.weight
-
-    @property
-    def bias(self) -> Tensor:
-        """Bias (K,) of the last layer."""
-        return self.out.bias
-
-    def reset(self, num_classes: int) -> None:
-        """Replace the last layer, keep the hidden layer and the attention."""
-        out = self.out
-        self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
-
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), attention (N, D), weight (K, D)."""
         attention = self.attention(pooled)
         features = (self.hidden(pooled) * attention).relu()
         return HeadOutputs(self.out(features), features, attention=attention, weight=self.out.weight)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (N, in_features) to logits (N, K)."""
-        return self.outputs(pooled).logits

@@ -4,10 +4,35 @@ from torch import Tensor, nn
 
 from ccl_timm.heads.base import Head, HeadOutputs
 
-__all__ = ['LinearHead']
+__all__ = ['HeadWithLinear', 'LinearHead']
 
 
-class LinearHead(Head):
+class HeadWithLinear(Head):
+    """A head that ends in a linear layer, ``out``, the only one that is shaped by the classes."""
+
+    class_tensors = ('out',)
+
+    @property
+    def weight(self) -> Tensor:
+        """Class vectors (K, D) of the last layer, where timm's scripts look for a classifier's weight."""
+        return self.out.weight
+
+    @property
+    def bias(self) -> Tensor:
+        """Bias (K,) of the last layer."""
+        return self.out.bias
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the last layer, keep what stands before it."""
+        out = self.out
+        self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Pooled features (N, in_features) to logits (N, K)."""
+        return self.outputs(pooled).logits
+
+
+class LinearHead(HeadWithLinear):
     """A linear layer: the papers' networks as they train softmax cross-entropy.
 
     The model is timm's own but for what the other heads' models have too: ``small_input``, and a VGG without its two
@@ -16,9 +41,9 @@ class LinearHead(Head):
     Args:
         in_features: width of the pooled features.
         num_classes: K.
+        feature_dim: width of one more linear layer before the last, such as 2 for features in the plane; None for
+            none, as in the papers.
     """
-
-    class_tensors = ('out',)
 
     def __init__(self, in_features: int, num_classes: int, feature_dim: int | None = None, device=None, dtype=None):
         super().__init__()
@@ -26,26 +51,7 @@ class LinearHead(Head):
         self.hidden = nn.Linear(in_features, feature_dim, device=device, dtype=dtype) if feature_dim else nn.Identity()
         self.out = nn.Linear(feature_dim or in_features, num_classes, device=device, dtype=dtype)
 
-    @property
-    def weight(self) -> Tensor:
-        """Class vectors (K, D) of the layer, where timm's scripts look for a classifier's weight."""
-        return self.out.weight
-
-    @property
-    def bias(self) -> Tensor:
-        """Bias (K,) of the layer."""
-        return self.out.bias
-
-    def reset(self, num_classes: int) -> None:
-        """Replace the last layer, keep the one before it."""
-        out = self.out
-        self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
-
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), weight (K, D)."""
         features = self.hidden(pooled)
         return HeadOutputs(self.out(features), features, weight=self.out.weight)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (N, in_features) to logits (N, K)."""
-        return self.outputs(pooled).logits
