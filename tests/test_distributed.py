@@ -49,11 +49,11 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
         'import os, sys\n'
         'from ccl_timm import cli, train\n'
         'from ccl_timm.errors import UserError\n'
-        'step = train._step\n'
+        'step = train.take_step\n'
         'def fails(*args):\n'
         "    if os.environ['RANK'] == '1': raise UserError('The second process has had enough.')\n"
         '    return step(*args)\n'
-        'train._step = fails\n'
+        'train.take_step = fails\n'
         'sys.exit(cli.timm())\n'
     )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(program)]

@@ -269,7 +269,7 @@ def test_out_of_memory_says_what_helps(error, tiny, monkeypatch):
     def step(*args):
         raise error
 
-    monkeypatch.setattr(train, '_step', step)
+    monkeypatch.setattr(train, 'take_step', step)
     code, out, err = tiny()
     assert code == 2
     assert '--batch-size 4 --grad-accum-steps 2' in err and '--grad-checkpointing' in err
