@@ -21,18 +21,24 @@ def small(name):
     return {'depth': 3} if name.startswith('vit') else {}
 
 
+# every named model; by default large backbones with one head each, since all heads are tried on the smaller ones
+LARGE = ('densenet121', 'resnet50', 'swin', 'vgg16_cosine', 'vgg16_pedcc', 'vit_base', 'vit_small')
+NAMED = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LARGE) and not name.endswith('_cam') else [])
+    for name in sorted(MODELS)
+]
 # what the backbone decides, whatever its head: checked with one head of each, and with every head of a ResNet-18
 OF_THE_BACKBONE = (model_checks.memory_formats_agree, model_checks.checkpointing_is_exact)
 
 
-@pytest.mark.parametrize('name', sorted(MODELS))
+@pytest.mark.parametrize('name', NAMED)
 def test_model(name):
     again = not name.endswith('_cam') and not name.startswith('resnet18')
     checks = [check for check in model_checks.MODEL_CHECKS if not again or check not in OF_THE_BACKBONE]
     check_model(name, img_size=32, checks=checks, **small(name))
 
 
-@pytest.mark.parametrize('name', sorted(MODELS))
+@pytest.mark.parametrize('name', NAMED)
 def test_default_cfg_is_like_the_backbones(name):
     backbone = timm.get_pretrained_cfg(name.rsplit('_', 1)[0])
     cfg = timm.get_pretrained_cfg(name)
@@ -51,7 +57,7 @@ def backbone_file(tmp_path, backbone, **kwargs):
     return path, state
 
 
-@pytest.mark.parametrize('name', sorted(MODELS))
+@pytest.mark.parametrize('name', NAMED)
 def test_imagenet_weights_of_every_family_fit(name):
     """timm's own keys, at 1000 classes and a width equal to the backbone's, so that a wrong tensor would fit."""
     backbone, _, head = name.rpartition('_')
@@ -149,7 +155,7 @@ def test_vit_position_embedding_of_a_trained_checkpoint_is_resized(tmp_path):
     assert larger(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
-@pytest.mark.parametrize('name', sorted(MODELS))
+@pytest.mark.parametrize('name', NAMED)
 def test_features_only_is_the_backbones(name):
     features, plain = (
         timm.create_model(each, features_only=True, device='meta', **small(name))

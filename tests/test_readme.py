@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ccl_timm import data
 from ccl_timm.heads import HEADS
 from ccl_timm.losses import LOSSES
 
@@ -44,8 +45,20 @@ def online(standin, monkeypatch, tmp_path):
     yield from take_for_the_hub(standin, monkeypatch, tmp_path)
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """An eighth of the digits: what is tested is that commands run."""
+
+    class FewDigits(data.Digits):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.images, self.targets = self.images[::8], self.targets[::8]
+
+    monkeypatch.setattr(data, 'Digits', FewDigits)
+
+
 @pytest.mark.parametrize('line', COMMANDS)
-def test_command(line, workshop, words, monkeypatch, online):
+def test_command(line, workshop, words, monkeypatch, online, few_digits):
     monkeypatch.chdir(workshop)
     program, *argv = shlex.split(line)
     if any(word.endswith('train.py') for word in argv):
