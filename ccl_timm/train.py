@@ -34,6 +34,7 @@ from ccl_timm.announce import say_choices, say_end, say_epoch, say_finish, warn_
 from ccl_timm.console import Progress, is_primary, say
 from ccl_timm.errors import UserError
 from ccl_timm.loaders import make_loaders
+from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
 from ccl_timm.trackers import Tracker
 from ccl_timm.trained import build_model
@@ -182,6 +183,8 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     model = build_model(vars(args), **settings.weight_settings(args))
     data_config = resolve_data_config(vars(args), model=model)
     memory_format = _memory_format(args, model)
+    if device.type == 'cpu':
+        crop_kernels(model)
     model.to(device, memory_format=memory_format)
     if args.grad_checkpointing:
         with settings.explained(f"--grad-checkpointing does not work with '{args.model}'"):
