@@ -56,11 +56,12 @@ def list_tables() -> list[str]:
 
 
 def read_table(name: str) -> Table:
-    """Read one of the papers' tables.
+    """Read one of the papers' tables, or one of ours.
 
     Its file has ``title``, ``seeds``, ``notes``, ``datasets`` (each with ``recipe`` and settings to ``set``) and
     ``rows`` (each with ``model``, ``loss``, settings to ``set``, settings ``in`` single data sets, perhaps a ``recipe``
-    of its own, and the ``paper``'s figures: a data set without one is not in the row).
+    of its own, and the ``paper``'s figures: a data set without one is not in the row). Rows without ``paper`` are of
+    ours, and in every column.
 
     Raises:
         UnknownNameError: there is none of that name.
@@ -74,7 +75,7 @@ def read_table(name: str) -> Table:
         _row(row_name, row, dataset, column)
         for dataset, column in content['datasets'].items()
         for row_name, row in content['rows'].items()
-        if dataset in row['paper']
+        if 'paper' not in row or dataset in row['paper']
     ]
     return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())))
 
@@ -142,6 +143,6 @@ def _row(name: str, row: dict[str, Any], dataset: str, column: dict[str, Any]) -
         **row.get('set', {}),
         **row.get('in', {}).get(dataset, {}),
     }
-    figure = row['paper'][dataset]
-    paper = tuple(figure) if isinstance(figure, list) else (figure, None)
+    figure = row['paper'][dataset] if 'paper' in row else None
+    paper = tuple(figure) if isinstance(figure, list) else None if figure is None else (figure, None)
     return Row(name, dataset, tuple(as_words(settings)), paper)
