@@ -171,6 +171,9 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
     elif args.val_split:
         validation = open_part(args, args.val_split, channels, train_names, needs_part=True)
         notes += _missing_classes(args.val_split, validation, train_names)
+    if args.train_fraction is not None:
+        train = _share(args, train, targets)
+        targets = targets_of(train)
     _check_labels(args, targets, train_names)
     counts = None
     if targets is not None:
@@ -370,10 +373,10 @@ def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: li
         )
 
 
-def check_fraction(fraction: float) -> None:
-    """Raise a UserError if this cannot be the share that is held out."""
-    if not 0 < fraction < 1:
-        raise UserError(f'--val-fraction {fraction} must lie between 0 and 1, such as 0.2.')
+def check_fraction(fraction: float | None, flag: str) -> None:
+    """Raise a UserError if this cannot be the share of the images that a flag asks for; None is no share."""
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(f'{flag} {fraction} must lie between 0 and 1, such as 0.2.')
 
 
 def hold_out(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:
@@ -401,7 +404,7 @@ def hold_out(files: list[str], targets: list[int], fraction: float, seed: int) -
 
 def _hold_out(args, dataset, targets, channels, names):
     """Open the training part a second time and divide the two by a held-out share."""
-    if isinstance(dataset, IterableDataset) or targets is None:
+    if not _can_be_listed(dataset, targets):
         raise UserError(
             f"--val-fraction cannot split '{args.dataset}', whose images cannot be listed: use --val-split."
         )
@@ -412,6 +415,22 @@ def _hold_out(args, dataset, targets, channels, names):
     validation = _Part(again, sorted(held))
     record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
     return train, validation, record
+
+
+def _share(args, dataset, targets):
+    """A share of each class of the training part, in its order; which one depends on the seed."""
+    if not _can_be_listed(dataset, targets):
+        raise UserError(
+            f"--train-fraction cannot take a share of '{args.dataset}', whose images cannot be listed: leave it out."
+        )
+    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, range(len(dataset)))
+    files = file_names(base)
+    left = hold_out([files[index] for index in indices], targets, 1 - args.train_fraction, args.seed)
+    return _Part(base, [index for place, index in enumerate(indices) if place not in left])
+
+
+def _can_be_listed(dataset, targets):
+    return not isinstance(dataset, IterableDataset) and targets is not None
 
 
 def _fingerprint(dataset: Dataset, targets: list[int] | None) -> str:

@@ -84,7 +84,7 @@ UPSTREAM_ONLY: dict[str, Any] = {
 # flags that timm's train.py does not have
 OWN = (
     'class_names', 'class_weight', 'deterministic', 'in_memory', 'loss', 'loss_kwargs', 'lr_batch', 'memory_format',
-    'pad_crop', 'patience', 'samples_per_class', 'scale_lr', 'tracker', 'val_fraction',
+    'pad_crop', 'patience', 'samples_per_class', 'scale_lr', 'tracker', 'train_fraction', 'val_fraction',
 )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def _add_data(parser: Parser) -> None:
     add('--train-split', default='train', metavar='NAME', help='name of the training part')
     add('--val-split', default='validation', metavar='NAME', help="name of the validation part; '' for none")
     add('--val-fraction', type=float, default=None, metavar='F', help='hold out this share of each training class')
+    add('--train-fraction', type=float, default=None, metavar='F', help='train on this share of each class only')
     add('--dataset-download', action='store_true', help='let torch/ data sets download themselves')
     add('--class-map', default='', metavar='FILE', help='class names, one a line, in the order of their numbers')
     add('--class-names', nargs='+', default=None, metavar='NAME', help='the same in words; args.yaml has it')

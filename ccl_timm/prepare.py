@@ -103,7 +103,7 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     Raises:
         UserError: it is no such folder, or no class has two images.
     """
-    data.check_fraction(fraction)
+    data.check_fraction(fraction, '--val-fraction')
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"There is no folder '{source}'.")

@@ -23,7 +23,8 @@ _FREE_IN_GROUP = {'dataset_download', 'seed'}
 _FREE_IN_TABLE = _FREE_IN_GROUP | {
     'amp', 'amp_dtype', 'channels_last', 'cooldown_epochs', 'data_dir', 'decay_epochs', 'decay_milestones',
     'deterministic', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch', 'memory_format',
-    'pretrained_path', 'torchcompile', 'torchcompile_mode', 'val_interval', 'validation_batch_size', 'warmup_epochs',
+    'pretrained_path', 'torchcompile', 'torchcompile_mode', 'train_fraction', 'val_interval',
+    'validation_batch_size', 'warmup_epochs',
 }  # fmt: skip
 # what may differ between a run and the cross-entropy run that it is tested against
 _FREE_IN_BASELINE = _FREE_IN_GROUP | {'loss', 'loss_kwargs', 'model', 'model_kwargs'}

@@ -53,8 +53,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in (*names, 'samples_per_class', 'patience', 'lr_batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    if args.val_fraction is not None:
-        data.check_fraction(args.val_fraction)
+    data.check_fraction(args.val_fraction, '--val-fraction')
+    data.check_fraction(args.train_fraction, '--train-fraction')
     if args.workers < 0:
         raise UserError(f'--workers {args.workers} must be at least 0.')
     if args.class_weight and not losses.class_weight_option(args.loss):

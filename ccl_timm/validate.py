@@ -202,13 +202,13 @@ def _parser(prog: str) -> Parser:
 def data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
     """The run's data settings, overridden by what was typed."""
     defaults = {'data_dir': None, 'dataset': '', 'val_split': 'validation', 'train_split': 'train', 'seed': 42}
-    defaults |= {'val_fraction': None, 'class_map': '', 'class_names': None, 'num_classes': None}
-    defaults |= {'dataset_download': False, 'input_img_mode': None, 'input_key': None, 'target_key': None}
+    defaults |= {'train_fraction': None, 'val_fraction': None, 'dataset_download': False, 'class_map': ''}
+    defaults |= dict.fromkeys(('class_names', 'num_classes', 'input_img_mode', 'input_key', 'target_key'))
     settings = {**defaults, **{key: settings[key] for key in defaults if key in settings}}
     if args.data_dir is not None:
-        settings |= {'data_dir': args.data_dir, 'dataset': args.dataset or ''}
+        settings |= {'data_dir': args.data_dir, 'dataset': args.dataset or '', 'train_fraction': None}
     elif args.dataset is not None:
-        settings |= {'dataset': args.dataset}
+        settings |= {'dataset': args.dataset, 'train_fraction': None}
     if args.split is not None or args.data_dir is not None or args.dataset is not None:
         settings |= {'val_split': args.split or settings['val_split'] or 'validation', 'val_fraction': None}
     if settings['data_dir'] is None and not settings['dataset']:
@@ -226,9 +226,9 @@ def open_for(
         split: name of the part.
         channels: of the images.
         class_names: of the model; None if unknown.
-        training: of a training part divided by ``val_fraction``, the share trained on.
+        training: of a training part divided by ``val_fraction`` or ``train_fraction``, the share trained on.
     """
-    if settings.val_fraction is None:
+    if settings.val_fraction is None and not (training and settings.train_fraction):
         return data.open_part(settings, split, channels, class_names, settings.needs_part)
     splits = data.open_splits(settings, channels)
     return splits.train if training else splits.validation

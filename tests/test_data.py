@@ -149,3 +149,22 @@ def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
     assert (images.amin(1) == 0).any()  # no pixel of the images themselves is black in all channels
     names = [type(step).__name__ for step in splits.train.transform.transforms]
     assert names[:2] == ['Resize', 'RandomCrop'] and 'RandomResizedCropAndInterpolation' not in names
+
+
+def test_share_of_the_training_part_is_stratified_and_seeded(tmp_path):
+    root = write_folder(tmp_path, train=10)
+    whole = open_splits('--data-dir', root)
+    share = open_splits('--data-dir', root, '--train-fraction', '0.3')
+    assert np.bincount(data.targets_of(share.train)).tolist() == share.counts == [3, 3, 3]
+    assert len(share.validation) == len(whole.validation) and share.fingerprint != whole.fingerprint
+    same, other = (open_splits('--data-dir', root, '--train-fraction', '0.3', '--seed', seed) for seed in ('42', '1'))
+    assert same.train.indices == share.train.indices != other.train.indices
+
+
+def test_share_of_what_is_not_held_out(tmp_path):
+    root = write_folder(tmp_path, train=10, validation=0)
+    splits = open_splits('--data-dir', root, '--val-fraction', '0.2', '--train-fraction', '0.5')
+    assert (len(splits.train), len(splits.validation)) == (12, 6)
+    assert not set(splits.train.indices) & set(splits.validation.indices)
+    few = open_splits('--data-dir', write_folder(tmp_path / 'few', train=1), '--train-fraction', '0.1')
+    assert few.counts == [1, 1, 1]
