@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import timm
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
@@ -14,7 +17,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
 
-__all__ = ['RECORD', 'default_repository', 'is_unedited', 'render', 'without_folders']
+__all__ = ['RECORD', 'default_repository', 'is_unedited', 'render', 'without_folders', 'write_record']
 
 # what a card is written from
 RECORD = ('config.json', 'args.yaml', 'summary.csv', 'environment.json')
@@ -84,6 +87,27 @@ def without_folders(value: Any) -> Any:
         return value
     flag, equals, path = value.rpartition('=')
     return f'{flag}{equals}{Path(path).name}' if Path(path).is_absolute() else value
+
+
+def write_record(run: Path, folder: Path) -> None:
+    """Write what a run recorded into a folder: settings, figures and environment, without folders of this machine.
+
+    Args:
+        run: has args.yaml; the others as far as they are there.
+        folder: exists.
+    """
+    settings = {key: without_folders(value) for key, value in runs.read_args(run).items()}
+    (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
+    for name in ('summary.csv', 'parts.csv'):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    if (run / 'environment.json').is_file():
+        environment = json.loads((run / 'environment.json').read_text(encoding='utf-8'))
+        words = shlex.split(environment['command'])
+        environment['command'] = shlex.join(without_folders(word) for word in words)
+        environment['recipe'] = without_folders(environment.get('recipe'))
+        environment.pop('resumed', None)  # further commands, which a card does not tell of
+        (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')
 
 
 def _front_matter(settings, measured, repo_id, license) -> ModelCardData:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccl_timm import analysis, pictures, retrieval, validate
+from ccl_timm import analysis, pictures, retrieval, runs, validate
 from ccl_timm.console import say, table
 from ccl_timm.errors import UserError
 from ccl_timm.options import Parser
@@ -84,8 +84,7 @@ def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[st
 
 
 def _folder_beside(source: str) -> Path:
-    path = Path(source)
-    return (path if path.is_dir() else path.parent) / 'pictures'
+    return runs.folder_of(Path(source)) / 'pictures'
 
 
 def _title(trained: Trained) -> str:

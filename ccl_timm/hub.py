@@ -4,8 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from typing import Any
 
 import timm.models
 import torch
-import yaml
 from huggingface_hub import HfApi, constants, get_session
 from timm.models._hub import save_config_for_hf
 
@@ -116,26 +113,17 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
         UserError: the source is no run, or its figures were measured with other weights than those asked for.
     """
     trained = load_trained(source, use_ema)
-    run = Path(source) if Path(source).is_dir() else Path(source).parent
+    run = runs.folder_of(Path(source))
     if not trained.settings:
         raise UserError(f"'{source}' is an exported model: name the folder of its run, which tells how it was trained.")
-    settings = {key: card.without_folders(value) for key, value in runs.read_args(run).items()}
+    settings = runs.read_args(run)
     if bool(settings.get('model_ema')) != use_ema:
         raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
     if weights:
         _export_timm(trained, folder)
     else:
         save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
-    (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
-    if (run / 'summary.csv').is_file():
-        shutil.copyfile(run / 'summary.csv', folder / 'summary.csv')
-    if (run / 'environment.json').is_file():
-        environment = json.loads((run / 'environment.json').read_text(encoding='utf-8'))
-        words = shlex.split(environment['command'])
-        environment['command'] = shlex.join(card.without_folders(word) for word in words)
-        environment['recipe'] = card.without_folders(environment.get('recipe'))
-        environment.pop('resumed', None)  # further commands, which a card does not tell of
-        (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')
+    card.write_record(run, folder)
 
 
 def push(

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ccl_timm import results, runs
+from ccl_timm import card, results, runs
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
 from ccl_timm.options import Parser
@@ -39,6 +39,8 @@ def main(argv: list[str], prog: str) -> int:
     table = read_table(args.table) if args.table else None
     found = results.read_results(args.runs)
     text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
+    if args.record:
+        _record(found, Path(args.record))
     if not args.output:
         print(text, end='')
         return 0
@@ -59,8 +61,21 @@ def _parser(prog: str) -> Parser:
     add('--table', default=None, metavar='NAME', help='such as cc-table1; `ccl-timm reproduce` lists them')
     add('--format', default='md', choices=tuple(FORMATS), help='md: Markdown; html: one file, with pictures')
     add('-o', '--output', default='', metavar='FILE', help='write to this new file')
+    add('--record', default='', metavar='DIR', help='copy what each run recorded, without checkpoints, to DIR/NAME')
     add('--diff', action='store_true', help='settings, versions and data that two runs differ in, then their figures')
     return parser
+
+
+def _record(found: list[Result], folder: Path) -> None:
+    """Copy the records of runs, each into a new folder of its own."""
+    names = [result.settings.get('experiment') or result.folder.name for result in found]
+    taken = [name for name in names if (folder / name).exists() or names.count(name) > 1]
+    if taken:
+        raise UserError(f"'{folder / taken[0]}' would hold two records: name another folder with --record.")
+    for name, result in zip(names, found, strict=True):
+        (folder / name).mkdir(parents=True)
+        card.write_record(result.folder, folder / name)
+    say(f'{len(found)} records written: {folder}')
 
 
 def table_report(table: Table, found: list[Result]) -> Report:
@@ -85,7 +100,8 @@ def table_report(table: Table, found: list[Result]) -> Report:
         sections.append(_details(records))
     if tested := _papers_tests(table):
         sections.append(tested)
-    notes = [_LEGEND, _BEST_OTHER, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
+    papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
+    notes = [_LEGEND, *papers, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
     labels = [f'{place.row.dataset}, top-1 %' for place in places for _ in place.groups]
     names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
     return Report(table.title, sections, notes, records, _curves(groups, labels, names), _pictures(groups))
@@ -113,10 +129,12 @@ def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str,
     return {
         'seeds': [result.seed for result in own.results] if own else [],
         'epochs': own.epochs if own else None,
+        'train_fraction': own.settings.get('train_fraction') if own else None,
         **_summary('last_epoch', last),
         **_summary('best_epoch', best),
         'p_ce': welch(last, ce.last) if ce else None,
         'against_ce': difference(last, ce.last, comparisons) if ce else '',
+        'other_parts': own.parts if own else {},
         'folders': [result.folder.as_posix() for result in own.results] if own else [],
     }
 
@@ -153,7 +171,7 @@ def _papers_tests(table: Table) -> Section | None:
             (figure, largest), constant = row.paper, other.paper[0]
             low, high = p_bounds(figure, largest, constant, table.seeds)
             gap = f'{figure - constant:+.2f} to {other.name} {constant:.2f}'
-            rows.append((row.name, row.dataset, _paper(figure, largest), gap, f'{low:.2g} to {high:.2g}'))
+            rows.append((row.name, row.dataset, _paper(row.paper), gap, f'{low:.2g} to {high:.2g}'))
     caption = f"The paper's own figures against the best other: p that {table.seeds} runs of that margin can have"
     return Section(caption, ('row', 'data', "paper's", 'against the best other', 'p'), rows) if rows else None
 
@@ -189,13 +207,16 @@ def _welch_note(comparisons: int) -> list[str]:
 
 def _layout(table: Table, places: list[Place]) -> Section:
     """Rows and data sets as the paper has them, ours beside the paper's."""
-    header = ['row', *(f'{name}, {whose}' for name in table.datasets for whose in ('ours', "paper's"))]
-    cells = {(place.row.name, place.row.dataset): (_cell(place), _paper(*place.row.paper)) for place in places}
+    printed = any(row.paper for row in table.rows)
+    whose = ('ours', "paper's") if printed else ('ours',)
+    header = ['row', *(f'{name}, {one}' for name in table.datasets for one in whose)]
+    cells = {(place.row.name, place.row.dataset): (_cell(place), _paper(place.row.paper)) for place in places}
     rows = [
-        (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))))
+        (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
         for name in dict.fromkeys(row.name for row in table.rows)
     ]
-    return Section('As the paper prints it, ours after the last epoch', tuple(header), rows)
+    caption = 'As the paper prints it, ours after the last epoch' if printed else 'Ours, after the last epoch'
+    return Section(caption, tuple(header), rows)
 
 
 def _cell(place: Place) -> str:
@@ -203,10 +224,15 @@ def _cell(place: Place) -> str:
         return 'not run'
     own = place.groups[0]
     short = '' if own.epochs == place.epochs else f', {own.epochs} of {place.epochs} epochs'
+    fraction = own.settings.get('train_fraction')
+    short += f', {fraction:.0%} of the images' if fraction else ''
     return f'{show_figures(own.last)} (n={len(own.last)}{short})'
 
 
-def _paper(figure: float, largest: float | None) -> str:
+def _paper(printed: tuple[float, float | None] | None) -> str:
+    if printed is None:
+        return ''
+    figure, largest = printed
     return f'{figure:.2f}' + (f' ± {largest:.2f}' if largest is not None else '')
 
 
@@ -218,16 +244,18 @@ def _details(records: list[dict[str, Any]]) -> Section:
         cells['last epoch'] = show_figures(record['last_epoch'])
         cells['seeds'] = str(len(record['seeds']))
         cells['epochs'] = str(record['epochs'])
-        if 'paper' in record:
-            cells["recipe's epochs"] = str(record['recipe_epochs'])
-            cells["paper's"] = _paper(record['paper'], record['paper_margin'])
+        cells['of the images'] = f'{record["train_fraction"]:.0%}' if record['train_fraction'] else ''
+        cells["recipe's epochs"] = str(record.get('recipe_epochs', ''))
+        if record.get('paper') is not None:
+            cells["paper's"] = _paper((record['paper'], record['paper_margin']))
             cells['difference'] = f'{record["difference"]:+.2f}'
             cells['against the best other'] = _against_other(record)
         cells['against our ce'] = record['against_ce']
         cells['best epoch'] = show_figures(record['best_epoch'])
+        cells['other parts'] = ', '.join(f'{part} {show_figures(own)}' for part, own in record['other_parts'].items())
         rows.append(cells)
-    header = [name for name in rows[0] if any(row[name] for row in rows)]
-    return Section('Figure by figure', tuple(header), [tuple(row[name] for name in header) for row in rows])
+    header = [name for name in max(rows, key=len) if any(row.get(name) for row in rows)]
+    return Section('Figure by figure', tuple(header), [tuple(row.get(name, '') for name in header) for row in rows])
 
 
 def _against_other(record: dict[str, Any]) -> str:

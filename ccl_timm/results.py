@@ -66,6 +66,12 @@ class Result:
         return self.curve[-1][1]
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Top-1 in % after the last epoch on further parts of the data, as `validate --record` has written them."""
+        measured = runs.read_parts(self.folder)
+        return {row['part']: float(row['top1']) for row in measured if int(row['epoch']) + 1 == self.epochs}
+
+    @property
     def best(self) -> float:
         """Top-1 in % after the epoch that is best in the run's ``eval_metric``."""
         return runs.best_row(self.rows, self.settings.get('eval_metric', 'top1'))['eval_top1']
@@ -96,6 +102,12 @@ class Group:
     def best(self) -> list[float]:
         """Top-1 in % after each one's best epoch."""
         return [result.best for result in self.results]
+
+    @property
+    def parts(self) -> dict[str, list[float]]:
+        """Top-1 in % on further parts of the data, for those measured of all of them."""
+        measured = [result.parts for result in self.results]
+        return {part: [own[part] for own in measured] for part in measured[0] if all(part in own for own in measured)}
 
 
 @dataclass(frozen=True)

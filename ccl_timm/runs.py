@@ -23,6 +23,7 @@ from ccl_timm import plugins
 from ccl_timm.errors import UserError
 
 __all__ = [
+    'add_part',
     'best_row',
     'check_same_data',
     'check_same_settings',
@@ -31,11 +32,13 @@ __all__ = [
     'create_folder',
     'differences',
     'environment',
+    'folder_of',
     'is_done',
     'plan_folder',
     'planned_epochs',
     'read_args',
     'read_checkpoint',
+    'read_parts',
     'read_summary',
     'whole_rows',
     'write_run_files',
@@ -186,6 +189,11 @@ def checkpoint_of(source: Path) -> Path:
     raise UserError(f"'{source}' {what}: name the folder of a finished run, such as output/train/NAME.")
 
 
+def folder_of(source: Path) -> Path:
+    """A run's folder, given that or a checkpoint in it."""
+    return source if source.is_dir() else source.parent
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training checkpoint, tensors memory-mapped, without unpickling anything but plain types.
 
@@ -227,6 +235,31 @@ def read_summary(folder: Path) -> list[dict[str, float]]:
 def whole_rows(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's summary.csv without one that was cut while it was written, which has no end."""
     return [row for row in read_summary(folder) if 'lr' in row]
+
+
+def read_parts(folder: Path) -> list[dict[str, str]]:
+    """What was measured on further parts of the data: rows of a run's parts.csv; none without that file."""
+    path = folder / 'parts.csv'
+    if not path.is_file():
+        return []
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def add_part(folder: Path, row: dict[str, Any]) -> Path:
+    """Append what was measured on a further part of the data to a run's parts.csv; returns its path.
+
+    Args:
+        folder: the run's.
+        row: ``part``, ``epoch`` (counted from 0, as in summary.csv), ``images``, ``top1``, ``top5`` and ``loss``.
+    """
+    path = folder / 'parts.csv'
+    rows = [*read_parts(folder), row]
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def planned_epochs(settings: dict[str, Any]) -> int:

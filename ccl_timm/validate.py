@@ -14,7 +14,7 @@ import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm import data, retrieval
+from ccl_timm import data, retrieval, runs
 from ccl_timm.console import Progress, say, warn
 from ccl_timm.errors import UserError
 from ccl_timm.loaders import evaluation_loader
@@ -122,6 +122,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
             raise UserError(f"'{path}' exists already: name another file.")
     device = torch.device(pick_device(args.device))
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
+    if args.record and (trained.epoch is None or args.data_dir is not None or args.dataset is not None):
+        raise UserError('--record keeps figures of a run on a part of its own data: name the run, and --split.')
     settings = data_settings(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
     dataset = open_for(settings, settings.val_split, config['input_size'][0], trained.class_names)
@@ -138,6 +140,10 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
         metrics |= _neighbours(args, settings, trained, loader, config)
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
     _write_tables(args, found, names)
+    if args.record:
+        figures = {name: metrics[name] for name in ('top1', 'top5', 'loss')}
+        row = {'part': settings.val_split, 'epoch': trained.epoch, 'images': len(dataset) - found.unreadable, **figures}
+        say(f'written: {runs.add_part(runs.folder_of(Path(args.source or args.checkpoint)), row)}')
     result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
     print(f'--result\n{json.dumps({**result, "img_size": config["input_size"][-1]}, indent=4)}')
     return 0
@@ -191,6 +197,7 @@ def _parser(prog: str) -> Parser:
     add('--split', default=None, metavar='NAME', help='part to evaluate on')
     add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
+    add('--record', action='store_true', help="add the figures to the run's parts.csv, which reports show")
     add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
     add('--knn', type=int, default=None, metavar='K', help='accuracy of the K nearest training images, by features')
     add('-b', '--batch-size', type=int, default=256, metavar='N')

@@ -143,7 +143,8 @@ def test_figures_are_the_papers():
     for (name, dataset, row), figure in expected.items():
         found = tables.select(tables.read_table(name), dataset, [row]).rows
         assert [r.paper for r in found] == [figure]
-    assert {name: len(tables.read_table(name).rows) for name in tables.list_tables()} == {
+    whole = {name: tables.read_table(name).rows for name in tables.list_tables()}
+    assert {name: len(rows) for name, rows in whole.items() if any(row.paper for row in rows)} == {
         'cc-table1': 41, 'cc-table2': 10, 'cc-table4': 18, 'cc-table5': 15, 'pod-table2': 7, 'pod-table4': 40,
         'pod-table6': 10, 'pod-table7': 16, 'pod-table8': 20,
     }  # fmt: skip

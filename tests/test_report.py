@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm import options, report, results, statistics, tables
+from ccl_timm import options, report, results, runs, statistics, tables
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
@@ -94,6 +94,27 @@ def test_report_is_the_same_from_the_records_alone(runs_of_table1, words):
         (kept / 'args.yaml').write_text(yaml.safe_dump(settings))
         shutil.copy(path.parent / 'summary.csv', kept)
     assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
+
+
+def test_records_hold_all_that_the_report_tells(runs_of_table1, words):
+    environment = {'command': 'timm train.py --data-dir /home/me/mnist', 'recipe': '/home/me/r.yaml'}
+    focal = (*CE[:-1], 'focal')
+    write_run('runs/cut', focal, [97, 98], seed=0, train_fraction=0.1, environment=environment, experiment='few')
+    runs.add_part(Path('runs/cut'), {'part': 'test1k', 'epoch': 0, 'images': 1000, 'top1': 50, 'top5': 60, 'loss': 1})
+    runs.add_part(Path('runs/cut'), {'part': 'test1k', 'epoch': 1, 'images': 1000, 'top1': 96, 'top5': 99, 'loss': 1})
+    argv = ['--table', 'cc-table1', '--record', 'results']
+    code, whole, err = words('ccl-timm', 'report', 'runs', *argv)
+    assert code == 0, err
+    assert '98.00 (n=1, 2 of 300 epochs, 10% of the images)' in whole and '| 10% ' in whole
+    assert '| test1k 96.00 |' in whole and 'test1k 50' not in whole
+    assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
+    assert {path.name for path in Path('results/few').iterdir()} == {
+        'args.yaml', 'summary.csv', 'environment.json', 'parts.csv'
+    }  # fmt: skip
+    texts = [path.read_text() for path in Path('results').rglob('*.*')]
+    assert not any('/home' in text or '/some' in text for text in texts)
+    code, out, err = words('ccl-timm', 'report', 'runs', *argv)
+    assert code == 2 and 'would hold two records: name another folder with --record' in err
 
 
 def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):
@@ -308,7 +329,7 @@ def test_every_table_prints_its_own_rows_and_no_others(name, place, words):
     assert {(r['row'], r['data']): r['last_epoch'] for r in records} == {
         (row.name, row.dataset): [10 + number / 8] for number, row in enumerate(table.rows)
     }
-    assert all(r['paper'] == row.paper[0] for r, row in zip(records, table.rows, strict=True))
+    assert all(r['paper'] == (row.paper and row.paper[0]) for r, row in zip(records, table.rows, strict=True))
     layout = re.search(
         r'after the last epoch:\n\n(.*?)\n\n', words('ccl-timm', 'report', 'runs', '--table', name)[1], re.S
     )

@@ -1,6 +1,7 @@
 """Evaluation: figures from the confusion matrix, images that cannot be read, neighbours by features."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
+from ccl_timm import runs
 from ccl_timm.retrieval import knn_accuracy, recall_at_1
 from ccl_timm.validate import evaluate
 
@@ -68,3 +70,17 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
     assert result['top1'] == pytest.approx(100 * hits / 11)
     code, out, err = words('timm', 'validate.py', *argv)
     assert code == 2 and "'b.csv' exists already" in err
+
+
+def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
+    run = shutil.copytree(trained, place / 'run')
+    write_folder(place / 'images')
+    for part in ('train', 'validation'):
+        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--record')
+        assert code == 0, err
+    rows = runs.read_parts(run)
+    assert [row['part'] for row in rows] == ['train', 'validation']
+    assert float(rows[-1]['top1']) == results(out)['top1'] and int(rows[-1]['images']) == results(out)['images']
+    assert int(rows[-1]['epoch']) + 1 == len(runs.whole_rows(run))
+    code, out, err = words('timm', 'validate.py', run, '--data-dir', place / 'images', '-j', '0', '--record')
+    assert code == 2 and '--record keeps figures of a run on a part of its own data' in err
