@@ -57,7 +57,7 @@ def render(folder: Path, repo_id: str, baseline: Path | None = None, license: st
         template_path=str(packaged_folder('hub_cards') / 'template.md'),
         **_use(config, repo_id),
         **_training(config, settings, environment),
-        **_results(settings, environment, rows, measured, baseline),
+        **_results(settings, environment, rows, measured, baseline, runs.read_parts(folder)),
     )
     text = str(card).rstrip() + '\n'
     return f'{text}\n{_STAMP}{_digest(text)} -->\n'
@@ -200,7 +200,7 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
     rows = [
         ('architecture', f'`{name}`'),
         ('loss', f'`{loss}`' + (f' ({options})' if options else ', default options')),
-        ('data', f'{_data_name(settings)}, {config["num_classes"]} classes'),
+        ('data', f'{_data_name(settings)}, {config["num_classes"]} classes' + _share(settings)),
         ('images', f'{resolution}, {_image_mode(config)}, mean {cfg["mean"]}, std {cfg["std"]}'),
         ('stem', stem),
         ('start', _start(settings)),
@@ -220,6 +220,11 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
     }
 
 
+def _share(settings: dict[str, Any]) -> str:
+    fraction = settings.get('train_fraction')
+    return f', {fraction:.0%} of the training images' if fraction else ''
+
+
 def _loss(settings: dict[str, Any]) -> str:
     return settings.get('loss') or 'ce'
 
@@ -232,9 +237,13 @@ def _start(settings: dict[str, Any]) -> str:
     return f'from the weights of [{base}](https://huggingface.co/{base})' if base else 'from scratch'
 
 
-def _results(settings, environment, rows, measured, baseline: Path | None) -> dict[str, Any]:
+def _results(settings, environment, rows, measured, baseline: Path | None, parts) -> dict[str, Any]:
     """The figure beside the baseline's and the paper's, and how it was measured."""
     figures = [('this model', f'{measured["eval_top1"]:.2f}' if 'eval_top1' in measured else 'not measured')]
+    same_weights = [row for row in parts if int(row['epoch']) == measured.get('epoch')]
+    figures += [
+        (f'this model on "{row["part"]}", {row["images"]} images', f'{float(row["top1"]):.2f}') for row in same_weights
+    ]
     figures.append(_baseline_figure(settings, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
     figures.append(_paper_figure(settings, environment.get('recipe')))
     if 'eval_top1' not in measured:

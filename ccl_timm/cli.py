@@ -175,17 +175,11 @@ def _push(argv: list[str], prog: str) -> int:
 def _card(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'Print the model card that `ccl-timm push` would send with a run.')
     _add_card_words(parser, required=False)
+    parser.add_argument('-o', '--output', default='', metavar='DIR', help='write it here, with what it is written from')
     args = parser.parse_strictly(argv)
-    import tempfile
-    from pathlib import Path
+    from ccl_timm import hub
 
-    from ccl_timm import card, hub
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        hub.record(args.source, folder, args.use_ema, weights=False)
-        repo_id = args.repo_id or card.default_repository(folder)
-        print(card.render(folder, repo_id, Path(args.baseline) if args.baseline else None, args.license), end='')
+    print(hub.write_card(**vars(args)), end='')
     return 0
 
 

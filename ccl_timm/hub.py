@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.hub_errors import check_repository_name, explained
 from ccl_timm.trained import Trained, load_trained
 
-__all__ = ['export', 'push', 'record']
+__all__ = ['export', 'push', 'record', 'write_card']
 
 EXPORT_FILES = {'timm': ('model.safetensors', 'config.json'), 'onnx': ('model.onnx',)}
 ANSWER_SECONDS = 120.0  # how long to wait for an answer of the Hub to a push
@@ -124,6 +125,47 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
     else:
         save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
     card.write_record(run, folder)
+
+
+def write_card(
+    source: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    use_ema: bool = False,
+    baseline: str | os.PathLike | None = None,
+    license: str = 'apache-2.0',
+    output: str | os.PathLike = '',
+) -> str:
+    """Write the card of a run's checkpoint, without a network.
+
+    Args:
+        source: as for :func:`record`.
+        repo_id: the repository that the card's code loads; by default ours, named after model, loss and data.
+        use_ema: the moving average instead of the weights.
+        baseline: the same recipe with cross-entropy.
+        license: of the weights.
+        output: a new folder for README.md, for the record that it is written from, and for that of the baseline.
+
+    Returns:
+        The card.
+
+    Raises:
+        UserError: as :func:`record` and :func:`ccl_timm.card.render`, or the folder exists.
+    """
+    if output and Path(output).exists():
+        raise UserError(f"'{output}' exists already: name a new folder with --output.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        record(source, folder, use_ema, weights=False)
+        repo_id = repo_id or card.default_repository(folder)
+        text = card.render(folder, repo_id, Path(baseline) if baseline else None, license)
+        if output:
+            (folder / 'README.md').write_text(text, encoding='utf-8')
+            if baseline:
+                (folder / 'baseline').mkdir()
+                card.write_record(Path(baseline), folder / 'baseline')
+            shutil.copytree(folder, output)
+    return text
 
 
 def push(

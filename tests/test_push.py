@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load, save
 
 import ccl_timm
-from ccl_timm import card, cli, hub, models, recipes
+from ccl_timm import card, cli, hub, models, recipes, runs
 from ccl_timm.models import checkpoints, variants
 from ccl_timm.trained import load_trained
 
@@ -429,7 +429,22 @@ def test_card_is_that_of_the_recorded_run(words, run, baseline, place):
     assert card.render(place, REPO, baseline) == out
 
 
-@pytest.mark.parametrize('folder', sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/README.md')))
+def test_card_is_written_with_what_it_is_written_from(words, run, baseline, place):
+    run = _with_settings(run, place / 'few', train_fraction=0.25)
+    for epoch in (0, 7):
+        figures = {'part': f'after{epoch}', 'epoch': epoch, 'images': 9, 'top1': 62.5, 'top5': 100.0, 'loss': 1.0}
+        runs.add_part(run, figures)
+    own = _with_settings(baseline, place / 'own', train_fraction=0.25)
+    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', own, '--output', 'card')
+    assert code == 0, err
+    assert out == Path('card/README.md').read_text() == card.render(Path('card'), REPO, Path('card/baseline'))
+    assert '25% of the training images' in out and '| this model on "after0", 9 images | 62.50 |' in out
+    assert 'after7' not in out  # measured with the weights of another epoch
+    code, out, err = words('ccl-timm', 'card', run, '--output', 'card')
+    assert code == 2 and "'card' exists already" in err
+
+
+@pytest.mark.parametrize('folder', sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/config.json')))
 def test_our_cards_are_those_of_their_recorded_runs(folder):
     baseline = folder / 'baseline'
     repo_id = f'{checkpoints.ORGANISATION}/{folder.name}'
