@@ -97,7 +97,7 @@ def _ccl_timm(argv: list[str]) -> int:
 
 
 def _parser(prog: str, description: str):
-    from ccl_timm.options import Parser
+    from ccl_timm.training.options import Parser
 
     return Parser(prog=prog, description=description)
 
@@ -114,19 +114,19 @@ def _run(argv: list[str], prog: str = 'ccl-timm run') -> int:
 
 
 def _train(argv: list[str], prog: str) -> int:
-    from ccl_timm import train
+    from ccl_timm.training import train
 
     return train.main(argv, prog)
 
 
 def _validate(argv: list[str], prog: str) -> int:
-    from ccl_timm import validate
+    from ccl_timm.training import validate
 
     return validate.main(argv, prog)
 
 
 def _predict(argv: list[str], prog: str) -> int:
-    from ccl_timm import predict
+    from ccl_timm.training import predict
 
     return predict.main(argv, prog)
 
@@ -146,7 +146,7 @@ def _export(argv: list[str], prog: str) -> int:
         '--format', default='timm', choices=('timm', 'onnx'), help='safetensors and config.json, or ONNX'
     )
     args = parser.parse_strictly(argv)
-    from ccl_timm.hub import export
+    from ccl_timm.hub.publish import export
 
     for path in export(args.source, args.folder, args.use_ema, args.format):
         print(path)
@@ -163,7 +163,7 @@ def _push(argv: list[str], prog: str) -> int:
     parser.add_argument('--replace-card', action='store_true', help='write over a card that was edited by hand, too')
     parser.add_argument('--dry-run', action='store_true', help='say what would go up, and send nothing')
     args = parser.parse_strictly(argv)
-    from ccl_timm.hub import push
+    from ccl_timm.hub.publish import push
 
     address = push(**vars(args))
     if address:
@@ -177,9 +177,9 @@ def _card(argv: list[str], prog: str) -> int:
     _add_card_words(parser, required=False)
     parser.add_argument('-o', '--output', default='', metavar='DIR', help='write it here, with what it is written from')
     args = parser.parse_strictly(argv)
-    from ccl_timm import hub
+    from ccl_timm.hub import publish
 
-    print(hub.write_card(**vars(args)), end='')
+    print(publish.write_card(**vars(args)), end='')
     return 0
 
 
@@ -192,7 +192,7 @@ def _add_card_words(parser, required: bool) -> None:
 
 
 def _data(argv: list[str], prog: str) -> int:
-    from ccl_timm import prepare
+    from ccl_timm.data import prepare
 
     return prepare.main(argv, prog)
 
@@ -230,8 +230,9 @@ def _recipes(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the packaged recipes, or print one.')
     parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='print this one')
     args = parser.parse_strictly(argv)
-    from ccl_timm import recipes, tables
+    from ccl_timm import recipes
     from ccl_timm.console import table
+    from ccl_timm.experiments import tables
 
     if args.name:
         print(recipes.find_recipe(args.name).read_text(encoding='utf-8'))
@@ -246,25 +247,25 @@ def _recipes(argv: list[str], prog: str) -> int:
 
 
 def _reproduce(argv: list[str], prog: str) -> int:
-    from ccl_timm import reproduce
+    from ccl_timm.experiments import reproduce
 
     return reproduce.main(argv, prog)
 
 
 def _compare(argv: list[str], prog: str) -> int:
-    from ccl_timm import compare
+    from ccl_timm.experiments import compare
 
     return compare.main(argv, prog)
 
 
 def _report(argv: list[str], prog: str) -> int:
-    from ccl_timm import report
+    from ccl_timm.reports import report
 
     return report.main(argv, prog)
 
 
 def _features(argv: list[str], prog: str) -> int:
-    from ccl_timm import features
+    from ccl_timm.reports import features
 
     return features.main(argv, prog)
 

@@ -24,11 +24,12 @@ from timm.utils import ParseKwargs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ccl_timm import loaders, losses, models, recipes
+from ccl_timm import losses, models, recipes
 from ccl_timm.console import say, warn
+from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
-from ccl_timm.options import OWN, train_parser
 from ccl_timm.task import LossTask
+from ccl_timm.training.options import OWN, train_parser
 
 __all__ = ['run_on_processes', 'run_script']
 

@@ -133,7 +133,7 @@ def short_patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 0.5)
         patch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 0.5)
-        patch.setattr('ccl_timm.hub.ANSWER_SECONDS', 0.5)
+        patch.setattr('ccl_timm.hub.publish.ANSWER_SECONDS', 0.5)
         yield
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ccl_timm import UserError, data, loaders, prepare
-from ccl_timm.options import resolve
+from ccl_timm import UserError
+from ccl_timm.data import datasets, loaders, prepare
+from ccl_timm.training.options import resolve
 
 from .conftest import write_folder
 
@@ -19,14 +20,14 @@ def settings(*argv):
 
 
 def open_splits(*argv, channels=3):
-    return data.open_splits(settings(*argv), channels)
+    return datasets.open_splits(settings(*argv), channels)
 
 
 def test_digits_are_whole_and_split_for_good():
-    train, validation = data.Digits('train'), data.Digits('validation')
+    train, validation = datasets.Digits('train'), datasets.Digits('validation')
     assert (len(train), len(validation)) == (1442, 355)
     assert np.bincount(validation.targets).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
-    image, label = data.Digits('train', mode='L')[0]
+    image, label = datasets.Digits('train', mode='L')[0]
     assert (image.mode, image.size, label) == ('L', (8, 8), 0)
     seen = {image.tobytes() for image in train.images}
     assert sum(image.tobytes() in seen for image in validation.images) == 0
@@ -37,7 +38,7 @@ def test_digits_as_a_folder_are_the_same_images(tmp_path):
     splits = open_splits('--data-dir', tmp_path / 'digits')
     assert splits.class_names == [str(label) for label in range(10)]
     assert (len(splits.train), len(splits.validation)) == (1442, 355)
-    own = data.Digits('validation', mode='L')
+    own = datasets.Digits('validation', mode='L')
     written = sorted((tmp_path / 'digits' / 'validation' / '7').iterdir())
     expected = [image for image, label in zip(own.images, own.targets, strict=True) if label == 7]
     assert all((np.asarray(Image.open(path)) == image).all() for path, image in zip(written, expected, strict=True))
@@ -50,7 +51,7 @@ def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
     shutil.rmtree(root / 'validation' / 'ant')
     splits = open_splits('--data-dir', root)
     assert splits.class_names == ['ant', 'bee', 'cat']
-    assert set(data.targets_of(splits.validation)) == {1, 2}
+    assert set(datasets.targets_of(splits.validation)) == {1, 2}
     assert splits.notes == ["Part 'validation' has no image of 1 of 3 classes: ant."]
 
 
@@ -74,8 +75,8 @@ def test_no_validation_part_names_the_ways_out(tmp_path):
 def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_path, monkeypatch):
     root = write_folder(tmp_path, train=10, validation=0)
     splits = open_splits('--data-dir', root, '--val-fraction', '0.2')
-    assert np.bincount(data.targets_of(splits.validation)).tolist() == [2, 2, 2]
-    assert np.bincount(data.targets_of(splits.train)).tolist() == [8, 8, 8]
+    assert np.bincount(datasets.targets_of(splits.validation)).tolist() == [2, 2, 2]
+    assert np.bincount(datasets.targets_of(splits.train)).tolist() == [8, 8, 8]
     held = {name for name, part in splits.held_out if part == 'validation'}
     assert len(held) == 6 and len(splits.held_out) == 30
     reader = type(splits.train.dataset.reader)
@@ -134,13 +135,13 @@ def test_class_map_sets_the_order(folder, tmp_path):
     (tmp_path / 'names.txt').write_text('cat\nbee\nant\n')
     splits = open_splits('--data-dir', folder, '--class-map', tmp_path / 'names.txt')
     assert splits.class_names == ['cat', 'bee', 'ant']
-    brightest = [i for i, target in enumerate(data.targets_of(splits.train)) if target == 0]
+    brightest = [i for i, target in enumerate(datasets.targets_of(splits.train)) if target == 0]
     assert np.asarray(splits.train[brightest[0]][0]).mean() > 120  # cat is the brightest class
 
 
 def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
     args = argparse.Namespace(**vars(settings('--data-dir', folder)))
-    splits = data.open_splits(args, 3)
+    splits = datasets.open_splits(args, 3)
     options = dict(batch_size=4, is_training=True, hflip=0.0, color_jitter=None, device=torch.device('cpu'))
     loaders.create_loader(splits.train, input_size=(3, 32, 32), pad_crop=4, **options)
     torch.manual_seed(0)
@@ -155,7 +156,7 @@ def test_share_of_the_training_part_is_stratified_and_seeded(tmp_path):
     root = write_folder(tmp_path, train=10)
     whole = open_splits('--data-dir', root)
     share = open_splits('--data-dir', root, '--train-fraction', '0.3')
-    assert np.bincount(data.targets_of(share.train)).tolist() == share.counts == [3, 3, 3]
+    assert np.bincount(datasets.targets_of(share.train)).tolist() == share.counts == [3, 3, 3]
     assert len(share.validation) == len(whole.validation) and share.fingerprint != whole.fingerprint
     same, other = (open_splits('--data-dir', root, '--train-fraction', '0.3', '--seed', seed) for seed in ('42', '1'))
     assert same.train.indices == share.train.indices != other.train.indices

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm import runs
+from ccl_timm.training import runs
 
 from .conftest import results, write_folder
 

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.metrics.pairwise import cosine_similarity
 
-from ccl_timm import analysis, cli, pictures
+from ccl_timm import cli
+from ccl_timm.reports import analysis, pictures
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 TINY = ['--img-size', '16', '-b', '8', '-j', '0', '--epochs', '2', '--checkpoint-hist', '1']

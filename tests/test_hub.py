@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import ccl_timm
-from ccl_timm.hub import export
-from ccl_timm.trained import load_trained
+from ccl_timm.hub.publish import export
+from ccl_timm.training.trained import load_trained
 
 from .conftest import results
 

@@ -8,8 +8,9 @@ import pytest
 import timm.data
 from PIL import Image
 
-from ccl_timm import UserError, data
-from ccl_timm.options import resolve
+from ccl_timm import UserError
+from ccl_timm.data import datasets
+from ccl_timm.training.options import resolve
 
 from .conftest import TINY, results
 
@@ -55,13 +56,13 @@ def open_splits(monkeypatch, reader, *argv):
 
     monkeypatch.setattr(timm.data, 'create_dataset', create_dataset)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
-    return data.open_splits(resolve(['--dataset', 'hfds/owner/name', *argv])[0], channels=3)
+    return datasets.open_splits(resolve(['--dataset', 'hfds/owner/name', *argv])[0], channels=3)
 
 
 def test_classes_and_counts_are_told_by_the_data(monkeypatch):
     splits = open_splits(monkeypatch, Reader([0, 0, 1, 2, 0, 1]))
     assert (splits.class_names, splits.counts) == (NAMES, [3, 2, 1])
-    assert data.targets_of(splits.validation) == [0, 0, 1, 2, 0, 1]
+    assert datasets.targets_of(splits.validation) == [0, 0, 1, 2, 0, 1]
     without_names = open_splits(monkeypatch, Reader([0, 2, 2], names=None))
     assert (without_names.class_names, without_names.counts) == (None, [1, 0, 2])
     assert splits.fingerprint != without_names.fingerprint
@@ -69,7 +70,7 @@ def test_classes_and_counts_are_told_by_the_data(monkeypatch):
 
 def test_a_share_can_be_held_out(monkeypatch):
     splits = open_splits(monkeypatch, Reader([0, 1] * 10), '--val-fraction', '0.2')
-    assert sorted(data.targets_of(splits.validation)) == [0, 0, 1, 1] and len(splits.train) == 16
+    assert sorted(datasets.targets_of(splits.validation)) == [0, 0, 1, 1] and len(splits.train) == 16
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from torchvision import transforms
 
-from ccl_timm.data import Digits
+from ccl_timm.data.datasets import Digits
+from ccl_timm.data.in_memory import Augment, InMemoryLoader, _random_boxes, decode, random_crops, resized_crops
+from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.in_memory import Augment, InMemoryLoader, _random_boxes, decode, random_crops, resized_crops
-from ccl_timm.loaders import evaluation_loader
 
 CPU = torch.device('cpu')
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccl_timm import archives, data, data_check, prepare
-from ccl_timm.options import resolve
+from ccl_timm.data import archives, check, datasets, prepare
+from ccl_timm.training.options import resolve
 
 
 def put(path, value=0, mode='RGB', size=(8, 6)):
@@ -188,7 +188,7 @@ def test_split_holds_out_what_training_would(folder, place, words):
     )
     assert tree(folder) == before
     argv = ['--data-dir', str(folder / 'train'), '--val-fraction', '0.25', '--seed', '3']
-    record = data.open_splits(resolve(argv)[0], channels=3).held_out
+    record = datasets.open_splits(resolve(argv)[0], channels=3).held_out
     assert set(tree(place / 'parts')) == {f'{part}/{name}' for name, part in record}
 
 
@@ -265,7 +265,7 @@ MESS = {
 
 
 def test_check_finds_each_problem_by_name(messy, words):
-    assert set(MESS) == set(data_check.PROBLEMS)
+    assert set(MESS) == set(check.PROBLEMS)
     code, out, err = words('ccl-timm', 'data', 'check', messy, '--json')
     found = json.loads(out)
     assert code == 1 and found['broken'] is True
@@ -285,7 +285,7 @@ def test_check_finds_each_problem_by_name(messy, words):
     assert 'broken: 3 cannot be decoded' in out and '... and 2 more' in out and 'text.png' not in out
 
 
-@pytest.mark.parametrize('kind', sorted(kind for kind, problem in data_check.PROBLEMS.items() if problem.breaks))
+@pytest.mark.parametrize('kind', sorted(kind for kind, problem in check.PROBLEMS.items() if problem.breaks))
 def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, words):
     root = shutil.copytree(folder, tmp_path / 'copy')
     if kind == 'unreadable':
@@ -297,7 +297,7 @@ def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, words):
     if kind == 'unknown_class':
         put(root / 'validation/dog/0.png')
     assert words('ccl-timm', 'data', 'check', root)[0] == 1
-    assert list(data_check.check_folder(root).problems)[0] == kind
+    assert list(check.check_folder(root).problems)[0] == kind
 
 
 def test_check_of_a_good_folder(folder, tmp_path, words):
@@ -320,7 +320,7 @@ def test_notes_are_not_broken(folder, tmp_path, words):
 
 def test_hold_out_does_not_depend_on_the_order_of_files():
     files, targets = [f'{number:03d}' for number in range(60)], [number % 3 for number in range(60)]
-    held = {files[index] for index in data.hold_out(files, targets, 0.2, 42)}
+    held = {files[index] for index in datasets.hold_out(files, targets, 0.2, 42)}
     order = np.random.default_rng(0).permutation(60)
-    again = data.hold_out([files[i] for i in order], [targets[i] for i in order], 0.2, 42)
+    again = datasets.hold_out([files[i] for i in order], [targets[i] for i in order], 0.2, 42)
     assert len(held) == 12 and {files[order[index]] for index in again} == held

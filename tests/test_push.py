@@ -19,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load, save
 
 import ccl_timm
-from ccl_timm import card, cli, hub, models, recipes, runs
+from ccl_timm import cli, models, recipes
+from ccl_timm.hub import card, publish
 from ccl_timm.models import checkpoints, variants
-from ccl_timm.trained import load_trained
+from ccl_timm.training import runs
+from ccl_timm.training.trained import load_trained
 
 from .conftest import TINY
 from .standin_hub import Fault, StandInHub, short_patience, take_for_the_hub
@@ -64,7 +66,7 @@ def online(monkeypatch, tmp_path):
 @pytest.fixture
 def pushed(online, run):
     """The stand-in Hub with the run in REPO."""
-    hub.push(run, REPO)
+    publish.push(run, REPO)
     return online
 
 
@@ -237,7 +239,7 @@ def test_push_takes_only_runs(words, online, run, exported_run, place):
 
 @pytest.fixture
 def exported_run(run, tmp_path):
-    hub.export(run, tmp_path / 'exported')
+    publish.export(run, tmp_path / 'exported')
     return tmp_path / 'exported'
 
 
@@ -388,14 +390,14 @@ def test_card_without_a_baseline_says_so(words, run):
 def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
     out = words('ccl-timm', 'card', run)[1]
     assert re.search(r"= ccl_timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
-    hub.record(run, place, weights=False)
+    publish.record(run, place, weights=False)
     config = json.loads(Path('config.json').read_text())
     Path('config.json').write_text(json.dumps({**config, 'architecture': 'resnet18_cam'}))
     assert f"= timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
 
 
 def test_card_tells_the_papers_figure_where_the_recipe_states_it(words, run, place, monkeypatch):
-    hub.record(run, place, weights=False)
+    publish.record(run, place, weights=False)
     Path('environment.json').write_text(json.dumps({'recipe': 'bees'}))
     stated = {'model': 'test_resnet_cam', 'loss': 'cc', 'paper': {'top1': 98.7, 'source': 'CC-Loss, Table 9'}}
     (place / 'recipes').mkdir()
@@ -423,7 +425,7 @@ def test_the_cards_code_runs(pushed, place):
 
 
 def test_card_is_that_of_the_recorded_run(words, run, baseline, place):
-    hub.record(run, place, weights=False)
+    publish.record(run, place, weights=False)
     assert sorted(path.name for path in place.iterdir()) == sorted(card.RECORD)
     code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
     assert card.render(place, REPO, baseline) == out

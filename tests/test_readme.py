@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ccl_timm import data
+from ccl_timm.data import datasets
 from ccl_timm.heads import HEADS
 from ccl_timm.losses import LOSSES
 
@@ -49,12 +49,12 @@ def online(standin, monkeypatch, tmp_path):
 def few_digits(monkeypatch):
     """An eighth of the digits: what is tested is that commands run."""
 
-    class FewDigits(data.Digits):
+    class FewDigits(datasets.Digits):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.images, self.targets = self.images[::8], self.targets[::8]
 
-    monkeypatch.setattr(data, 'Digits', FewDigits)
+    monkeypatch.setattr(datasets, 'Digits', FewDigits)
 
 
 @pytest.mark.parametrize('line', COMMANDS)

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm import options, report, results, runs, statistics, tables
+from ccl_timm.experiments import tables
+from ccl_timm.reports import report, results, statistics
+from ccl_timm.training import options, runs
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ccl_timm import results, runs, tables
+from ccl_timm.experiments import tables
+from ccl_timm.reports import results
+from ccl_timm.training import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(path.parent for path in (ROOT / 'hub_cards' / 'results').rglob('args.yaml'))

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
-from ccl_timm.samplers import ClassBalancedSampler
 
 TARGETS = [0] * 40 + [1] * 9 + [2] * 3 + [3] * 1  # classes of very different size
 

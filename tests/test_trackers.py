@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ccl_timm.trackers import Tracker
+from ccl_timm.training.trackers import Tracker
 
 ARGS = Namespace(wandb_project=None, wandb_tags=[], wandb_resume_id='', lr=0.1, class_names=['a'])
 PARTS = {'train': {'loss': 1.5, 'cc': 0.5}, 'eval': {'top1': 90.0}}
@@ -68,7 +68,7 @@ def test_a_failure_is_said_once(when, monkeypatch, tmp_path, capsys):
 
 def test_a_run_with_a_tracker(words, folder, place, monkeypatch):
     logged = []
-    monkeypatch.setattr('ccl_timm.settings.importlib.util.find_spec', lambda name: True)
+    monkeypatch.setattr('ccl_timm.training.settings.importlib.util.find_spec', lambda name: True)
     monkeypatch.setitem(sys.modules, 'wandb', library(logged))
     argv = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '2']
     code, out, err = words('timm', 'train.py', *argv, '--data-dir', folder, '--log-wandb')
@@ -77,6 +77,6 @@ def test_a_run_with_a_tracker(words, folder, place, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed(words, place, monkeypatch):
-    monkeypatch.setattr('ccl_timm.settings.importlib.util.find_spec', lambda name: None)
+    monkeypatch.setattr('ccl_timm.training.settings.importlib.util.find_spec', lambda name: None)
     code, out, err = words('timm', 'train.py', '--tracker', 'trackio')
     assert code == 2 and '--tracker trackio needs the package trackio: `pip install trackio`' in err

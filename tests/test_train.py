@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from ccl_timm import runs, train
 from ccl_timm.losses import LOSSES, loss_class
+from ccl_timm.training import runs, train
 
 from .conftest import TINY, results, write_folder
 
@@ -71,6 +71,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     information = json.loads((run / 'environment.json').read_text())
     assert information['command'].startswith('timm train.py --model resnet18_cam --loss cc')
     assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
+    assert (information['git_commit'] is not None) == (Path(__file__).parents[1] / '.git').exists()
     checkpoint = runs.read_checkpoint(run / 'last.pth.tar')
     assert checkpoint['args'].class_names == ['ant', 'bee', 'cat']
     assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm import runs
-from ccl_timm.trained import load_trained
+from ccl_timm.training import runs
+from ccl_timm.training.trained import load_trained
 
 from .conftest import results
 

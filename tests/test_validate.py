@@ -11,9 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
-from ccl_timm import runs
-from ccl_timm.retrieval import knn_accuracy, recall_at_1
-from ccl_timm.validate import evaluate
+from ccl_timm.reports.retrieval import knn_accuracy, recall_at_1
+from ccl_timm.training import runs
+from ccl_timm.training.validate import evaluate
 
 from .conftest import results, write_folder
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import timm.data
 
-from ccl_timm import data, data_check
-from ccl_timm.archives import SOURCES, Layout
 from ccl_timm.console import first_few, warn
+from ccl_timm.data import check, datasets
+from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.options import Parser
+from ccl_timm.training.options import Parser
 
 __all__ = ['main', 'split_folder', 'write_digits', 'write_links']
 
@@ -26,7 +26,7 @@ def write_digits(folder: str | os.PathLike) -> list[Path]:
     root = _new_folder(folder)
     written = []
     for split in ('train', 'validation'):
-        digits = data.Digits(split, mode='L')
+        digits = datasets.Digits(split, mode='L')
         for number, label in enumerate(digits.targets):
             path = root / split / str(label) / f'{number:04d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +103,11 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     Raises:
         UserError: it is no such folder, or no class has two images.
     """
-    data.check_fraction(fraction, '--val-fraction')
+    datasets.check_fraction(fraction, '--val-fraction')
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"There is no folder '{source}'.")
-    parts = [name for name in data.PARTS if (root / name).is_dir()]
+    parts = [name for name in datasets.PARTS if (root / name).is_dir()]
     if parts:
         raise UserError(
             f"'{source}' has parts ({', '.join(parts)}): name the one to split, such as '{root / parts[0]}'."
@@ -116,11 +116,11 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
         dataset = timm.data.create_dataset('', root=str(root), search_split=False)
     except RuntimeError as error:
         raise UserError(' '.join(str(error).split())) from error
-    files, targets = data.file_names(dataset), data.targets_of(dataset)
+    files, targets = datasets.file_names(dataset), datasets.targets_of(dataset)
     outside = [name for name in files if '/' not in name]
     if outside:
         raise UserError(f"{len(outside)} images in '{source}' lie outside of any class folder, such as '{outside[0]}'.")
-    held = data.hold_out(files, targets, fraction, seed)
+    held = datasets.hold_out(files, targets, fraction, seed)
     if not held:
         raise UserError(f"No class in '{source}' has two images: there is nothing to validate on.")
     names = {label: name for name, label in dataset.reader.class_to_idx.items()}
@@ -199,7 +199,7 @@ _COMMANDS = {
         name: (functools.partial(_prepare, name), 'SRC DIR' if source.layout else '', source.text)
         for name, source in SOURCES.items()
     },
-    'check': (data_check.main, 'DIR', 'tell what is wrong with a folder of images'),
+    'check': (check.main, 'DIR', 'tell what is wrong with a folder of images'),
     'split': (_split, 'DIR OUT', 'divide a folder with a folder a class into train/ and validation/'),
 }
 

@@ -93,7 +93,7 @@ def _html(report: Report) -> str:
         parts += [f'<h2>{escape(section.caption)}</h2>', _html_table(section)]
     parts += [f'<p>{escape(note)}</p>' for note in report.notes]
     if report.curves:
-        from ccl_timm import pictures
+        from ccl_timm.reports import pictures
 
         parts.append('<h2>Top-1 over the epochs</h2>')
         parts += [_figure(pictures.as_svg(pictures.draw_curves(*item)), item[0]) for item in report.curves.items()]

@@ -16,10 +16,11 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.optim import list_optimizers
 
-from ccl_timm import data, losses, models
+from ccl_timm import losses, models
+from ccl_timm.data import datasets
 from ccl_timm.errors import UserError, did_you_mean
 from ccl_timm.task import fitting_loss, probe
-from ccl_timm.trained import build_model
+from ccl_timm.training.trained import build_model
 
 __all__ = [
     'check_fit',
@@ -53,8 +54,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in (*names, 'samples_per_class', 'patience', 'lr_batch'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    data.check_fraction(args.val_fraction, '--val-fraction')
-    data.check_fraction(args.train_fraction, '--train-fraction')
+    datasets.check_fraction(args.val_fraction, '--val-fraction')
+    datasets.check_fraction(args.train_fraction, '--train-fraction')
     if args.workers < 0:
         raise UserError(f'--workers {args.workers} must be at least 0.')
     if args.class_weight and not losses.class_weight_option(args.loss):

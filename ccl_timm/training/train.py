@@ -29,16 +29,17 @@ from timm.utils import (
 )
 from timm.utils.summary import trim_summary
 
-from ccl_timm import data, options, runs, settings
-from ccl_timm.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
 from ccl_timm.console import Progress, is_primary, say
+from ccl_timm.data import datasets
+from ccl_timm.data.loaders import make_loaders
 from ccl_timm.errors import UserError
-from ccl_timm.loaders import make_loaders
 from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
-from ccl_timm.trackers import Tracker
-from ccl_timm.trained import build_model
-from ccl_timm.validate import evaluate, pick_device
+from ccl_timm.training import options, runs, settings
+from ccl_timm.training.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
+from ccl_timm.training.trackers import Tracker
+from ccl_timm.training.trained import build_model
+from ccl_timm.training.validate import evaluate, pick_device
 
 __all__ = ['Run', 'main', 'set_up', 'take_step', 'train']
 
@@ -103,7 +104,7 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     """Train as the settings say, and return the run's folder.
 
     Args:
-        args: settings, as :func:`ccl_timm.options.resolve` returns them.
+        args: settings, as :func:`ccl_timm.training.options.resolve` returns them.
         sources: where each is from.
         argv: the words typed, for the record.
 
@@ -141,7 +142,7 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
 
 def set_up(
     args: argparse.Namespace, sources: dict[str, str], folder: Path, checkpoint: Path | None = None
-) -> tuple[Run, data.Splits]:
+) -> tuple[Run, datasets.Splits]:
     """Open the data and build all that a run needs, without writing anything.
 
     Args:
@@ -158,7 +159,7 @@ def set_up(
     random_seed(args.seed, args.rank)
     if args.deterministic:
         _repeat_exactly()
-    splits = data.open_splits(args, settings.input_channels(args))
+    splits = datasets.open_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
     args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)
     if runs.holds_run(folder):
@@ -167,7 +168,7 @@ def set_up(
     return _prepare(args, device, folder, splits, checkpoint), splits
 
 
-def _take_classes(args: argparse.Namespace, splits: data.Splits, sources: dict[str, str]) -> None:
+def _take_classes(args: argparse.Namespace, splits: datasets.Splits, sources: dict[str, str]) -> None:
     """The number of classes and their names come from the training part."""
     args.class_names = splits.class_names
     args.class_map = ''  # the names say the same, also where that file is not

@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from ccl_timm import models, recipes, runs
+from ccl_timm import models, recipes
 from ccl_timm.errors import UserError
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
+from ccl_timm.training import runs
 
 __all__ = ['RECORD', 'default_repository', 'is_unedited', 'render', 'without_folders', 'write_record']
 

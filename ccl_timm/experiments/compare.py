@@ -6,10 +6,10 @@ from pathlib import Path
 from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
-from ccl_timm.options import Parser
-from ccl_timm.reproduce import Plan, add_common, carry_out, figures, plan_of, split_words
-from ccl_timm.statistics import LEVEL, difference, show_figures
-from ccl_timm.tables import Row, Table, as_words
+from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, figures, plan_of, split_words
+from ccl_timm.experiments.tables import Row, Table, as_words
+from ccl_timm.reports.statistics import LEVEL, difference, show_figures
+from ccl_timm.training.options import Parser
 
 __all__ = ['main', 'rows_of']
 

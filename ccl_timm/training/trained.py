@@ -10,8 +10,9 @@ import timm.models
 from timm.models import resolve_model_input_args
 from torch import nn
 
-from ccl_timm import models, runs
+from ccl_timm import models
 from ccl_timm.errors import UserError
+from ccl_timm.training import runs
 
 __all__ = ['Trained', 'build_model', 'load_trained']
 

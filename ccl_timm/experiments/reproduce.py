@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccl_timm import options, recipes, runs, settings, tables
+from ccl_timm import recipes
 from ccl_timm.console import say, table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.statistics import show_figures
-from ccl_timm.tables import Row, Table
+from ccl_timm.experiments import tables
+from ccl_timm.experiments.tables import Row, Table
+from ccl_timm.reports.statistics import show_figures
+from ccl_timm.training import options, runs, settings
 
 __all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'run_name', 'split_words']
 
@@ -270,10 +272,10 @@ def _footnotes(plan: Plan) -> list[str]:
 
 
 def _estimate(plan: Plan) -> bool:
-    from ccl_timm.estimate import time_run
+    from ccl_timm.experiments.estimate import time_run
 
     started = time.perf_counter()
-    subprocess.run([sys.executable, '-c', 'import ccl_timm.train'], check=True)
+    subprocess.run([sys.executable, '-c', 'import ccl_timm.training.train'], check=True)
     outset = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
     rows, total, failed = [], 0.0, False
     for row, jobs in plan.jobs.items():

@@ -15,11 +15,11 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 
 from ccl_timm.console import say
-from ccl_timm.data import Splits, strictly, targets_of
+from ccl_timm.data.datasets import Splits, strictly, targets_of
+from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
+from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
-from ccl_timm.in_memory import Augment, InMemoryLoader, decode
-from ccl_timm.samplers import ClassBalancedSampler
-from ccl_timm.settings import mixes
+from ccl_timm.training.settings import mixes
 
 __all__ = ['create_loader', 'evaluation_loader', 'make_loaders']
 

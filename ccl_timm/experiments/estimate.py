@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ccl_timm.settings import check_settings
-from ccl_timm.train import Run, set_up, take_step
-from ccl_timm.validate import evaluate
+from ccl_timm.training.settings import check_settings
+from ccl_timm.training.train import Run, set_up, take_step
+from ccl_timm.training.validate import evaluate
 
 __all__ = ['Cost', 'time_run']
 
@@ -48,7 +48,7 @@ def time_run(args: argparse.Namespace, sources: dict[str, str], folder: Path) ->
     """Time the first steps of a run, in training and in validation, with its real data; nothing is written.
 
     Args:
-        args: settings, as :func:`ccl_timm.options.resolve` returns them.
+        args: settings, as :func:`ccl_timm.training.options.resolve` returns them.
         sources: where each is from.
         folder: of the run.
 

@@ -4,14 +4,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ccl_timm import card, results, runs
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
-from ccl_timm.options import Parser
-from ccl_timm.rendering import FORMATS, Report, Section
-from ccl_timm.results import Group, Place, Result
-from ccl_timm.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
-from ccl_timm.tables import Row, Table, read_table
+from ccl_timm.experiments.tables import Row, Table, read_table
+from ccl_timm.hub import card
+from ccl_timm.reports import results
+from ccl_timm.reports.rendering import FORMATS, Report, Section
+from ccl_timm.reports.results import Group, Place, Result
+from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
+from ccl_timm.training import runs
+from ccl_timm.training.options import Parser
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
 

@@ -9,12 +9,12 @@ import torch
 
 from ccl_timm import losses
 from ccl_timm.console import is_primary, say, warn
-from ccl_timm.data import Splits
-from ccl_timm.in_memory import InMemoryLoader
-from ccl_timm.settings import global_batch, loss_settings
+from ccl_timm.data.datasets import Splits
+from ccl_timm.data.in_memory import InMemoryLoader
+from ccl_timm.training.settings import global_batch, loss_settings
 
 if TYPE_CHECKING:
-    from ccl_timm.train import Run
+    from ccl_timm.training.train import Run
 
 _MUCH_WAITING = 0.3  # of a step
 _IMBALANCE = 10  # largest class to smallest

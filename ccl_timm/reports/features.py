@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccl_timm import analysis, pictures, retrieval, runs, validate
 from ccl_timm.console import say, table
 from ccl_timm.errors import UserError
-from ccl_timm.options import Parser
-from ccl_timm.trained import Trained, load_trained
+from ccl_timm.reports import analysis, pictures, retrieval
+from ccl_timm.training import runs, validate
+from ccl_timm.training.options import Parser
+from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['analyse', 'draw', 'main']
 

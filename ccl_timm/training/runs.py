@@ -398,7 +398,7 @@ def environment(argv: list[str], device: str, fingerprint: str) -> dict[str, Any
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this package runs from; None for an installed one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / '.git').exists():
         return None
     command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=40']

@@ -13,9 +13,9 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.options import Parser
-from ccl_timm.trained import Trained, load_trained
-from ccl_timm.validate import pick_device
+from ccl_timm.training.options import Parser
+from ccl_timm.training.trained import Trained, load_trained
+from ccl_timm.training.validate import pick_device
 
 __all__ = ['main', 'predict']
 
@@ -26,7 +26,7 @@ def predict(
     """Classify image files.
 
     Args:
-        trained: from :func:`ccl_timm.trained.load_trained`.
+        trained: from :func:`ccl_timm.training.trained.load_trained`.
         paths: image files.
         topk: how many classes for each, best first.
         batch_size: images at a time.

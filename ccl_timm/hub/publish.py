@@ -16,11 +16,13 @@ import torch
 from huggingface_hub import HfApi, constants, get_session
 from timm.models._hub import save_config_for_hf
 
-from ccl_timm import card, plugins, runs
+from ccl_timm import plugins
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
-from ccl_timm.hub_errors import check_repository_name, explained
-from ccl_timm.trained import Trained, load_trained
+from ccl_timm.hub import card
+from ccl_timm.hub.errors import check_repository_name, explained
+from ccl_timm.training import runs
+from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['export', 'push', 'record', 'write_card']
 
@@ -34,7 +36,7 @@ def export(
     """Write a trained model for use elsewhere.
 
     Args:
-        source: as of :func:`ccl_timm.trained.load_trained`.
+        source: as of :func:`ccl_timm.training.trained.load_trained`.
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm loads from ``local-dir:FOLDER``; it holds mean,
@@ -150,7 +152,7 @@ def write_card(
         The card.
 
     Raises:
-        UserError: as :func:`record` and :func:`ccl_timm.card.render`, or the folder exists.
+        UserError: as :func:`record` and :func:`ccl_timm.hub.card.render`, or the folder exists.
     """
     if output and Path(output).exists():
         raise UserError(f"'{output}' exists already: name a new folder with --output.")
@@ -191,7 +193,7 @@ def push(
         private: only you see a new repository.
         revision: a branch, made from main if there is none; None for main.
         use_ema: the moving average instead of the weights.
-        baseline: see :func:`ccl_timm.card.render`.
+        baseline: see :func:`ccl_timm.hub.card.render`.
         license: of the weights.
         replace_card: write over an edited card, too.
         dry_run: say what would go up, and send nothing.

@@ -14,12 +14,14 @@ import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm import data, retrieval, runs
 from ccl_timm.console import Progress, say, warn
+from ccl_timm.data import datasets
+from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.loaders import evaluation_loader
-from ccl_timm.options import Parser
-from ccl_timm.trained import load_trained
+from ccl_timm.reports import retrieval
+from ccl_timm.training import runs
+from ccl_timm.training.options import Parser
+from ccl_timm.training.trained import load_trained
 
 __all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
@@ -236,14 +238,14 @@ def open_for(
         training: of a training part divided by ``val_fraction`` or ``train_fraction``, the share trained on.
     """
     if settings.val_fraction is None and not (training and settings.train_fraction):
-        return data.open_part(settings, split, channels, class_names, settings.needs_part)
-    splits = data.open_splits(settings, channels)
+        return datasets.open_part(settings, split, channels, class_names, settings.needs_part)
+    splits = datasets.open_splits(settings, channels)
     return splits.train if training else splits.validation
 
 
 def check_labels(dataset: Any, trained: Any) -> None:
     """Raise a UserError if the data has labels beyond a trained model's classes."""
-    targets = data.targets_of(dataset)
+    targets = datasets.targets_of(dataset)
     if targets and max(targets) >= trained.model.num_classes:
         raise UserError(
             f'The data has labels up to {max(targets)}, the model {trained.model.num_classes} classes: '

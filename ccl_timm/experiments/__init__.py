@@ -1,0 +1,1 @@
+"""Many runs: the papers' tables and fair comparisons, carried out and timed first."""

@@ -1,0 +1,1 @@
+"""What runs tell: figures put together and tested, tables, and pictures of features."""
