@@ -22,7 +22,7 @@ def small(name):
 
 
 # every named model; by default large backbones with one head each, since all heads are tried on the smaller ones
-LARGE = ('densenet121', 'resnet50', 'swin', 'vgg16_cosine', 'vgg16_pedcc', 'vit_base', 'vit_small')
+LARGE = ('densenet121', 'resnet50', 'swin', 'vgg16', 'vit_base', 'vit_small')
 NAMED = [
     pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LARGE) and not name.endswith('_cam') else [])
     for name in sorted(MODELS)

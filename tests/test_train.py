@@ -31,7 +31,7 @@ def summary(run):
 
 
 def test_the_literal_words_in_an_empty_folder(words, place):
-    shorter = ['--epochs', '4', '--input-size', '1', '16', '16']
+    shorter = ['--epochs', '2', '--input-size', '1', '16', '16']
     code, out, err = words('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
     assert code == 0, err
     assert 'no file train.py here: the built-in script' in err
@@ -44,7 +44,7 @@ def test_the_literal_words_in_an_empty_folder(words, place):
 def test_choices_are_said_in_one_block_with_their_source(tiny):
     code, out, err = tiny('--lr', '0.01')
     lines = {line.split()[0]: line for line in err.splitlines() if line.endswith(']')}
-    assert lines['model'].split('model')[1].strip().startswith('resnet18_cam, 11.5 M parameters  [typed]')
+    assert lines['model'].split('model')[1].strip().startswith('test_resnet_cam, 0.4 M parameters  [typed]')
     assert 'CamHead' in lines['head']
     assert 'from scratch  [default]' in lines['start']
     assert 'cc (weight=1.0, eps=1e-08, smoothing=0.1)  [typed]' in lines['loss']
@@ -69,7 +69,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     assert args['class_names'] == ['ant', 'bee', 'cat'] and args['num_classes'] == 3 and args['lr'] is None
     information = json.loads((run / 'environment.json').read_text())
-    assert information['command'].startswith('timm train.py --model resnet18_cam --loss cc')
+    assert information['command'].startswith('timm train.py --model test_resnet_cam --loss cc')
     assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
     assert (information['git_commit'] is not None) == (Path(__file__).parents[1] / '.git').exists()
     checkpoint = runs.read_checkpoint(run / 'last.pth.tar')
@@ -198,7 +198,7 @@ def test_finishing_time_is_said(words, place):
         (['--val-fraction', '2'], '--val-fraction 2.0 must lie between 0 and 1'),
         (['--device', 'cuda:9'], "Device 'cuda:9' is not available here"),
         (['--loss-kwargs', 'lambda=1'], "Loss 'cc' has no option 'lambda'"),
-        (['--model-kwargs', 'wings=2'], "Model 'resnet18_cam' cannot be built with"),
+        (['--model-kwargs', 'wings=2'], "Model 'test_resnet_cam' cannot be built with"),
         (['--sched', 'foo'], "settings of the schedule 'foo' do not work"),
         (['--device-modules', 'nosuch'], "--device-modules 'nosuch' cannot be imported"),
         (['--loss-kwargs', 'weight=abc'], "Loss 'cc' cannot be built with"),
@@ -220,7 +220,7 @@ def test_finishing_time_is_said(words, place):
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
         (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
         (['--loss', 'mc', '--model', 'vit_tiny_patch16_224'], 'use a convolutional network'),
-        (['--loss', 'arcface'], 'resnet18_cam has the head CamHead: use resnet18_cosine'),
+        (['--loss', 'arcface'], 'test_resnet_cam has the head CamHead: use test_resnet_cosine'),
         (['--loss', 'jsd'], "Unknown loss 'jsd'"),
     ],
 )
@@ -257,7 +257,7 @@ def test_empty_data_folder(words, place):
 def test_every_loss_trains_with_its_model(loss, words, place):
     head = loss_class(loss).head or 'cam'
     write_folder(place / 'images', train=16)
-    argv = ['--model', f'resnet18_{head}', '--loss', loss, '--data-dir', 'images', '--epochs', '3', '--lr', '0.02']
+    argv = ['--model', f'test_resnet_{head}', '--loss', loss, '--data-dir', 'images', '--epochs', '3', '--lr', '0.02']
     code, out, err = words('timm', 'train.py', *TINY, *argv, '--warmup-epochs', '0', '--smoothing', '0', '--no-aug')
     assert code == 0, err
     values = [row['train']['loss'] for row in sorted(results(out), key=lambda row: row['epoch'])]
@@ -368,7 +368,7 @@ def test_a_moving_average_is_named_in_the_next_commands(tiny):
 
 def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, words, place):
     write_folder(place / 'images', classes=('ant', 'bee'))
-    argv = ['--data-dir', 'images', '--experiment', 'a']
+    argv = ['--model', 'resnet18_cam', '--data-dir', 'images', '--experiment', 'a']
     file = trained / 'last.pth.tar'
     code, out, err = words('timm', 'train.py', *TINY, *argv, '--initial-checkpoint', file)
     assert code == 2 and '--pretrained-path adapts a checkpoint to other classes' in err
