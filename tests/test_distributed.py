@@ -47,7 +47,8 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
     program = place / 'program.py'
     program.write_text(
         'import os, sys\n'
-        'from ccl_timm import cli, train\n'
+        'from ccl_timm import cli\n'
+        'from ccl_timm.training import train\n'
         'from ccl_timm.errors import UserError\n'
         'step = train.take_step\n'
         'def fails(*args):\n'
