@@ -387,6 +387,11 @@ def test_card_without_a_baseline_says_so(words, run):
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
 
 
+def test_images_of_a_folder_are_called_by_its_name(words, run, place):
+    typed = _with_settings(run, place / 'typed', dataset='folder')
+    assert words('ccl-timm', 'card', typed)[1] == words('ccl-timm', 'card', run)[1]
+
+
 def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
     out = words('ccl-timm', 'card', run)[1]
     assert re.search(r"= ccl_timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)

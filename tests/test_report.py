@@ -209,6 +209,14 @@ def test_other_epochs_are_no_other_seeds(runs_of_table1, words):
     }
 
 
+def test_a_folder_is_one_whether_it_was_named_or_not(place, words):
+    images = ('--model', 'resnet18_cam', '--loss', 'cc', '--data-dir', 'bees')
+    for seed, more in enumerate(((), ('--dataset', 'folder'))):
+        write_run(f'runs/{seed}', (*images, *more), [60 + seed], seed=seed, data_dir='/home/me/bees')
+    (row,) = lines_of(words('ccl-timm', 'report', 'runs')[1], 'resnet18_cam')
+    assert row[2:5] == ['bees', '60.50 ± 0.50', '2']
+
+
 def test_patience_ends_a_run(place, words):
     write_run('a/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=1)
     code, out, err = words('ccl-timm', 'report', 'a')

@@ -132,7 +132,7 @@ def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'ccl-timm'],
-        datasets=[data] if settings.get('dataset') else None,
+        datasets=[data] if settings.get('dataset') not in ('', 'folder', None) else None,
         metrics=['accuracy'],
         base_model=_base_model(settings),
         model_name=name,
@@ -143,7 +143,7 @@ def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
 def _data_name(settings: dict[str, Any]) -> str:
     """Name of the data: the Hub's for its data sets, timm's without the scheme, else the folder's."""
     dataset = settings.get('dataset') or ''
-    if dataset:
+    if dataset not in ('', 'folder'):
         return dataset.partition('/')[2] or dataset
     return Path(settings.get('data_dir') or '').name or 'images'
 

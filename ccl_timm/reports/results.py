@@ -188,6 +188,7 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     settings['loss'] = loss
     settings['loss_kwargs'] = {**_defaults(loss), **(settings.get('loss_kwargs') or {})}
     settings['data_dir'] = Path(settings.get('data_dir') or '').name
+    settings['dataset'] = '' if settings.get('dataset') == 'folder' else settings.get('dataset') or ''
     if 'pretrained' in settings:
         settings['pretrained'] = bool(settings['pretrained'] or settings.get('pretrained_path'))
     return settings
