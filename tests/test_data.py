@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -167,5 +168,6 @@ def test_share_of_what_is_not_held_out(tmp_path):
     splits = open_splits('--data-dir', root, '--val-fraction', '0.2', '--train-fraction', '0.5')
     assert (len(splits.train), len(splits.validation)) == (12, 6)
     assert not set(splits.train.indices) & set(splits.validation.indices)
+    assert Counter(part for _, part in splits.held_out) == {'train': 12, 'unused': 12, 'validation': 6}
     few = open_splits('--data-dir', write_folder(tmp_path / 'few', train=1), '--train-fraction', '0.1')
     assert few.counts == [1, 1, 1]

@@ -51,6 +51,22 @@ def test_the_padding_is_really_left_out(size, places, monkeypatch):
     assert taps == [places]
 
 
+def test_one_image_without_a_batch():
+    whole = nn.Conv2d(2, 3, 3, padding=1)
+    cropped = copy.deepcopy(whole)
+    crop_kernels(cropped)
+    for size in ((1, 1), (4, 4), (1, 4)):
+        x = torch.randn(2, *size)
+        torch.testing.assert_close(cropped(x), whole(x))
+
+
+def test_what_torch_refuses_is_refused():
+    convolution = nn.Conv2d(1, 1, 4, padding=1)
+    crop_kernels(convolution)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        convolution(torch.randn(1, 1, 1, 1))
+
+
 def test_what_cannot_be_cropped_stays_as_it_is():
     convolutions = [
         nn.Conv2d(2, 2, 3),

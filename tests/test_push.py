@@ -22,7 +22,7 @@ import ccl_timm
 from ccl_timm import cli, models, recipes
 from ccl_timm.hub import card, publish
 from ccl_timm.models import checkpoints, variants
-from ccl_timm.training import runs
+from ccl_timm.training import parts
 from ccl_timm.training.trained import load_trained
 
 from .conftest import TINY
@@ -440,7 +440,7 @@ def test_card_is_written_with_what_it_is_written_from(words, run, baseline, plac
     run = _with_settings(run, place / 'few', train_fraction=0.25)
     for epoch in (0, 7):
         figures = {'part': f'after{epoch}', 'epoch': epoch, 'images': 9, 'top1': 62.5, 'top5': 100.0, 'loss': 1.0}
-        runs.add_part(run, figures)
+        parts.add_part(run, figures)
     own = _with_settings(baseline, place / 'own', train_fraction=0.25)
     code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', own, '--output', 'card')
     assert code == 0, err

@@ -12,7 +12,7 @@ from scipy import stats
 
 from ccl_timm.experiments import tables
 from ccl_timm.reports import report, results, statistics
-from ccl_timm.training import options, runs
+from ccl_timm.training import options, parts
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
@@ -101,13 +101,13 @@ def test_report_is_the_same_from_the_records_alone(runs_of_table1, words):
 def test_records_hold_all_that_the_report_tells(runs_of_table1, words):
     environment = {'command': 'timm train.py --data-dir /home/me/mnist', 'recipe': '/home/me/r.yaml'}
     focal = (*CE[:-1], 'focal')
-    write_run('runs/cut', focal, [97, 98], seed=0, train_fraction=0.1, environment=environment, experiment='few')
-    runs.add_part(Path('runs/cut'), {'part': 'test1k', 'epoch': 0, 'images': 1000, 'top1': 50, 'top5': 60, 'loss': 1})
-    runs.add_part(Path('runs/cut'), {'part': 'test1k', 'epoch': 1, 'images': 1000, 'top1': 96, 'top5': 99, 'loss': 1})
+    write_run('runs/few', focal, [97, 98], seed=0, train_fraction=0.125, environment=environment)
+    parts.add_part(Path('runs/few'), {'part': 'test1k', 'epoch': 0, 'images': 1000, 'top1': 50, 'top5': 60, 'loss': 1})
+    parts.add_part(Path('runs/few'), {'part': 'test1k', 'epoch': 1, 'images': 1000, 'top1': 96, 'top5': 99, 'loss': 1})
     argv = ['--table', 'cc-table1', '--record', 'results']
     code, whole, err = words('ccl-timm', 'report', 'runs', *argv)
     assert code == 0, err
-    assert '98.00 (n=1, 2 of 300 epochs, 10% of the images)' in whole and '| 10% ' in whole
+    assert '98.00 (n=1, 2 of 300 epochs, 12.5% of the images)' in whole and '| 12.5% ' in whole
     assert '| test1k 96.00 |' in whole and 'test1k 50' not in whole
     assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
     assert {path.name for path in Path('results/few').iterdir()} == {
@@ -116,7 +116,28 @@ def test_records_hold_all_that_the_report_tells(runs_of_table1, words):
     texts = [path.read_text() for path in Path('results').rglob('*.*')]
     assert not any('/home' in text or '/some' in text for text in texts)
     code, out, err = words('ccl-timm', 'report', 'runs', *argv)
-    assert code == 2 and 'would hold two records: name another folder with --record' in err
+    assert code == 2 and 'exists already: name another folder with --record' in err
+    write_run('more/few', TABLE1, [97], seed=9)
+    code, out, err = words('ccl-timm', 'report', 'runs', 'more', '--record', 'other')
+    assert code == 2 and "Two of these runs lie in folders called 'few'" in err
+    Path('runs/few/environment.json').write_text('{')
+    code, out, err = words('ccl-timm', 'report', 'runs', '--record', 'other')
+    assert code == 2 and "'runs/few/environment.json' is not JSON" in err and not Path('other').exists()
+    shares = words('ccl-timm', 'report', 'results', '--format', 'csv')[1]
+    assert ',test1k=96.0' in shares
+
+
+def test_a_share_of_the_images_is_no_further_seed_of_all_of_them(place, words):
+    write_run('runs/whole', TABLE1, [97, 98], seed=0)
+    settings = yaml.safe_load(Path('runs/whole/args.yaml').read_text())
+    del settings['train_fraction']  # as before there was such a share
+    Path('runs/whole/args.yaml').write_text(yaml.safe_dump(settings))
+    for seed in (1, 2):
+        write_run(f'runs/{seed}', TABLE1, [70, 80, 81], seed=seed, train_fraction=0.125)
+    out = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
+    cells = lines_of(out, 'resnet18:cc')
+    assert cells[0][1] == '98.00 (n=1, 2 of 300 epochs)'
+    assert ['81.00 ± 0.00', '2', '3', '12.5%'] in [row[3:7] for row in cells[1:]]
 
 
 def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):

@@ -103,7 +103,7 @@ def test_table_has_our_figures_and_the_papers(small):
     row = figures_in(out)['own tiny:cc']
     ours = runs.Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
     assert code == 0, err
-    assert re.fullmatch(r'own tiny:cc +(\d+\.\d\d) +1 +2 +91\.25 ± 0\.50 +15', row)
+    assert re.fullmatch(r'own tiny:cc +(\d+\.\d\d) +1 +2 +all +91\.25 ± 0\.50 +15', row)
     assert f'{float(ours[5]):.2f}' in row
     assert 'Note: made up' in out and 'Recipe digits assumes:' in out
 

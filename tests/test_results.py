@@ -50,7 +50,7 @@ def test_readme_has_table_1_and_every_record_is_in_a_table():
 
 @pytest.mark.parametrize('folder', RECORDS, ids=lambda path: path.name)
 def test_record_tells_how_it_was_made_and_nothing_of_the_machine(folder):
-    environment = results.environment_of(folder)
+    environment = runs.read_environment(folder)
     assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= environment.keys()
     assert (
         isinstance(runs.read_args(folder)['seed'], int)
@@ -67,7 +67,7 @@ def test_first_epoch_again(folder, tmp_path):
     root = os.environ.get('CCL_TIMM_DATA')
     if not root:
         pytest.skip('CCL_TIMM_DATA names no folder of data')
-    recorded = results.environment_of(folder)
+    recorded = runs.read_environment(folder)
     here = runs.environment([], 'cpu', '')['versions']
     if here != recorded['versions']:
         pytest.skip(f'recorded with {recorded["versions"]}, here are {here}')

@@ -1,5 +1,6 @@
 """Evaluation: figures from the confusion matrix, images that cannot be read, neighbours by features."""
 
+import argparse
 import csv
 import shutil
 from pathlib import Path
@@ -11,9 +12,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
-from ccl_timm.reports.retrieval import knn_accuracy, recall_at_1
-from ccl_timm.training import runs
-from ccl_timm.training.validate import evaluate
+from ccl_timm.data import datasets
+from ccl_timm.training import options, parts, runs
+from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
+from ccl_timm.training.validate import data_settings, evaluate, open_for
 
 from .conftest import results, write_folder
 
@@ -74,13 +76,51 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
 
 def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     run = shutil.copytree(trained, place / 'run')
-    write_folder(place / 'images')
-    for part in ('train', 'validation'):
+    for part in ('train', 'validation', 'train'):
         code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--record')
         assert code == 0, err
-    rows = runs.read_parts(run)
-    assert [row['part'] for row in rows] == ['train', 'validation']
-    assert float(rows[-1]['top1']) == results(out)['top1'] and int(rows[-1]['images']) == results(out)['images']
-    assert int(rows[-1]['epoch']) + 1 == len(runs.whole_rows(run))
-    code, out, err = words('timm', 'validate.py', run, '--data-dir', place / 'images', '-j', '0', '--record')
-    assert code == 2 and '--record keeps figures of a run on a part of its own data' in err
+    rows = parts.read_parts(run)
+    assert [row['part'] for row in rows] == ['validation', 'train']
+    assert (rows[-1]['top1'], rows[-1]['images']) == (results(out)['top1'], results(out)['images'])
+    assert rows[-1]['epoch'] + 1 == len(runs.whole_rows(run)) and 'reports show' not in err
+    (run / 'last.pth.tar').rename(run / 'newer.pth.tar')
+    shutil.copy(run / 'checkpoint-0.pth.tar', run / 'last.pth.tar')
+    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--record')
+    assert code == 0 and "reports show figures of a run's last epoch" in err and len(parts.read_parts(run)) == 3
+
+
+@pytest.mark.parametrize(
+    'source, argv, message',
+    [
+        ('run', [], "of a part of the run's own data: name it with --split alone"),
+        ('run', ['--split', 'train', '--data-dir', 'images'], 'name it with --split alone'),
+        ('run', ['--split', 'train', '--use-ema'], 'no moving average'),
+        ('alone/last.pth.tar', ['--split', 'train'], "with a run, which 'alone' is not"),
+    ],
+)
+def test_figures_are_kept_with_no_other_run(source, argv, message, words, trained, place):
+    shutil.copytree(trained, 'run')
+    Path('alone').mkdir()
+    shutil.copy(trained / 'last.pth.tar', 'alone')
+    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--record')
+    assert code == 2 and message in err
+    assert not Path('run/parts.csv').exists() and not Path('alone/parts.csv').exists()
+
+
+def test_a_foreign_parts_csv_stays(words, trained, place):
+    shutil.copytree(trained, 'run')
+    Path('run/parts.csv').write_text('screw,price\n1,2\n')
+    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--record')
+    assert code == 2 and 'is no table of parts' in err and Path('run/parts.csv').read_text() == 'screw,price\n1,2\n'
+    assert "left out: 'run/parts.csv'" in words('ccl-timm', 'report', 'run')[2]
+
+
+def test_neighbours_are_sought_among_the_images_trained_on(place):
+    images = write_folder(place / 'images', train=20)
+    given = ['--data-dir', str(images), '--val-fraction', '0.2', '--train-fraction', '0.5', '--split', 'validation']
+    trained_on = vars(options.resolve(given[:-2])[0])
+    typed = argparse.Namespace(data_dir=None, dataset=None, split='validation', batch_size=8)
+    settings = data_settings(typed, trained_on)
+    known = open_for(settings, 'train', 3, None, training=True)
+    assert known.indices == datasets.open_splits(argparse.Namespace(**trained_on), 3).train.indices
+    assert len(open_for(settings, 'validation', 3, None)) == 12  # the part of that name, not what was held out

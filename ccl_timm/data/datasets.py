@@ -172,8 +172,9 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
         validation = open_part(args, args.val_split, channels, train_names, needs_part=True)
         notes += _missing_classes(args.val_split, validation, train_names)
     if args.train_fraction is not None:
-        train = _share(args, train, targets)
+        train, left = _share(args, train, targets)
         targets = targets_of(train)
+        held_out = [(name, 'unused' if name in left else part) for name, part in held_out] if held_out else None
     _check_labels(args, targets, train_names)
     counts = None
     if targets is not None:
@@ -418,7 +419,7 @@ def _hold_out(args, dataset, targets, channels, names):
 
 
 def _share(args, dataset, targets):
-    """A share of each class of the training part, in its order; which one depends on the seed."""
+    """A share of each class of the training part, in its order, and the names of those left out; seeded."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
             f"--train-fraction cannot take a share of '{args.dataset}', whose images cannot be listed: leave it out."
@@ -426,7 +427,8 @@ def _share(args, dataset, targets):
     base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, range(len(dataset)))
     files = file_names(base)
     left = hold_out([files[index] for index in indices], targets, 1 - args.train_fraction, args.seed)
-    return _Part(base, [index for place, index in enumerate(indices) if place not in left])
+    kept = _Part(base, [index for place, index in enumerate(indices) if place not in left])
+    return kept, {files[indices[place]] for place in left}
 
 
 def _can_be_listed(dataset, targets):

@@ -17,7 +17,7 @@ from ccl_timm.console import say, table, warn
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
 from ccl_timm.experiments.tables import Row, Table
-from ccl_timm.reports.statistics import show_figures
+from ccl_timm.reports.statistics import show_figures, show_share
 from ccl_timm.training import options, runs, settings
 
 __all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'run_name', 'split_words']
@@ -255,8 +255,10 @@ def _result(plan: Plan) -> str:
         paper, margin = row.paper or (None, None)
         shown = '-' if paper is None else f'{paper:.2f}' + (f' ± {margin:.2f}' if margin is not None else '')
         theirs = options.resolve(list(row.words))[0].epochs
-        rows.append((_label(row), show_figures(values), str(len(values)), str(jobs[0].epochs), shown, str(theirs)))
-    header = ('row', 'ours, top-1 %', 'seeds', 'epochs', "the paper's", "the recipe's epochs")
+        images = show_share(jobs[0].resolved[0].train_fraction) or 'all'
+        ours = (show_figures(values), str(len(values)), str(jobs[0].epochs), images)
+        rows.append((_label(row), *ours, shown, str(theirs)))
+    header = ('row', 'ours, top-1 %', 'seeds', 'epochs', 'images', "the paper's", "the recipe's epochs")
     lines = [plan.table.title, '', table(rows, header), '']
     lines.append('Ours: after the last epoch, mean ± largest deviation over the seeds.')
     return '\n'.join([*lines, *_footnotes(plan)])

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
@@ -16,9 +13,11 @@ from ccl_timm import models, recipes
 from ccl_timm.errors import UserError
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
-from ccl_timm.training import runs
+from ccl_timm.reports.statistics import show_share
+from ccl_timm.training import parts, runs
+from ccl_timm.training.records import without_folders
 
-__all__ = ['RECORD', 'default_repository', 'is_unedited', 'render', 'without_folders', 'write_record']
+__all__ = ['RECORD', 'default_repository', 'is_unedited', 'render']
 
 # what a card is written from
 RECORD = ('config.json', 'args.yaml', 'summary.csv', 'environment.json')
@@ -50,15 +49,14 @@ def render(folder: Path, repo_id: str, baseline: Path | None = None, license: st
     """
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     settings, rows = runs.read_args(folder), runs.read_summary(folder)
-    path = folder / 'environment.json'
-    environment = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    environment = runs.read_environment(folder)
     measured = next((row for row in rows if row['epoch'] == config['ccl_timm']['epoch']), {})
     card = ModelCard.from_template(
         _front_matter(settings, measured, repo_id, license),
         template_path=str(packaged_folder('hub_cards') / 'template.md'),
         **_use(config, repo_id),
         **_training(config, settings, environment),
-        **_results(settings, environment, rows, measured, baseline, runs.read_parts(folder)),
+        **_results(settings, environment, rows, measured, baseline, parts.read_parts(folder)),
     )
     text = str(card).rstrip() + '\n'
     return f'{text}\n{_STAMP}{_digest(text)} -->\n'
@@ -80,35 +78,6 @@ def default_repository(folder: Path) -> str:
     settings = runs.read_args(folder)
     data = ''.join(c if c.isalnum() else '_' for c in _data_name(settings).rpartition('/')[2].lower())
     return f'{ORGANISATION}/{config["architecture"]}.{_loss(settings)}_{data}'
-
-
-def without_folders(value: Any) -> Any:
-    """A setting or a word of a command without the folders of the machine that it was given on."""
-    if not isinstance(value, str):
-        return value
-    flag, equals, path = value.rpartition('=')
-    return f'{flag}{equals}{Path(path).name}' if Path(path).is_absolute() else value
-
-
-def write_record(run: Path, folder: Path) -> None:
-    """Write what a run recorded into a folder: settings, figures and environment, without folders of this machine.
-
-    Args:
-        run: has args.yaml; the others as far as they are there.
-        folder: exists.
-    """
-    settings = {key: without_folders(value) for key, value in runs.read_args(run).items()}
-    (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
-    for name in ('summary.csv', 'parts.csv'):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    if (run / 'environment.json').is_file():
-        environment = json.loads((run / 'environment.json').read_text(encoding='utf-8'))
-        words = shlex.split(environment['command'])
-        environment['command'] = shlex.join(without_folders(word) for word in words)
-        environment['recipe'] = without_folders(environment.get('recipe'))
-        environment.pop('resumed', None)  # further commands, which a card does not tell of
-        (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')
 
 
 def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
@@ -198,10 +167,12 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
     hardware += [f'{key}: {environment[key]}' for key in ('processes', 'threads') if key in environment]
     rate = settings.get('lr') or f'{settings["lr_base"]} for each {settings["lr_base_size"]} images'
     stem = '3 x 3, stride 1, no max-pool (`small_input=True`)' if _small_input(settings) else "the backbone's own"
+    share = show_share(settings.get('train_fraction'))
+    share = f', {share} of the training images' if share else ''
     rows = [
         ('architecture', f'`{name}`'),
         ('loss', f'`{loss}`' + (f' ({options})' if options else ', default options')),
-        ('data', f'{_data_name(settings)}, {config["num_classes"]} classes' + _share(settings)),
+        ('data', f'{_data_name(settings)}, {config["num_classes"]} classes' + share),
         ('images', f'{resolution}, {_image_mode(config)}, mean {cfg["mean"]}, std {cfg["std"]}'),
         ('stem', stem),
         ('start', _start(settings)),
@@ -221,11 +192,6 @@ def _training(config: dict[str, Any], settings: dict[str, Any], environment: dic
     }
 
 
-def _share(settings: dict[str, Any]) -> str:
-    fraction = settings.get('train_fraction')
-    return f', {fraction:.0%} of the training images' if fraction else ''
-
-
 def _loss(settings: dict[str, Any]) -> str:
     return settings.get('loss') or 'ce'
 
@@ -241,9 +207,9 @@ def _start(settings: dict[str, Any]) -> str:
 def _results(settings, environment, rows, measured, baseline: Path | None, parts) -> dict[str, Any]:
     """The figure beside the baseline's and the paper's, and how it was measured."""
     figures = [('this model', f'{measured["eval_top1"]:.2f}' if 'eval_top1' in measured else 'not measured')]
-    same_weights = [row for row in parts if int(row['epoch']) == measured.get('epoch')]
+    same_weights = [row for row in parts if row['epoch'] == measured.get('epoch')]
     figures += [
-        (f'this model on "{row["part"]}", {row["images"]} images', f'{float(row["top1"]):.2f}') for row in same_weights
+        (f'this model on "{row["part"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}') for row in same_weights
     ]
     figures.append(_baseline_figure(settings, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
     figures.append(_paper_figure(settings, environment.get('recipe')))

@@ -20,8 +20,9 @@ from ccl_timm import plugins
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
 from ccl_timm.hub import card
-from ccl_timm.hub.errors import check_repository_name, explained
+from ccl_timm.hub_errors import check_repository_name, explained
 from ccl_timm.training import runs
+from ccl_timm.training.records import write_record
 from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['export', 'push', 'record', 'write_card']
@@ -126,7 +127,7 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
         _export_timm(trained, folder)
     else:
         save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
-    card.write_record(run, folder)
+    write_record(run, folder)
 
 
 def write_card(
@@ -165,7 +166,7 @@ def write_card(
             (folder / 'README.md').write_text(text, encoding='utf-8')
             if baseline:
                 (folder / 'baseline').mkdir()
-                card.write_record(Path(baseline), folder / 'baseline')
+                write_record(Path(baseline), folder / 'baseline')
             shutil.copytree(folder, output)
     return text
 

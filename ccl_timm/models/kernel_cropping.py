@@ -15,9 +15,9 @@ class _CroppedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, padding = self.weight, list(self.padding)
-        for i, size in enumerate(x.shape[2:]):
+        for i, size in enumerate(x.shape[-2:]):
             pad, kernel = self.padding[i], self.kernel_size[i]
-            if pad and size + 2 * pad - kernel < self.stride[i]:  # one place: its kernel begins `pad` before the image
+            if pad and 0 <= size + 2 * pad - kernel < self.stride[i]:  # one place, `pad` before the image's first
                 weight = weight.narrow(2 + i, pad, min(kernel - pad, size))
                 padding[i] = 0
         return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)

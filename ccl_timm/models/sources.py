@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import load_state_dict_from_hf
 
 from ccl_timm.errors import UserError
-from ccl_timm.hub.errors import check_repository_name, explained
+from ccl_timm.hub_errors import check_repository_name, explained
 
 __all__ = ['WEIGHTS', 'explained_load', 'missing_architecture', 'read_config', 'read_hub_weights']
 

@@ -9,8 +9,8 @@ import torch
 
 from ccl_timm.console import say, table
 from ccl_timm.errors import UserError
-from ccl_timm.reports import analysis, pictures, retrieval
-from ccl_timm.training import runs, validate
+from ccl_timm.reports import analysis, pictures
+from ccl_timm.training import retrieval, runs, validate
 from ccl_timm.training.options import Parser
 from ccl_timm.training.trained import Trained, load_trained
 

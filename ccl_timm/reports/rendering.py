@@ -64,9 +64,14 @@ def _csv(report: Report) -> str:
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(report.records[0])
     for record in report.records:
-        cells = (';'.join(map(str, value)) if isinstance(value, list) else value for value in record.values())
-        writer.writerow(cells)
+        writer.writerow(map(_cell, record.values()))
     return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ' '.join(f'{key}={_cell(item)}' for key, item in value.items())
+    return ';'.join(map(str, value)) if isinstance(value, list) else value
 
 
 def _json(report: Report) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.tables import Row, Table, read_table
-from ccl_timm.hub import card
 from ccl_timm.reports import results
 from ccl_timm.reports.rendering import FORMATS, Report, Section
 from ccl_timm.reports.results import Group, Place, Result
-from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
+from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, show_share, welch
 from ccl_timm.training import runs
 from ccl_timm.training.options import Parser
+from ccl_timm.training.records import write_record
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
 
@@ -32,8 +32,8 @@ def main(argv: list[str], prog: str) -> int:
     """Print or write a report of runs, or what two runs differ in."""
     args = _parser(prog).parse_strictly(argv)
     if args.diff:
-        if len(args.runs) != 2 or args.table or args.format != 'md' or args.output:
-            raise UserError('--diff takes the folders of two runs, and no --table, --format or --output.')
+        if len(args.runs) != 2 or args.table or args.format != 'md' or args.output or args.record:
+            raise UserError('--diff takes the folders of two runs, and no --table, --format, --output or --record.')
         print(show_differences(*map(Path, args.runs)))
         return 0
     if args.output and Path(args.output).exists():
@@ -41,14 +41,14 @@ def main(argv: list[str], prog: str) -> int:
     table = read_table(args.table) if args.table else None
     found = results.read_results(args.runs)
     text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
+    if args.output:
+        with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
+            file.write(text)
+        say(f'written: {args.output}')
+    else:
+        print(text, end='')
     if args.record:
         _record(found, Path(args.record))
-    if not args.output:
-        print(text, end='')
-        return 0
-    with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
-        file.write(text)
-    say(f'written: {args.output}')
     return 0
 
 
@@ -70,13 +70,17 @@ def _parser(prog: str) -> Parser:
 
 def _record(found: list[Result], folder: Path) -> None:
     """Copy the records of runs, each into a new folder of its own."""
-    names = [result.settings.get('experiment') or result.folder.name for result in found]
-    taken = [name for name in names if (folder / name).exists() or names.count(name) > 1]
-    if taken:
-        raise UserError(f"'{folder / taken[0]}' would hold two records: name another folder with --record.")
+    names = [result.folder.name for result in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two of these runs lie in folders called '{name}': record them one after the other.")
+        if (folder / name).exists():
+            raise UserError(f"'{folder / name}' exists already: name another folder with --record.")
+    for result in found:
+        runs.read_environment(result.folder)  # raises before anything is written
     for name, result in zip(names, found, strict=True):
         (folder / name).mkdir(parents=True)
-        card.write_record(result.folder, folder / name)
+        write_record(result.folder, folder / name)
     say(f'{len(found)} records written: {folder}')
 
 
@@ -131,7 +135,7 @@ def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str,
     return {
         'seeds': [result.seed for result in own.results] if own else [],
         'epochs': own.epochs if own else None,
-        'train_fraction': own.settings.get('train_fraction') if own else None,
+        'train_fraction': own.settings['train_fraction'] if own else None,
         **_summary('last_epoch', last),
         **_summary('best_epoch', best),
         'p_ce': welch(last, ce.last) if ce else None,
@@ -226,8 +230,8 @@ def _cell(place: Place) -> str:
         return 'not run'
     own = place.groups[0]
     short = '' if own.epochs == place.epochs else f', {own.epochs} of {place.epochs} epochs'
-    fraction = own.settings.get('train_fraction')
-    short += f', {fraction:.0%} of the images' if fraction else ''
+    fraction = own.settings['train_fraction']
+    short += f', {show_share(fraction)} of the images' if fraction else ''
     return f'{show_figures(own.last)} (n={len(own.last)}{short})'
 
 
@@ -246,7 +250,7 @@ def _details(records: list[dict[str, Any]]) -> Section:
         cells['last epoch'] = show_figures(record['last_epoch'])
         cells['seeds'] = str(len(record['seeds']))
         cells['epochs'] = str(record['epochs'])
-        cells['of the images'] = f'{record["train_fraction"]:.0%}' if record['train_fraction'] else ''
+        cells['of the images'] = show_share(record['train_fraction'])
         cells["recipe's epochs"] = str(record.get('recipe_epochs', ''))
         if record.get('paper') is not None:
             cells["paper's"] = _paper((record['paper'], record['paper_margin']))
@@ -291,7 +295,7 @@ def show_differences(first: Path, second: Path) -> str:
         UserError: one of them is no finished run.
     """
     one, two = results.read_result(first), results.read_result(second)
-    before, now = results.environment_of(first), results.environment_of(second)
+    before, now = runs.read_environment(first), runs.read_environment(second)
     parts = {
         'other settings, of those that change what is computed': runs.differences(one.settings, two.settings),
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),

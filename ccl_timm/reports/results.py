@@ -1,6 +1,5 @@
 """Results as their folders record them: found, read, put together over their seeds, and given to a table's rows."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from ccl_timm.console import warn
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.reproduce import run_name
 from ccl_timm.experiments.tables import Row, Table
-from ccl_timm.training import options, runs
+from ccl_timm.training import options, parts, runs
 
-__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'environment_of', 'group', 'read_results', 'varying']
+__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'group', 'read_results', 'varying']
 
 # what may differ between runs that stand behind one figure
 _FREE_IN_GROUP = {'dataset_download', 'seed'}
@@ -69,8 +68,7 @@ class Result:
     @property
     def parts(self) -> dict[str, float]:
         """Top-1 in % after the last epoch on further parts of the data, as `validate --record` has written them."""
-        measured = runs.read_parts(self.folder)
-        return {row['part']: float(row['top1']) for row in measured if int(row['epoch']) + 1 == self.epochs}
+        return {row['part']: row['top1'] for row in parts.read_parts(self.folder) if row['epoch'] + 1 == self.epochs}
 
     @property
     def best(self) -> float:
@@ -167,6 +165,7 @@ def read_result(folder: Path) -> Result:
     try:
         settings = runs.read_args(folder)
         rows = runs.whole_rows(folder)
+        parts.read_parts(folder)
     except (yaml.YAMLError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -186,6 +185,7 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     settings = dict(settings)
     loss = settings.get('loss') or 'ce'
     settings['loss'] = loss
+    settings.setdefault('train_fraction', None)  # runs from before there was such a share
     settings['loss_kwargs'] = {**_defaults(loss), **(settings.get('loss_kwargs') or {})}
     settings['data_dir'] = Path(settings.get('data_dir') or '').name
     settings['dataset'] = '' if settings.get('dataset') == 'folder' else settings.get('dataset') or ''
@@ -203,21 +203,6 @@ def _defaults(loss: str) -> dict[str, Any]:
     except UserError:
         return {}
     return {key: option.default for key, option in known.items() if isinstance(option.default, (bool, int, float, str))}
-
-
-def environment_of(folder: Path) -> dict[str, Any]:
-    """What a run was made with, from its environment.json; empty without one.
-
-    Raises:
-        UserError: the file is not JSON.
-    """
-    path = folder / 'environment.json'
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON: {error}.") from error
 
 
 def group(results: list[Result], free: set[str] = _FREE_IN_GROUP) -> list[Group]:
@@ -264,7 +249,9 @@ def assign(table: Table, results: list[Result]) -> list[Place]:
     places = []
     for row, own in found.items():
         epochs = wanted[row]['epochs']
-        groups = sorted(group(own), key=lambda g: (abs(g.epochs - epochs), -len(g.results)))
+        groups = sorted(
+            group(own), key=lambda g: (-(g.settings['train_fraction'] or 1), abs(g.epochs - epochs), -len(g.results))
+        )
         places.append(Place(row, epochs, tuple(groups)))
     return places
 

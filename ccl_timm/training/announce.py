@@ -33,7 +33,7 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     start = f'weights of {args.initial_checkpoint}' if args.initial_checkpoint else start
     batch = global_batch(args)
     layout = 'channels last' if run.memory_format == torch.channels_last else 'contiguous'
-    layout += ', kernels cropped to the image' if args.device == 'cpu' else ''
+    layout += ', kernels cropped to small images' if run.cropped else ''
     memory = 'in memory' if isinstance(run.loader, InMemoryLoader) else f'read by {args.workers} workers'
     rows = [
         ('model', f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters', 'model'),

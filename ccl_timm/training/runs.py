@@ -23,7 +23,6 @@ from ccl_timm import plugins
 from ccl_timm.errors import UserError
 
 __all__ = [
-    'add_part',
     'best_row',
     'check_same_data',
     'check_same_settings',
@@ -38,10 +37,11 @@ __all__ = [
     'planned_epochs',
     'read_args',
     'read_checkpoint',
-    'read_parts',
+    'read_environment',
     'read_summary',
     'whole_rows',
     'write_run_files',
+    'write_whole',
 ]
 
 # settings that may differ between a run and its continuation without changing what is computed
@@ -105,7 +105,7 @@ def _free_folder(folder: Path) -> Path:
 
 def check_same_settings(args: argparse.Namespace, folder: Path) -> None:
     """Raise a UserError unless a run's folder was made with these settings, as far as they change what is computed."""
-    changed = differences(read_args(folder), vars(args))
+    changed = differences({'train_fraction': None, **read_args(folder)}, vars(args))
     if changed:
         raise UserError(
             f"'{folder}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to go on "
@@ -237,29 +237,22 @@ def whole_rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in read_summary(folder) if 'lr' in row]
 
 
-def read_parts(folder: Path) -> list[dict[str, str]]:
-    """What was measured on further parts of the data: rows of a run's parts.csv; none without that file."""
-    path = folder / 'parts.csv'
-    if not path.is_file():
-        return []
-    with path.open(newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What a run was made with, from its environment.json; empty without one.
 
-
-def add_part(folder: Path, row: dict[str, Any]) -> Path:
-    """Append what was measured on a further part of the data to a run's parts.csv; returns its path.
-
-    Args:
-        folder: the run's.
-        row: ``part``, ``epoch`` (counted from 0, as in summary.csv), ``images``, ``top1``, ``top5`` and ``loss``.
+    Raises:
+        UserError: the file is no JSON object.
     """
-    path = folder / 'parts.csv'
-    rows = [*read_parts(folder), row]
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    path = folder / 'environment.json'
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise UserError(f"'{path}' is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is not a run's: it holds no names and values.")
+    return content
 
 
 def planned_epochs(settings: dict[str, Any]) -> int:
@@ -354,14 +347,14 @@ def write_run_files(
     else:
         information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
-        _write(folder / 'args.yaml', yaml.safe_dump({**kept, 'resume': ''}))
-    _write(record, json.dumps(information, indent=2) + '\n')
+        write_whole(folder / 'args.yaml', yaml.safe_dump({**kept, 'resume': ''}))
+    write_whole(record, json.dumps(information, indent=2) + '\n')
     if held_out:
         lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
-        _write(folder / 'split.csv', '\n'.join(lines) + '\n')
+        write_whole(folder / 'split.csv', '\n'.join(lines) + '\n')
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a whole file or none: a kill leaves no half of one."""
     beside = path.with_name(f'{path.name}.tmp')
     beside.write_text(text, encoding='utf-8')

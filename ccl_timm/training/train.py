@@ -54,6 +54,7 @@ class Run:
     Attributes:
         metric: what the best checkpoint is best in: ``top1``, ``macro_top1``, ``top5`` or ``loss``.
         memory_format: of the images, and of the model.
+        cropped: convolutions that leave out what only meets padding where images are small enough.
         best: its value and epoch so far.
         results: what was measured after each epoch.
     """
@@ -69,6 +70,7 @@ class Run:
     autocast: Any
     scaler: Any
     memory_format: torch.memory_format = torch.contiguous_format
+    cropped: int = 0
     tracker: Tracker | None = None
     scheduler: Any = None
     saver: CheckpointSaver | None = None
@@ -184,8 +186,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     model = build_model(vars(args), **settings.weight_settings(args))
     data_config = resolve_data_config(vars(args), model=model)
     memory_format = _memory_format(args, model)
-    if device.type == 'cpu':
-        crop_kernels(model)
+    cropped = crop_kernels(model) if device.type == 'cpu' else 0
     model.to(device, memory_format=memory_format)
     if args.grad_checkpointing:
         with settings.explained(f"--grad-checkpointing does not work with '{args.model}'"):
@@ -207,7 +208,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
         autocast = functools.partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype))
         scaler = NativeScaler(device=device.type) if device.type == 'cuda' and args.amp_dtype == 'float16' else None
     parts = (task, optimizer, loader, loader_eval, data_config, autocast, scaler)
-    run = Run(args, device, folder, *parts, memory_format=memory_format)
+    run = Run(args, device, folder, *parts, memory_format=memory_format, cropped=cropped)
     _resume(run, checkpoint)
     if args.torchcompile:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)

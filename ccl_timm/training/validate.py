@@ -18,10 +18,9 @@ from ccl_timm.console import Progress, say, warn
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.reports import retrieval
-from ccl_timm.training import runs
+from ccl_timm.training import parts, retrieval, runs
 from ccl_timm.training.options import Parser
-from ccl_timm.training.trained import load_trained
+from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
@@ -124,8 +123,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
             raise UserError(f"'{path}' exists already: name another file.")
     device = torch.device(pick_device(args.device))
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
-    if args.record and (trained.epoch is None or args.data_dir is not None or args.dataset is not None):
-        raise UserError('--record keeps figures of a run on a part of its own data: name the run, and --split.')
+    if args.record:
+        _check_record(args, trained)
     settings = data_settings(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
     dataset = open_for(settings, settings.val_split, config['input_size'][0], trained.class_names)
@@ -142,11 +141,9 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
         metrics |= _neighbours(args, settings, trained, loader, config)
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
     _write_tables(args, found, names)
-    if args.record:
-        figures = {name: metrics[name] for name in ('top1', 'top5', 'loss')}
-        row = {'part': settings.val_split, 'epoch': trained.epoch, 'images': len(dataset) - found.unreadable, **figures}
-        say(f'written: {runs.add_part(runs.folder_of(Path(args.source or args.checkpoint)), row)}')
     result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
+    if args.record:
+        _record(args, trained, result)
     print(f'--result\n{json.dumps({**result, "img_size": config["input_size"][-1]}, indent=4)}')
     return 0
 
@@ -170,6 +167,29 @@ def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
         found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
     say('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
     return found
+
+
+def _check_record(args: argparse.Namespace, trained: Trained) -> None:
+    """Raise a UserError unless figures can be kept with the run that they are of."""
+    folder = _run_folder(args)
+    if trained.epoch is None or not runs.holds_run(folder):
+        raise UserError(f"--record keeps figures with a run, which '{folder}' is not: name a run's folder.")
+    if args.split is None or args.data_dir is not None or args.dataset is not None:
+        raise UserError("--record keeps figures of a part of the run's own data: name it with --split alone.")
+    if bool(trained.settings.get('model_ema')) != args.use_ema:
+        raise UserError(f"'{folder}' was measured with the moving average of its weights: give --use-ema.")
+
+
+def _record(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) -> None:
+    figures = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
+    path = parts.add_part(_run_folder(args), {'part': args.split, 'epoch': trained.epoch, **figures})
+    say(f'written: {path}, of epoch {trained.epoch + 1}')
+    if trained.epoch != runs.whole_rows(path.parent)[-1]['epoch']:
+        say(f"reports show figures of a run's last epoch: {path.parent / 'last.pth.tar'}")
+
+
+def _run_folder(args: argparse.Namespace) -> Path:
+    return runs.folder_of(Path(args.source or args.checkpoint))
 
 
 def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
@@ -199,7 +219,7 @@ def _parser(prog: str) -> Parser:
     add('--split', default=None, metavar='NAME', help='part to evaluate on')
     add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
-    add('--record', action='store_true', help="add the figures to the run's parts.csv, which reports show")
+    add('--record', action='store_true', help="keep the figures of --split in the run's parts.csv")
     add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
     add('--knn', type=int, default=None, metavar='K', help='accuracy of the K nearest training images, by features')
     add('-b', '--batch-size', type=int, default=256, metavar='N')
@@ -218,8 +238,9 @@ def data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argpars
         settings |= {'data_dir': args.data_dir, 'dataset': args.dataset or '', 'train_fraction': None}
     elif args.dataset is not None:
         settings |= {'dataset': args.dataset, 'train_fraction': None}
-    if args.split is not None or args.data_dir is not None or args.dataset is not None:
-        settings |= {'val_split': args.split or settings['val_split'] or 'validation', 'val_fraction': None}
+    if args.data_dir is not None or args.dataset is not None:
+        settings |= {'val_split': settings['val_split'] or 'validation', 'val_fraction': None}
+    settings['val_split'] = args.split or settings['val_split']
     if settings['data_dir'] is None and not settings['dataset']:
         raise UserError('No data to evaluate on: give --data-dir or --dataset.')
     return argparse.Namespace(**settings, batch_size=args.batch_size, needs_part=args.split is not None)
@@ -228,16 +249,18 @@ def data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argpars
 def open_for(
     settings: argparse.Namespace, split: str, channels: int, class_names: list[str] | None, training: bool = False
 ) -> Any:
-    """A part of the data as :func:`data_settings` tell; with a held-out share, that or the one trained on.
+    """A part of the data as :func:`data_settings` tell; of one that a run divided, the share that it used.
 
     Args:
         settings: where the data is.
         split: name of the part.
         channels: of the images.
         class_names: of the model; None if unknown.
-        training: of a training part divided by ``val_fraction`` or ``train_fraction``, the share trained on.
+        training: of a training part divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
+            one divided by ``val_fraction``, the share held out, unless a part was named.
     """
-    if settings.val_fraction is None and not (training and settings.train_fraction):
+    divided = settings.val_fraction is not None and (training or not settings.needs_part)
+    if not divided and not (training and settings.train_fraction):
         return datasets.open_part(settings, split, channels, class_names, settings.needs_part)
     splits = datasets.open_splits(settings, channels)
     return splits.train if training else splits.validation
