@@ -242,7 +242,7 @@ def _recipes(argv: list[str], prog: str) -> int:
         title, data = recipes.describe(name)
         served = [f'{key} ({len(found)})' for key, found in tables.tables_of(name).items()]
         rows.append((name, title, data, ', '.join(served) or '-'))
-    print(table(rows, ('name', 'what', 'data', "papers' tables (rows)")))
+    print(table(rows, ('name', 'what', 'data', 'tables (rows)')))
     return 0
 
 
@@ -321,9 +321,9 @@ _COMMANDS: dict[str, tuple[Callable[[list[str], str], int], str]] = {
     'losses': (_losses, 'list the losses, or explain one'),
     'models': (_models, 'list our models, with parameters and the losses made for them'),
     'recipes': (_recipes, 'list the packaged recipes, or print one'),
-    'reproduce': (_reproduce, "run rows of the papers' tables, or tell what that takes"),
+    'reproduce': (_reproduce, "run rows of the papers' tables and ours, or tell what that takes"),
     'compare': (_compare, 'compare losses with cross-entropy on your own images'),
-    'report': (_report, "put runs into the papers' tables, with tests and pictures, or tell two runs apart"),
+    'report': (_report, "put runs into the papers' tables and ours, with tests and pictures, or tell two runs apart"),
     'features': (_features, "draw a model's features, attention and confusion"),
     'plugins': (_plugins, 'list models and losses of other packages'),
     'new-plugin': (_new_plugin, 'write a plugin package to start from'),

@@ -82,7 +82,7 @@ class Plan:
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Check, time or run the rows of one of the papers' tables; 1 if a row failed."""
+    """Check, time or run the rows of a table; 1 if a row failed."""
     own, train_words = split_words(argv)
     args = _parser(prog).parse_strictly(own)
     if not args.table:
@@ -106,7 +106,7 @@ def _parser(prog: str) -> options.Parser:
     parser = options.Parser(
         prog=prog,
         usage=f'{prog} [TABLE] [options] [-- words of the training script]',
-        description="Run rows of the papers' tables: what is done is skipped, what was cut goes on. "
+        description="Run rows of the papers' tables, or of ours: what is done is skipped, what was cut goes on. "
         'Without TABLE: list them. What stands after -- goes to `timm train.py`, such as -- --workers 2.',
     )
     add = parser.add_argument

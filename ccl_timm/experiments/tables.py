@@ -1,4 +1,4 @@
-"""The papers' tables as data: which recipe, model, loss and overrides a row is, and the figure that paper prints."""
+"""The papers' tables, and ours, as data: what a row trains, and the figure that a paper prints."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Table:
 
 
 def list_tables() -> list[str]:
-    """Names of the papers' tables."""
+    """Names of the papers' tables and of ours."""
     return sorted(path.stem for path in _folder().glob('*.yaml'))
 
 

@@ -19,7 +19,7 @@ from ccl_timm.training.records import without_folders
 
 __all__ = ['RECORD', 'default_repository', 'is_unedited', 'render']
 
-# what a card is written from
+# what a card is written from, beside parts.csv where there is one
 RECORD = ('config.json', 'args.yaml', 'summary.csv', 'environment.json')
 
 _STAMP = '<!-- written by ccl-timm; a card that was edited is kept when the run is pushed again. sha256 '

@@ -185,8 +185,9 @@ def push(
 ) -> str:
     """Put a trained model on the Hub, in a repository that is made if there is none, in one commit.
 
-    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv, and README.md,
-    the model card. A card that somebody edited stays. What is there already is not sent again.
+    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv, parts.csv if
+    there is one, and README.md, the model card. A card that somebody edited stays. What is there already is not sent
+    again.
 
     Args:
         source: folder of a run (its best checkpoint) or a checkpoint file in one.
