@@ -18,9 +18,9 @@ from ccl_timm import losses, models
 from ccl_timm.console import say, table
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader
+from ccl_timm.flags import Parser
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
-from ccl_timm.training.options import Parser
 from ccl_timm.training.validate import pick_device
 
 __all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'main', 'ratios']

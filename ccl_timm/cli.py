@@ -97,7 +97,7 @@ def _ccl_timm(argv: list[str]) -> int:
 
 
 def _parser(prog: str, description: str):
-    from ccl_timm.training.options import Parser
+    from ccl_timm.flags import Parser
 
     return Parser(prog=prog, description=description)
 
@@ -230,9 +230,8 @@ def _recipes(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the packaged recipes, or print one.')
     parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='print this one')
     args = parser.parse_strictly(argv)
-    from ccl_timm import recipes
+    from ccl_timm import recipes, tables
     from ccl_timm.console import table
-    from ccl_timm.experiments import tables
 
     if args.name:
         print(recipes.find_recipe(args.name).read_text(encoding='utf-8'))

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from ccl_timm import UserError, recipes
-from ccl_timm.training.options import OWN, UPSTREAM_ONLY, resolve, train_parser
+from ccl_timm.flags import UPSTREAM_ONLY
+from ccl_timm.training.options import OWN, resolve, train_parser
 
 
 def write(place, text):

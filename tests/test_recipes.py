@@ -10,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from ccl_timm import UserError, launch, recipes
+from ccl_timm import UserError, launch, recipes, tables
 from ccl_timm.data import datasets, loaders
-from ccl_timm.experiments import estimate, tables
+from ccl_timm.experiments import estimate
 from ccl_timm.training import options, settings
 
 # of the same family, for what takes long on a laptop

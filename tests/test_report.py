@@ -10,7 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm.experiments import tables
+from ccl_timm import tables
 from ccl_timm.reports import report, results, statistics
 from ccl_timm.training import options, parts
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from ccl_timm import cli
-from ccl_timm.experiments import compare, reproduce, tables
+from ccl_timm import cli, tables
+from ccl_timm.experiments import compare, reproduce
 from ccl_timm.training import runs, train
 
 TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ccl_timm.experiments import tables
+from ccl_timm import tables
 from ccl_timm.reports import results
 from ccl_timm.training import runs
 

@@ -11,7 +11,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
-from ccl_timm.training.options import Parser
+from ccl_timm.flags import Parser
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 

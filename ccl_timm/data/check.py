@@ -19,7 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from ccl_timm.console import Progress, table
 from ccl_timm.data.datasets import PARTS
 from ccl_timm.errors import UserError
-from ccl_timm.training.options import Parser
+from ccl_timm.flags import Parser
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
 

@@ -19,9 +19,8 @@ from ccl_timm.data.datasets import Splits, strictly, targets_of
 from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
 from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
-from ccl_timm.training.settings import mixes
 
-__all__ = ['create_loader', 'evaluation_loader', 'make_loaders']
+__all__ = ['create_loader', 'evaluation_loader', 'make_loaders', 'mixes']
 
 _SMALL = 2**30  # bytes: data sets of up to this size go to memory by themselves
 _MARGIN = 1.15  # large photos are kept at so many times the input size, which leaves room for random crops
@@ -50,6 +49,11 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
 def _resize(size: tuple[int, int]) -> transforms.Resize:
     # as at evaluation: a square keeps what the image looks like, and its longer side hangs over
     return transforms.Resize(size[0] if size[0] == size[1] else size)
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether Mixup or CutMix is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def make_loaders(

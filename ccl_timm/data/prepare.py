@@ -12,7 +12,7 @@ from ccl_timm.console import first_few, warn
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.training.options import Parser
+from ccl_timm.flags import Parser
 
 __all__ = ['main', 'split_folder', 'write_digits', 'write_links']
 

@@ -7,9 +7,9 @@ from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, figures, plan_of, split_words
-from ccl_timm.experiments.tables import Row, Table, as_words
+from ccl_timm.flags import Parser
 from ccl_timm.reports.statistics import LEVEL, difference, show_figures
-from ccl_timm.training.options import Parser
+from ccl_timm.tables import Row, Table, as_words
 
 __all__ = ['main', 'rows_of']
 

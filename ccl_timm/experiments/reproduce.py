@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccl_timm import recipes
+from ccl_timm import recipes, tables
 from ccl_timm.console import say, table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.experiments import tables
-from ccl_timm.experiments.tables import Row, Table
+from ccl_timm.flags import Parser
 from ccl_timm.reports.statistics import show_figures, show_share
+from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, runs, settings
 
-__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'run_name', 'split_words']
+__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'split_words']
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def main(argv: list[str], prog: str) -> int:
     return int(failed)
 
 
-def _parser(prog: str) -> options.Parser:
-    parser = options.Parser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         usage=f'{prog} [TABLE] [options] [-- words of the training script]',
         description="Run rows of the papers' tables, or of ours: what is done is skipped, what was cut goes on. "
@@ -118,7 +118,7 @@ def _parser(prog: str) -> options.Parser:
     return parser
 
 
-def add_common(parser: options.Parser, output: str) -> None:
+def add_common(parser: Parser, output: str) -> None:
     """The flags of every command that carries out a plan."""
     add = parser.add_argument
     add('--seeds', type=_at_least_one, default=None, metavar='N', help="runs a row, 0 to N-1; default the table's")
@@ -158,11 +158,6 @@ def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
             own = tables.as_words(run)
             jobs[row].append(Job(row, (*row.words, *words, *own), output / run['experiment']))
     return Plan(chosen, jobs)
-
-
-def run_name(row: Row, seed: int) -> str:
-    """Name of a row's run, made of data set, row and seed; ``args.yaml`` keeps it as ``experiment``."""
-    return '-'.join(part for part in (row.dataset, *row.name.split(':'), f'seed{seed}') if part)
 
 
 def carry_out(plan: Plan, dry_run: bool = False, estimate: bool = False) -> bool:

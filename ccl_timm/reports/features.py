@@ -9,9 +9,9 @@ import torch
 
 from ccl_timm.console import say, table
 from ccl_timm.errors import UserError
+from ccl_timm.flags import Parser
 from ccl_timm.reports import analysis, pictures
 from ccl_timm.training import retrieval, runs, validate
-from ccl_timm.training.options import Parser
 from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['analyse', 'draw', 'main']

@@ -6,13 +6,13 @@ from typing import Any
 
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.tables import Row, Table, read_table
+from ccl_timm.flags import Parser
 from ccl_timm.reports import results
 from ccl_timm.reports.rendering import FORMATS, Report, Section
 from ccl_timm.reports.results import Group, Place, Result
 from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, show_share, welch
+from ccl_timm.tables import Row, Table, read_table
 from ccl_timm.training import runs
-from ccl_timm.training.options import Parser
 from ccl_timm.training.records import write_record
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']

@@ -10,8 +10,7 @@ import yaml
 from ccl_timm import losses, models
 from ccl_timm.console import warn
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import run_name
-from ccl_timm.experiments.tables import Row, Table
+from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, parts, runs
 
 __all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'group', 'read_results', 'varying']

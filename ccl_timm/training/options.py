@@ -9,115 +9,15 @@ from timm.utils import ParseKwargs
 
 from ccl_timm import recipes
 from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.flags import UPSTREAM_ONLY, Parser
 
-__all__ = ['OWN', 'UPSTREAM_ONLY', 'Parser', 'check_flags', 'resolve', 'train_parser']
-
-# flags of timm's train.py that the built-in script leaves to it, with timm's defaults: a recipe may name them if they
-# are off
-UPSTREAM_ONLY: dict[str, Any] = {
-    'aug_repeats': 0,
-    'aug_splits': 0,
-    'bce_loss': False,
-    'bce_pos_weight': None,
-    'bce_sum': False,
-    'bce_target_thresh': None,
-    'dataset_trust_remote_code': False,
-    'distill_loss_weight': None,
-    'drop_block': None,
-    'drop_connect': None,
-    'epoch_repeats': 0.0,
-    'fast_norm': False,
-    'fuser': '',
-    'head_init_bias': None,
-    'head_init_scale': None,
-    'jsd_loss': False,
-    'kd_distill_type': 'logit',
-    'kd_loss_type': 'kl',
-    'kd_model_name': None,
-    'kd_student_feature_dim': None,
-    'kd_teacher_feature_dim': None,
-    'kd_temperature': 4.0,
-    'kd_token_distill_type': 'soft',
-    'local_rank': 0,
-    'lr_cycle_decay': 0.5,
-    'lr_cycle_limit': 1,
-    'lr_cycle_mul': 1.0,
-    'lr_k_decay': 1.0,
-    'lr_noise': None,
-    'lr_noise_pct': 0.67,
-    'lr_noise_std': 1.0,
-    'model_dtype': None,
-    'model_ema_force_cpu': False,
-    'naflex_loader': False,
-    'naflex_loss_scale': 'linear',
-    'naflex_max_seq_len': 576,
-    'naflex_patch_size_probs': None,
-    'naflex_patch_sizes': None,
-    'naflex_patchify_channels_first': False,
-    'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
-    'no_ddp_bb': False,
-    'no_prefetcher': False,
-    'recovery_interval': 0,
-    'resplit': False,
-    'save_images': False,
-    'split_bn': False,
-    'start_epoch': None,
-    'synchronize_step': False,
-    'task_loss_weight': None,
-    'torchscript': False,
-    'train_batch_sizes': None,
-    'train_batches_per_epoch': None,
-    'train_img_sizes': None,
-    'train_num_samples': None,
-    'train_size_probs': None,
-    'train_size_random_mix': 0.1,
-    'train_size_schedule': 'constant',
-    'train_size_schedule_spread': 0.65,
-    'tta': 0,
-    'use_multi_epochs_loader': False,
-    'val_num_samples': None,
-    'variable_batch_loss_scale': 'none',
-    'worker_seeding': 'all',
-}
-
+__all__ = ['OWN', 'resolve', 'train_parser']
 
 # flags that timm's train.py does not have
 OWN = (
     'class_names', 'class_weight', 'deterministic', 'in_memory', 'loss', 'loss_kwargs', 'lr_batch', 'memory_format',
     'pad_crop', 'patience', 'samples_per_class', 'scale_lr', 'tracker', 'train_fraction', 'val_fraction',
 )  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`, and that knows which flags are only upstream's."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> None:
-        """Raise instead of leaving the process."""
-        raise UserError(f'{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.')
-
-    def parse_strictly(self, argv: list[str]) -> argparse.Namespace:
-        """Parse all of ``argv``; a flag that is not ours is named, with where it can be used."""
-        args, rest = self.parse_known_args(argv)
-        check_flags(rest, self)
-        return args
-
-
-def check_flags(rest: list[str], parser: argparse.ArgumentParser) -> None:
-    """Raise a UserError that explains the first word that a parser left over."""
-    if not rest:
-        return
-    flag = next((word for word in rest if word.startswith('-')), rest[0])
-    name = flag.split('=')[0]
-    if name.lstrip('-').replace('-', '_') in UPSTREAM_ONLY:
-        raise UserError(
-            f"The built-in script does not have timm's {name}: run timm's own train.py with it, "
-            '`ccl-timm run path/to/train.py ...`.'
-        )
-    flags = [option for action in parser._actions for option in action.option_strings]
-    raise UserError(f"Unknown argument '{name}'{did_you_mean(name, flags)} See `{parser.prog} --help`.")
 
 
 def train_parser(prog: str = 'timm train.py') -> Parser:

@@ -13,7 +13,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.training.options import Parser
+from ccl_timm.flags import Parser
 from ccl_timm.training.trained import Trained, load_trained
 from ccl_timm.training.validate import pick_device
 

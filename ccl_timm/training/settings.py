@@ -18,6 +18,7 @@ from timm.optim import list_optimizers
 
 from ccl_timm import losses, models
 from ccl_timm.data import datasets
+from ccl_timm.data.loaders import mixes
 from ccl_timm.errors import UserError, did_you_mean
 from ccl_timm.task import fitting_loss, probe
 from ccl_timm.training.trained import build_model
@@ -31,7 +32,6 @@ __all__ = [
     'input_channels',
     'learning_rate',
     'loss_settings',
-    'mixes',
     'weight_settings',
 ]
 
@@ -134,11 +134,6 @@ def explained(what: str) -> Iterator[None]:
     except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f'{what}: {lines[-1].strip()}') from error
-
-
-def mixes(args: argparse.Namespace) -> bool:
-    """Whether Mixup or CutMix is on."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def input_channels(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from timm.utils.summary import trim_summary
 
 from ccl_timm.console import Progress, is_primary, say
 from ccl_timm.data import datasets
-from ccl_timm.data.loaders import make_loaders
+from ccl_timm.data.loaders import make_loaders, mixes
 from ccl_timm.errors import UserError
 from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
@@ -197,7 +197,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     task = create_task(model, args.loss, device=device, **settings.loss_settings(args, args.class_weights))
     size = 'x'.join(map(str, data_config['input_size']))
     with settings.explained(f"'{args.model}' with loss '{args.loss}' cannot take images of {size}"):
-        task.try_once(data_config['input_size'], soft_classes=args.num_classes if settings.mixes(args) else 0)
+        task.try_once(data_config['input_size'], soft_classes=args.num_classes if mixes(args) else 0)
     with settings.explained('The settings of data and augmentation do not work'):
         loader, loader_eval = make_loaders(args, device, data_config, splits)
     args.lr = settings.learning_rate(args)

@@ -18,8 +18,8 @@ from ccl_timm.console import Progress, say, warn
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
+from ccl_timm.flags import Parser
 from ccl_timm.training import parts, retrieval, runs
-from ccl_timm.training.options import Parser
 from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']

@@ -8,7 +8,7 @@ from typing import Any
 from ccl_timm import recipes
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 
-__all__ = ['Row', 'Table', 'as_words', 'list_tables', 'read_table', 'select', 'tables_of']
+__all__ = ['Row', 'Table', 'as_words', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ def tables_of(recipe: str) -> dict[str, list[Row]]:
     """For each table that a recipe serves, its rows there."""
     served = {name: [row for row in read_table(name).rows if row.recipe == recipe] for name in list_tables()}
     return {name: rows for name, rows in served.items() if rows}
+
+
+def run_name(row: Row, seed: int) -> str:
+    """Name of a row's run, made of data set, row and seed; ``args.yaml`` keeps it as ``experiment``."""
+    return '-'.join(part for part in (row.dataset, *row.name.split(':'), f'seed{seed}') if part)
 
 
 def as_words(settings: dict[str, Any]) -> list[str]:
