@@ -184,7 +184,8 @@ def _record(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) 
     figures = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
     path = parts.add_part(_run_folder(args), {'part': args.split, 'epoch': trained.epoch, **figures})
     say(f'written: {path}, of epoch {trained.epoch + 1}')
-    if trained.epoch != runs.whole_rows(path.parent)[-1]['epoch']:
+    rows = runs.whole_rows(path.parent)
+    if rows and trained.epoch != rows[-1]['epoch']:
         say(f"reports show figures of a run's last epoch: {path.parent / 'last.pth.tar'}")
 
 
