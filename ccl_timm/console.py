@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'first_few', 'is_primary', 'say', 'say_error', 'table', 'warn', 'was_error_said']
+__all__ = ['Progress', 'first_few', 'is_primary', 'say', 'say_error', 'show_share', 'table', 'warn', 'was_error_said']
 
 
 def is_primary() -> bool:
@@ -48,6 +48,11 @@ def _error_mark() -> Path | None:
     """A file beside the folders that torchrun gives its processes for errors; None without torchrun."""
     own = os.environ.get('TORCHELASTIC_ERROR_FILE')
     return Path(own).parent.parent / 'ccl_timm_error_said' if own else None
+
+
+def show_share(fraction: float | None) -> str:
+    """A share of the images in percent; nothing for all of them."""
+    return f'{100 * fraction:g}%' if fraction else ''
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     'check_fraction',
     'file_names',
     'hold_out',
+    'is_folder',
     'open_part',
     'open_splits',
     'strictly',
@@ -201,12 +202,12 @@ def open_part(
     mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
     if args.dataset == 'digits':
         return Digits(split, mode)
-    if '/' not in args.dataset and args.dataset not in ('', 'folder'):
+    if '/' not in args.dataset and not is_folder(args.dataset):
         raise UserError(
             f"Unknown data set '{args.dataset}'{did_you_mean(args.dataset, ['digits', 'folder'])} "
             "Give 'digits', a scheme of timm such as torch/cifar10 or hfds/owner/name, or only --data-dir."
         )
-    if _is_folder(args) and not os.path.exists(args.data_dir or ''):
+    if is_folder(args.dataset) and not os.path.exists(args.data_dir or ''):
         raise UserError(f"There is no data folder '{args.data_dir or ''}': give an existing one with --data-dir.")
     _check_has_part(args, split, needs_part)
     _check_has_package(args)
@@ -239,8 +240,9 @@ def _check_has_package(args: argparse.Namespace) -> None:
         raise UserError(f"'{args.dataset}' needs the package datasets: `pip install 'ccl-timm[datasets]'`.")
 
 
-def _is_folder(args: argparse.Namespace) -> bool:
-    return args.dataset in ('', 'folder')
+def is_folder(dataset: str | None) -> bool:
+    """Whether the setting ``dataset`` means images in a folder, which then has their name."""
+    return dataset in ('', 'folder', None)
 
 
 def _class_names_from(args: argparse.Namespace) -> list[str] | None:
@@ -312,7 +314,7 @@ def _column_of_labels(reader: Any, part: str) -> list[int]:
 def _check_has_part(args: argparse.Namespace, split: str, needs_part: bool) -> None:
     """timm takes the whole folder where it finds no part of that name, the other parts included."""
     root = args.data_dir
-    if not _is_folder(args) or not os.path.isdir(root):
+    if not is_folder(args.dataset) or not os.path.isdir(root):
         return
     if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
         return

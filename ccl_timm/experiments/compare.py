@@ -6,7 +6,7 @@ from pathlib import Path
 from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, figures, plan_of, split_words
+from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, common_words, figures, plan_of, split_words
 from ccl_timm.flags import Parser
 from ccl_timm.reports.statistics import LEVEL, difference, show_figures
 from ccl_timm.tables import Row, Table, as_words
@@ -20,16 +20,12 @@ def main(argv: list[str], prog: str) -> int:
     """Train every loss and control with every learning rate and seed, and print the comparison; 1 if a run failed."""
     own, train_words = split_words(argv)
     args = _parser(prog).parse_strictly(own)
-    words = ['--config', args.config]
-    words += as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
+    words = ['--config', args.config, *common_words(args)]
     rates = [_rate(text) for text in args.lr.split(',') if text]
     rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, words)
     chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
     plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_words)
-    failed = carry_out(plan, args.dry_run, args.estimate)
-    if not (args.dry_run or args.estimate):
-        print(_result(plan))
-    return int(failed)
+    return carry_out(plan, args, _result)
 
 
 def _parser(prog: str) -> Parser:

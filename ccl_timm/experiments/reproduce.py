@@ -8,19 +8,19 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ccl_timm import recipes, tables
-from ccl_timm.console import say, table, warn
+from ccl_timm.console import say, show_share, table, warn
 from ccl_timm.errors import UserError
 from ccl_timm.flags import Parser
-from ccl_timm.reports.statistics import show_figures, show_share
+from ccl_timm.reports.statistics import show_figures
 from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, runs, settings
 
-__all__ = ['Job', 'Plan', 'carry_out', 'figures', 'main', 'plan_of', 'split_words']
+__all__ = ['Job', 'Plan', 'add_common', 'carry_out', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,9 @@ def main(argv: list[str], prog: str) -> int:
     chosen = tables.select(tables.read_table(args.table), args.dataset, names)
     if len(chosen.datasets) > 1 and not args.dry_run:
         raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
-    words = tables.as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
     seeds = chosen.seeds if args.seeds is None else args.seeds
-    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*words, *train_words])
-    failed = carry_out(plan, args.dry_run, args.estimate)
-    if not (args.dry_run or args.estimate):
-        print(_result(plan))
-    return int(failed)
+    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*common_words(args), *train_words])
+    return carry_out(plan, args, _result)
 
 
 def _parser(prog: str) -> Parser:
@@ -126,6 +122,11 @@ def add_common(parser: Parser, output: str) -> None:
     add('--output', default=output, metavar='DIR', help=f'where the runs lie, default {output}')
     add('--dry-run', action='store_true', help='check every row and print its commands')
     add('--estimate', action='store_true', help='time ten steps of every row and print the hours that all takes')
+
+
+def common_words(args: argparse.Namespace) -> list[str]:
+    """The training script's words that follow from the flags of every such command."""
+    return tables.as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
 
 
 def _at_least_one(text: str) -> int:
@@ -160,22 +161,32 @@ def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
     return Plan(chosen, jobs)
 
 
-def carry_out(plan: Plan, dry_run: bool = False, estimate: bool = False) -> bool:
-    """Check every row, and then run all jobs, or only print the commands, or only time them; whether any failed.
+def carry_out(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]) -> int:
+    """Check every row, and then run all jobs and print what came out, or only print the commands, or only time them.
+
+    Args:
+        plan: the jobs.
+        args: with the flags of :func:`add_common`.
+        result: what to print of a plan once its jobs are done.
+
+    Returns:
+        The exit code: 1 if any failed.
 
     Raises:
         UserError: a row cannot work, or its data is not there: nothing has begun.
     """
     for jobs in plan.jobs.values():
-        _check(jobs[0], needs_data=not dry_run)
-    if dry_run:
+        _check(jobs[0], needs_data=not args.dry_run)
+    if args.dry_run:
         for job in plan.all_jobs:
             print(shlex.join(['ccl-timm', 'train', *job.words]))
         say(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
-        return False
-    if estimate:
-        return _estimate(plan)
-    return not all([_run(job) for job in plan.all_jobs])
+        return 0
+    if args.estimate:
+        return int(_estimate(plan))
+    done = [_run(job) for job in plan.all_jobs]
+    print(result(plan))
+    return int(not all(done))
 
 
 def _check(job: Job, needs_data: bool) -> None:

@@ -10,10 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
 from ccl_timm import models, recipes
+from ccl_timm.console import show_share
+from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
-from ccl_timm.reports.statistics import show_share
 from ccl_timm.training import parts, runs
 from ccl_timm.training.records import without_folders
 
@@ -101,7 +102,7 @@ def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'ccl-timm'],
-        datasets=[data] if settings.get('dataset') not in ('', 'folder', None) else None,
+        datasets=[data] if not is_folder(settings.get('dataset')) else None,
         metrics=['accuracy'],
         base_model=_base_model(settings),
         model_name=name,
@@ -111,8 +112,8 @@ def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
 
 def _data_name(settings: dict[str, Any]) -> str:
     """Name of the data: the Hub's for its data sets, timm's without the scheme, else the folder's."""
-    dataset = settings.get('dataset') or ''
-    if dataset not in ('', 'folder'):
+    dataset = settings.get('dataset')
+    if not is_folder(dataset):
         return dataset.partition('/')[2] or dataset
     return Path(settings.get('data_dir') or '').name or 'images'
 
@@ -204,10 +205,10 @@ def _start(settings: dict[str, Any]) -> str:
     return f'from the weights of [{base}](https://huggingface.co/{base})' if base else 'from scratch'
 
 
-def _results(settings, environment, rows, measured, baseline: Path | None, parts) -> dict[str, Any]:
+def _results(settings, environment, rows, measured, baseline: Path | None, further) -> dict[str, Any]:
     """The figure beside the baseline's and the paper's, and how it was measured."""
     figures = [('this model', f'{measured["eval_top1"]:.2f}' if 'eval_top1' in measured else 'not measured')]
-    same_weights = [row for row in parts if row['epoch'] == measured.get('epoch')]
+    same_weights = [row for row in further if row['epoch'] == measured.get('epoch')]
     figures += [
         (f'this model on "{row["part"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}') for row in same_weights
     ]

@@ -168,6 +168,7 @@ def write_card(
                 (folder / 'baseline').mkdir()
                 write_record(Path(baseline), folder / 'baseline')
             shutil.copytree(folder, output)
+            say(f'written: {output}')
     return text
 
 

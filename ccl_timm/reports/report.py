@@ -4,13 +4,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.console import say
+from ccl_timm.console import say, show_share
 from ccl_timm.errors import UserError
 from ccl_timm.flags import Parser
 from ccl_timm.reports import results
 from ccl_timm.reports.rendering import FORMATS, Report, Section
 from ccl_timm.reports.results import Group, Place, Result
-from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, show_share, welch
+from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
 from ccl_timm.tables import Row, Table, read_table
 from ccl_timm.training import runs
 from ccl_timm.training.records import write_record
@@ -40,6 +40,8 @@ def main(argv: list[str], prog: str) -> int:
         raise UserError(f"'{args.output}' exists already: name another file.")
     table = read_table(args.table) if args.table else None
     found = results.read_results(args.runs)
+    if args.record:
+        _check_record(found, Path(args.record))
     text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
     if args.output:
         with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
@@ -68,19 +70,22 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _record(found: list[Result], folder: Path) -> None:
-    """Copy the records of runs, each into a new folder of its own."""
+def _check_record(found: list[Result], folder: Path) -> None:
+    """Raise a UserError unless each run has a new folder of its own to be recorded in, and can be read."""
     names = [result.folder.name for result in found]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"Two of these runs lie in folders called '{name}': record them one after the other.")
+            raise UserError(f"Two of these runs lie in folders called '{name}': record them to different folders.")
         if (folder / name).exists():
             raise UserError(f"'{folder / name}' exists already: name another folder with --record.")
     for result in found:
-        runs.read_environment(result.folder)  # raises before anything is written
-    for name, result in zip(names, found, strict=True):
-        (folder / name).mkdir(parents=True)
-        write_record(result.folder, folder / name)
+        runs.read_environment(result.folder)
+
+
+def _record(found: list[Result], folder: Path) -> None:
+    for result in found:
+        (folder / result.folder.name).mkdir(parents=True)
+        write_record(result.folder, folder / result.folder.name)
     say(f'{len(found)} records written: {folder}')
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from ccl_timm import losses, models
 from ccl_timm.console import warn
+from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
 from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, parts, runs
@@ -187,7 +188,7 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     settings.setdefault('train_fraction', None)  # runs from before there was such a share
     settings['loss_kwargs'] = {**_defaults(loss), **(settings.get('loss_kwargs') or {})}
     settings['data_dir'] = Path(settings.get('data_dir') or '').name
-    settings['dataset'] = '' if settings.get('dataset') == 'folder' else settings.get('dataset') or ''
+    settings['dataset'] = '' if is_folder(settings.get('dataset')) else settings['dataset']
     if 'pretrained' in settings:
         settings['pretrained'] = bool(settings['pretrained'] or settings.get('pretrained_path'))
     return settings

@@ -4,7 +4,7 @@ import math
 import statistics
 import warnings
 
-__all__ = ['LEVEL', 'difference', 'margin', 'one_sample', 'p_bounds', 'show_figures', 'show_share', 'welch']
+__all__ = ['LEVEL', 'difference', 'margin', 'one_sample', 'p_bounds', 'show_figures', 'welch']
 
 LEVEL = 0.05  # how often a difference may be claimed where there is none
 
@@ -15,11 +15,6 @@ def show_figures(values: list[float]) -> str:
         return '-'
     mean = statistics.fmean(values)
     return f'{mean:.2f}' + (f' ± {margin(values):.2f}' if len(values) > 1 else '')
-
-
-def show_share(fraction: float | None) -> str:
-    """A share of the images in percent; nothing for all of them."""
-    return f'{100 * fraction:g}%' if fraction else ''
 
 
 def margin(values: list[float]) -> float:
