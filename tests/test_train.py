@@ -56,6 +56,10 @@ def test_choices_are_said_in_one_block_with_their_source(tiny):
     assert '0.01, sgd, cosine  [typed]' in lines['lr']
 
 
+def test_a_share_of_the_images_is_said(tiny):
+    assert '12 to train on (50% of its part), 12 to validate on' in tiny('--train-fraction', '0.5')[2]
+
+
 def test_run_folder_is_timms_and_more(tiny, folder):
     assert tiny('--experiment', 'a', '--epochs', '2')[0] == 0
     run = Path('output/train/a')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ccl_timm import losses
-from ccl_timm.console import is_primary, say, warn
+from ccl_timm.console import is_primary, say, show_share, warn
 from ccl_timm.data.datasets import Splits
 from ccl_timm.data.in_memory import InMemoryLoader
 from ccl_timm.training.settings import global_batch, loss_settings
@@ -34,6 +34,7 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     batch = global_batch(args)
     layout = 'channels last' if run.memory_format == torch.channels_last else 'contiguous'
     layout += ', kernels cropped to small images' if run.cropped else ''
+    share = f' ({show_share(args.train_fraction)} of its part)' if args.train_fraction else ''
     memory = 'in memory' if isinstance(run.loader, InMemoryLoader) else f'read by {args.workers} workers'
     rows = [
         ('model', f'{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters', 'model'),
@@ -42,7 +43,8 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
         ('loss', f'{args.loss} ({values})' if values else args.loss, 'loss'),
         ('smoothing', str(loss_settings(args).get('smoothing', 'not taken by this loss')), 'smoothing'),
         ('data', f'{args.dataset or args.data_dir}, {memory}', 'dataset' if args.dataset else 'data_dir'),
-        ('images', f'{len(splits.train)} to train on, {len(splits.validation or [])} to validate on', 'val_split'),
+        ('images', f'{len(splits.train)} to train on{share}, {len(splits.validation or [])} to validate on',
+         'val_split'),
         ('classes', f'{args.num_classes}, {min(counts)} to {max(counts)} images each', 'num_classes'),
         ('input', 'x'.join(map(str, run.data_config['input_size'])), 'input_size' if args.input_size else 'img_size'),
         ('device', args.device, 'device'),
