@@ -239,7 +239,7 @@ def _recipes(argv: list[str], prog: str) -> int:
     rows = []
     for name in recipes.list_recipes():
         title, data = recipes.describe(name)
-        served = [f'{key} ({len(found)})' for key, found in tables.tables_of(name).items()]
+        served = [f'{own.name} ({len(own.rows)})' for own in tables.tables_of(name)]
         rows.append((name, title, data, ', '.join(served) or '-'))
     print(table(rows, ('name', 'what', 'data', 'tables (rows)')))
     return 0

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
-DESCRIPTIVE = ('assumed', 'config', 'data', 'paper')
+DESCRIPTIVE = ('assumed', 'config', 'data')
 
 
 def recipe_folder() -> Path:

@@ -1,7 +1,7 @@
 """The papers' tables, and ours, as data: what a row trains, and the figure that a paper prints."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,16 @@ def select(table: Table, dataset: str | None, names: Iterable[str]) -> Table:
                 f'{f" for {dataset}" if dataset else ""}{did_you_mean(name, found)} Rows: {", ".join(found)}.'
             )
     chosen = tuple(row for row in rows if not names or row.name in names)
-    return Table(table.name, table.title, table.seeds, chosen, table.notes)
+    return replace(table, rows=chosen)
 
 
-def tables_of(recipe: str) -> dict[str, list[Row]]:
-    """For each table that a recipe serves, its rows there."""
-    served = {name: [row for row in read_table(name).rows if row.recipe == recipe] for name in list_tables()}
-    return {name: rows for name, rows in served.items() if rows}
+def tables_of(recipe: str) -> list[Table]:
+    """The tables that a recipe serves, with its rows only."""
+    served = []
+    for table in map(read_table, list_tables()):
+        if rows := tuple(row for row in table.rows if row.recipe == recipe):
+            served.append(replace(table, rows=rows))
+    return served
 
 
 def run_name(row: Row, seed: int) -> str:

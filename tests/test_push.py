@@ -401,16 +401,23 @@ def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
     assert f"= timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
 
 
-def test_card_tells_the_papers_figure_where_the_recipe_states_it(words, run, place, monkeypatch):
+def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeypatch):
     publish.record(run, place, weights=False)
     Path('environment.json').write_text(json.dumps({'recipe': 'bees'}))
-    stated = {'model': 'test_resnet_cam', 'loss': 'cc', 'paper': {'top1': 98.7, 'source': 'CC-Loss, Table 9'}}
-    (place / 'recipes').mkdir()
-    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump(stated))
+    (place / 'recipes' / 'tables').mkdir(parents=True)
+    (place / 'recipes' / 'bees.yaml').write_text((run / 'args.yaml').read_text())
     monkeypatch.setattr(recipes, 'recipe_folder', lambda: place / 'recipes')
-    assert '| the paper (CC-Loss, Table 9) | 98.70 |' in card.render(place, REPO)
-    (place / 'recipes' / 'bees.yaml').write_text(yaml.safe_dump({**stated, 'loss': 'ce'}))
-    assert 'not stated |' in card.render(place, REPO)  # the figure is another loss's
+
+    def printed(**changed):
+        row = {'model': 'test_resnet_cam', 'loss': 'cc', 'set': {'epochs': 90}, 'paper': {'own': [98.7, 0.2]}}
+        content = {'datasets': {'own': {'recipe': 'bees'}}, 'rows': {'a:cc': {**row, **changed}}}
+        nine = {'title': 'CC-Loss, table 9', 'seeds': 1, **content}
+        (place / 'recipes' / 'tables' / 'nine.yaml').write_text(yaml.safe_dump(nine))
+        return card.render(place, REPO)
+
+    assert '| the paper: CC-Loss, table 9, `a:cc`, 90 epochs | 98.70 ± 0.20 |' in printed()
+    for changed in ({'loss': 'ce'}, {'set': {'batch_size': 2}}):  # the figure is of other settings
+        assert '| the papers, for these settings | not stated |' in printed(**changed)
 
 
 def test_baseline_of_another_recipe_is_refused(words, run, baseline, folder, place):

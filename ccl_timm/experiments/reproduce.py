@@ -16,7 +16,7 @@ from ccl_timm import recipes, tables
 from ccl_timm.console import say, show_share, table, warn
 from ccl_timm.errors import UserError
 from ccl_timm.flags import Parser
-from ccl_timm.reports.statistics import show_figures
+from ccl_timm.reports.statistics import show_figures, show_printed
 from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, runs, settings
 
@@ -258,12 +258,10 @@ def _result(plan: Plan) -> str:
     rows = []
     for row, jobs in plan.jobs.items():
         values = figures(jobs)
-        paper, margin = row.paper or (None, None)
-        shown = '-' if paper is None else f'{paper:.2f}' + (f' ± {margin:.2f}' if margin is not None else '')
         theirs = options.resolve(list(row.words))[0].epochs
         images = show_share(jobs[0].resolved[0].train_fraction) or 'all'
         ours = (show_figures(values), str(len(values)), str(jobs[0].epochs), images)
-        rows.append((_label(row), *ours, shown, str(theirs)))
+        rows.append((_label(row), *ours, show_printed(row.paper), str(theirs)))
     header = ('row', 'ours, top-1 %', 'seeds', 'epochs', 'images', "the paper's", "the recipe's epochs")
     lines = [plan.table.title, '', table(rows, header), '']
     lines.append('Ours: after the last epoch, mean ± largest deviation over the seeds.')

@@ -9,12 +9,14 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
-from ccl_timm import models, recipes
+from ccl_timm import models
 from ccl_timm.console import show_share
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
+from ccl_timm.reports import results
+from ccl_timm.reports.statistics import show_printed
 from ccl_timm.training import parts, runs
 from ccl_timm.training.records import without_folders
 
@@ -213,7 +215,7 @@ def _results(settings, environment, rows, measured, baseline: Path | None, furth
         (f'this model on "{row["part"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}') for row in same_weights
     ]
     figures.append(_baseline_figure(settings, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
-    figures.append(_paper_figure(settings, environment.get('recipe')))
+    figures += _paper_figures(settings, environment.get('recipe'))
     if 'eval_top1' not in measured:
         return {'results': figures, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
     metric, epoch = settings.get('eval_metric', 'top1'), int(measured['epoch'])
@@ -249,11 +251,10 @@ def _small_input(settings: dict[str, Any]) -> bool:
     return bool(settings.get('model_kwargs', {}).get('small_input'))
 
 
-def _paper_figure(settings: dict[str, Any], recipe: str | None) -> tuple[str, str]:
-    """What a packaged recipe states under ``paper: {top1: ..., source: ...}`` for its own model and loss."""
-    stated = recipes.read_recipe(recipes.find_recipe(recipe)) if recipe in recipes.list_recipes() else {}
-    paper = stated.get('paper')
-    same = all(stated.get(key) == settings.get(key) for key in ('model', 'loss'))
-    if not isinstance(paper, dict) or not same:
-        return "the paper's figure for this recipe", 'not stated'
-    return f'the paper ({paper["source"]})', f'{paper["top1"]:.2f}'
+def _paper_figures(settings: dict[str, Any], recipe: str | None) -> list[tuple[str, str]]:
+    """What the papers print for the rows of their tables that the run is of; each figure once."""
+    found = {}
+    for table, row, epochs in results.rows_of(settings, recipe):
+        if row.paper:
+            found.setdefault(show_printed(row.paper), f'the paper: {table.title}, `{row.name}`, {epochs} epochs')
+    return [(source, figure) for figure, source in found.items()] or [('the papers, for these settings', 'not stated')]

@@ -10,7 +10,16 @@ from ccl_timm.flags import Parser
 from ccl_timm.reports import results
 from ccl_timm.reports.rendering import FORMATS, Report, Section
 from ccl_timm.reports.results import Group, Place, Result
-from ccl_timm.reports.statistics import LEVEL, difference, margin, one_sample, p_bounds, show_figures, welch
+from ccl_timm.reports.statistics import (
+    LEVEL,
+    difference,
+    margin,
+    one_sample,
+    p_bounds,
+    show_figures,
+    show_printed,
+    welch,
+)
 from ccl_timm.tables import Row, Table, read_table
 from ccl_timm.training import runs
 from ccl_timm.training.records import write_record
@@ -182,7 +191,7 @@ def _papers_tests(table: Table) -> Section | None:
             (figure, largest), constant = row.paper, other.paper[0]
             low, high = p_bounds(figure, largest, constant, table.seeds)
             gap = f'{figure - constant:+.2f} to {other.name} {constant:.2f}'
-            rows.append((row.name, row.dataset, _paper(row.paper), gap, f'{low:.2g} to {high:.2g}'))
+            rows.append((row.name, row.dataset, show_printed(row.paper), gap, f'{low:.2g} to {high:.2g}'))
     caption = f"The paper's own figures against the best other: p that {table.seeds} runs of that margin can have"
     return Section(caption, ('row', 'data', "paper's", 'against the best other', 'p'), rows) if rows else None
 
@@ -221,7 +230,7 @@ def _layout(table: Table, places: list[Place]) -> Section:
     printed = any(row.paper for row in table.rows)
     whose = ('ours', "paper's") if printed else ('ours',)
     header = ['row', *(f'{name}, {one}' for name in table.datasets for one in whose)]
-    cells = {(place.row.name, place.row.dataset): (_cell(place), _paper(place.row.paper)) for place in places}
+    cells = {(place.row.name, place.row.dataset): (_cell(place), show_printed(place.row.paper)) for place in places}
     rows = [
         (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
         for name in dict.fromkeys(row.name for row in table.rows)
@@ -240,13 +249,6 @@ def _cell(place: Place) -> str:
     return f'{show_figures(own.last)} (n={len(own.last)}{short})'
 
 
-def _paper(printed: tuple[float, float | None] | None) -> str:
-    if printed is None:
-        return ''
-    figure, largest = printed
-    return f'{figure:.2f}' + (f' ± {largest:.2f}' if largest is not None else '')
-
-
 def _details(records: list[dict[str, Any]]) -> Section:
     """One line for each group of runs; columns in which no line has anything are left out."""
     rows = []
@@ -258,7 +260,7 @@ def _details(records: list[dict[str, Any]]) -> Section:
         cells['of the images'] = show_share(record['train_fraction'])
         cells["recipe's epochs"] = str(record.get('recipe_epochs', ''))
         if record.get('paper') is not None:
-            cells["paper's"] = _paper((record['paper'], record['paper_margin']))
+            cells["paper's"] = show_printed((record['paper'], record['paper_margin']))
             cells['difference'] = f'{record["difference"]:+.2f}'
             cells['against the best other'] = _against_other(record)
         cells['against our ce'] = record['against_ce']

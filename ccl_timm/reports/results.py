@@ -11,10 +11,10 @@ from ccl_timm import losses, models
 from ccl_timm.console import warn
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
-from ccl_timm.tables import Row, Table, run_name
+from ccl_timm.tables import Row, Table, run_name, tables_of
 from ccl_timm.training import options, parts, runs
 
-__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'group', 'read_results', 'varying']
+__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'group', 'read_results', 'rows_of', 'varying']
 
 # what may differ between runs that stand behind one figure
 _FREE_IN_GROUP = {'dataset_download', 'seed'}
@@ -224,7 +224,7 @@ def group(results: list[Result], free: set[str] = _FREE_IN_GROUP) -> list[Group]
 
 def assign(table: Table, results: list[Result]) -> list[Place]:
     """Give runs to the rows of a table by what was trained; those that fit none are named."""
-    wanted = {row: _effective(vars(options.resolve(list(row.words))[0])) for row in table.rows}
+    wanted = {row: _wanted(row) for row in table.rows}
     found: dict[Row, list[Result]] = {row: [] for row in table.rows}
     unfit = []
     for result in results:
@@ -254,6 +254,22 @@ def assign(table: Table, results: list[Result]) -> list[Place]:
         )
         places.append(Place(row, epochs, tuple(groups)))
     return places
+
+
+def rows_of(settings: dict[str, Any], recipe: str | None) -> list[tuple[Table, Row, int]]:
+    """The rows of the tables, and the epochs of their recipe, that a run is of.
+
+    Args:
+        settings: of args.yaml.
+        recipe: that the run names.
+    """
+    own = _effective(settings)
+    found = [(table, row, _wanted(row)) for table in tables_of(recipe or '') for row in table.rows]
+    return [(table, row, wanted['epochs']) for table, row, wanted in found if not _against_row(wanted, own)]
+
+
+def _wanted(row: Row) -> dict[str, Any]:
+    return _effective(vars(options.resolve(list(row.words))[0]))
 
 
 def _against_row(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:

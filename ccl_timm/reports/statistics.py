@@ -4,17 +4,22 @@ import math
 import statistics
 import warnings
 
-__all__ = ['LEVEL', 'difference', 'margin', 'one_sample', 'p_bounds', 'show_figures', 'welch']
+__all__ = ['LEVEL', 'difference', 'margin', 'one_sample', 'p_bounds', 'show_figures', 'show_printed', 'welch']
 
 LEVEL = 0.05  # how often a difference may be claimed where there is none
 
 
 def show_figures(values: list[float]) -> str:
     """Mean and largest deviation from it, as the papers print them; one figure as it is."""
-    if not values:
+    return show_printed((statistics.fmean(values), margin(values) if len(values) > 1 else None) if values else None)
+
+
+def show_printed(figure: tuple[float, float | None] | None) -> str:
+    """A mean and the largest deviation from it, where a paper prints one: ``'98.52 ± 0.09'``; ``'-'`` for none."""
+    if figure is None:
         return '-'
-    mean = statistics.fmean(values)
-    return f'{mean:.2f}' + (f' ± {margin(values):.2f}' if len(values) > 1 else '')
+    mean, largest = figure
+    return f'{mean:.2f}' + (f' ± {largest:.2f}' if largest is not None else '')
 
 
 def margin(values: list[float]) -> float:
