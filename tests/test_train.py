@@ -36,7 +36,7 @@ def test_the_literal_words_in_an_empty_folder(words, place):
     assert code == 0, err
     assert 'no file train.py here: the built-in script' in err
     assert 'No data named: training on the embedded handwritten digits, with recipe digits' in err
-    assert results(out)[-1]['validation']['top1'] > 50  # chance is 10
+    assert results(out)[-1]['validation']['top1'] > 30  # chance is 10
     assert 'best top-1' in err.splitlines()[-3]
     assert 'next: timm validate.py output/train/' in err
 
