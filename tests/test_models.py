@@ -235,6 +235,18 @@ def test_cam_head_is_the_papers_formula():
     assert torch.equal(head(pooled), outputs.logits)
 
 
+def test_mlp_head_is_the_papers_baseline():
+    head = HEADS['mlp'](6, 3, hidden_features=4).double()
+    pooled = torch.randn(5, 6, dtype=torch.float64)
+    outputs = head.outputs(pooled)
+    (w1, b1, w2, b2) = head.parameters()
+    features = torch.clamp(pooled @ w1.T + b1, min=0)
+    assert torch.allclose(outputs.features, features)
+    assert torch.allclose(outputs.logits, features @ w2.T + b2)
+    assert torch.equal(head(pooled), outputs.logits) and outputs.attention is None
+    assert HEADS['mlp'](6, 3).out.in_features == 6
+
+
 def test_linear_head_has_a_narrow_layer_where_it_is_asked_for(tmp_path):
     model = ccl_timm.create_model('test_resnet_linear', num_classes=10, feature_dim=2).eval()
     pooled = torch.randn(3, model.num_features)

@@ -5,9 +5,10 @@ from ccl_timm.heads.cam import CamHead
 from ccl_timm.heads.cosine import CosineHead
 from ccl_timm.heads.linear import LinearHead
 from ccl_timm.heads.mc import McHead
+from ccl_timm.heads.mlp import MLPHead
 from ccl_timm.heads.pedcc import PedccHead
 
-__all__ = ['HEADS', 'CamHead', 'CosineHead', 'Head', 'HeadOutputs', 'LinearHead', 'McHead', 'PedccHead']
+__all__ = ['HEADS', 'CamHead', 'CosineHead', 'Head', 'HeadOutputs', 'LinearHead', 'MLPHead', 'McHead', 'PedccHead']
 
 # the suffix of a model's name -> its head
 HEADS: dict[str, type[Head]] = {
@@ -15,5 +16,6 @@ HEADS: dict[str, type[Head]] = {
     'cosine': CosineHead,
     'linear': LinearHead,
     'mc': McHead,
+    'mlp': MLPHead,
     'pedcc': PedccHead,
 }

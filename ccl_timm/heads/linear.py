@@ -33,7 +33,7 @@ class HeadWithLinear(Head):
 
 
 class LinearHead(HeadWithLinear):
-    """A linear layer: the papers' networks as they train softmax cross-entropy.
+    """A linear layer: timm's own classifier, and POD-Loss's softmax baseline. CC-Loss's baseline is ``MLPHead``.
 
     The model is timm's own but for what the other heads' models have too: ``small_input``, and a VGG without its two
     4096-wide layers. So it is the baseline that differs from them in the classifier alone.
@@ -42,7 +42,7 @@ class LinearHead(HeadWithLinear):
         in_features: width of the pooled features.
         num_classes: K.
         feature_dim: width of one more linear layer before the last, such as 2 for features in the plane; None for
-            none, as in the papers.
+            none. No ReLU follows it.
     """
 
     def __init__(self, in_features: int, num_classes: int, feature_dim: int | None = None, device=None, dtype=None):

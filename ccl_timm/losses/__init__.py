@@ -220,7 +220,7 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
 
 def losses_for(head: str) -> list[str]:
     """Names of the losses made for a head; those ending in a linear layer take those for any head."""
-    made_for = {head, None} if head in ('cam', 'linear', 'mc') else {head}
+    made_for = {head, None} if head in ('cam', 'linear', 'mc', 'mlp') else {head}
     found = []
     for name in list_losses():
         with contextlib.suppress(PluginLoadError):

@@ -46,6 +46,7 @@ _BACKBONES = (
 )
 _NAMED = [(backbone, head) for backbone in _BACKBONES for head in ('cam', 'cosine', 'pedcc')]
 _NAMED += [('resnet18', 'mc'), ('vgg16', 'mc'), ('resnet18', 'linear'), ('resnet50', 'linear'), ('vgg16', 'linear')]
+_NAMED += [('resnet18', 'mlp'), ('vgg16', 'mlp'), ('vgg16_bn', 'mlp')]
 
 # name -> module:function; pyproject.toml declares the same as entry points
 MODELS: dict[str, str] = {}
