@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -28,6 +29,18 @@ def write_folder(root, classes=('ant', 'bee', 'cat'), train=8, validation=4, see
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(random.integers(0, 100, (12, 12, 3), np.uint8) + np.uint8(50 * (label % 4))).save(path)
     return root
+
+
+@pytest.fixture(scope='session', autouse=True)
+def nothing_outside_tmp(tmp_path_factory):
+    """Home, caches and temporary files of the tests, and of processes that they start, are inside pytest's folder."""
+    home = tmp_path_factory.mktemp('home')
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('HOME', 'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'MPLCONFIGDIR', 'TMPDIR'):
+            patch.setenv(name, str(home))
+        patch.setenv('TORCHINDUCTOR_CACHE_DIR', str(home / 'inductor'))
+        patch.setattr(tempfile, 'tempdir', str(home))
+        yield home
 
 
 @pytest.fixture(scope='session')

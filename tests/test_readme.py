@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README runs."""
+"""Every command and every piece of Python in the README runs, in the README's order."""
 
 import re
 import shlex
@@ -16,33 +16,26 @@ from .standin_hub import StandInHub, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / 'README.md').read_text()
-BASH = [line for block in re.findall(r'```bash\n(.*?)```', TEXT, re.S) for line in block.splitlines() if line.strip()]
-PYTHON = re.findall(r'```python\n(.*?)```', TEXT, re.S)
-INSTALLS = [line for line in BASH if 'pip install' in line]
-COMMANDS = [line for line in BASH if line not in INSTALLS]
-
-
-@pytest.fixture(scope='module')
-def workshop(tmp_path_factory):
-    """A folder with what the README speaks of; the commands run in it one after another."""
-    root = tmp_path_factory.mktemp('readme')
-    write_folder(root / 'my_images')
-    shutil.copytree(root / 'my_images' / 'train', root / 'photos')
-    (root / 'path' / 'to').mkdir(parents=True)
-    shutil.copy(ROOT / 'tests' / 'upstream_train.py', root / 'path' / 'to' / 'train.py')
-    return root
-
-
-@pytest.fixture(scope='module')
-def standin():
-    with StandInHub() as hub:
-        yield hub
+BLOCKS = re.findall(r'```(bash|python)\n(.*?)```', TEXT, re.S)
+LINES = [line for kind, block in BLOCKS if kind == 'bash' for line in block.splitlines() if line.strip()]
+INSTALLS = [line for line in LINES if 'pip install' in line]
 
 
 @pytest.fixture
-def online(standin, monkeypatch, tmp_path):
+def workshop(tmp_path, monkeypatch):
+    """A folder with what the README speaks of, as the working directory."""
+    write_folder(tmp_path / 'my_images')
+    shutil.copytree(tmp_path / 'my_images' / 'train', tmp_path / 'photos')
+    (tmp_path / 'path' / 'to').mkdir(parents=True)
+    shutil.copy(ROOT / 'tests' / 'upstream_train.py', tmp_path / 'path' / 'to' / 'train.py')
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path_factory):
     """What one command sends to the Hub, another finds there."""
-    yield from take_for_the_hub(standin, monkeypatch, tmp_path)
+    with StandInHub() as hub:
+        yield from take_for_the_hub(hub, monkeypatch, tmp_path_factory.mktemp('hub'))
 
 
 @pytest.fixture
@@ -57,9 +50,17 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(datasets, 'Digits', FewDigits)
 
 
-@pytest.mark.parametrize('line', COMMANDS)
-def test_command(line, workshop, words, monkeypatch, online, few_digits):
-    monkeypatch.chdir(workshop)
+@pytest.mark.usefixtures('workshop', 'online', 'few_digits')
+def test_readme_runs_from_top_to_bottom(words, subtests):
+    """One test, since a command uses what earlier ones made."""
+    for kind, block in BLOCKS:
+        for item in [block] if kind == 'python' else filter(str.strip, block.splitlines()):
+            if item not in INSTALLS:
+                with subtests.test(item):
+                    run_python(item) if kind == 'python' else run_command(item, words)
+
+
+def run_command(line, words):
     program, *argv = shlex.split(line)
     if any(word.endswith('train.py') for word in argv):
         argv += ['--epochs', '1']
@@ -67,9 +68,7 @@ def test_command(line, workshop, words, monkeypatch, online, few_digits):
     assert code == 0, err
 
 
-@pytest.mark.parametrize('code', PYTHON)
-def test_python(code, workshop, monkeypatch, online):
-    monkeypatch.chdir(workshop)
+def run_python(code):
     names = {'__name__': 'readme'}
     exec(compile(code, 'README.md', 'exec'), names)
     for name in [name for name in names if name.startswith('test_')]:
