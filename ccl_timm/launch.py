@@ -19,7 +19,6 @@ import timm.data
 import timm.task
 import timm.task.classification
 import torch
-import yaml
 from timm.utils import ParseKwargs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,6 +29,7 @@ from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
 from ccl_timm.task import LossTask
 from ccl_timm.training.options import OWN, train_parser
+from ccl_timm.yaml_files import dump_yaml
 
 __all__ = ['run_on_processes', 'run_script']
 
@@ -125,7 +125,7 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
         _refuse_builtin_only(recipe, own.config)
         copy = scratch / 'recipe.yaml'
         kept = {key: value for key, value in recipe.items() if key not in (*OWN, *_IGNORED)}
-        copy.write_text(yaml.safe_dump(kept), encoding='utf-8')
+        copy.write_text(dump_yaml(kept), encoding='utf-8')
         rest = ['--config', str(copy), *rest]
     for key in _HONOURED:
         if getattr(own, key) is None:
@@ -249,7 +249,7 @@ def _wrapped_parse_args(script: ModuleType, own: argparse.Namespace, spec: dict[
         settings = {'loss': own.loss, 'loss_kwargs': dict(own.loss_kwargs or {})}
         if own.pad_crop:
             settings['pad_crop'] = own.pad_crop
-        text = yaml.safe_dump({**vars(args), **settings}, default_flow_style=False)
+        text = dump_yaml({**vars(args), **settings})
         args.plugin_loss = settings  # the checkpoint keeps it; plain types, since resume unpickles nothing else
         return args, text
 

@@ -5,10 +5,9 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.packaged import packaged_folder
+from ccl_timm.yaml_files import read_yaml
 
 __all__ = [
     'DESCRIPTIVE',
@@ -59,10 +58,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or not a mapping of settings.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f'Recipe {path} is not YAML: {" ".join(str(error).split())}') from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
     return content

@@ -58,10 +58,7 @@ def test_upstreams_settings_may_stand_in_a_recipe_if_they_are_off(place):
 
 def test_options_of_a_loss_go_with_that_loss(place):
     argv = write(place, 'loss: cc\nloss_kwargs: {weight: 2}\nloss_options: {cc: {eps: 1e-6}, arcface: {scale: 16}}\n')
-    assert resolve(argv)[0].loss_kwargs == {'eps': 1e-6, 'weight': 2} or resolve(argv)[0].loss_kwargs == {
-        'eps': '1e-6',
-        'weight': 2,
-    }
+    assert resolve(argv)[0].loss_kwargs == {'eps': 1e-6, 'weight': 2}
     assert resolve([*argv, '--loss', 'arcface'])[0].loss_kwargs == {'scale': 16}
     assert resolve([*argv, '--loss', 'ce'])[0].loss_kwargs == {}
     assert resolve([*argv, '--loss-kwargs', 'weight=3'])[0].loss_kwargs == {'weight': 3}

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ccl_timm.training import runs
+from ccl_timm.yaml_files import dump_yaml
 
 __all__ = ['without_folders', 'write_record']
 
@@ -33,7 +32,7 @@ def write_record(run: Path, folder: Path) -> None:
     """
     settings = {key: without_folders(value) for key, value in runs.read_args(run).items()}
     environment = runs.read_environment(run)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(settings), encoding='utf-8')
+    (folder / 'args.yaml').write_text(dump_yaml(settings), encoding='utf-8')
     for name in ('summary.csv', 'parts.csv'):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)

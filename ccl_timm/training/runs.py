@@ -15,12 +15,12 @@ from typing import Any
 import timm
 import torch
 import torchvision
-import yaml
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ccl_timm import plugins
 from ccl_timm.errors import UserError
+from ccl_timm.yaml_files import dump_yaml, read_yaml
 
 __all__ = [
     'best_row',
@@ -220,7 +220,7 @@ def read_args(folder: Path) -> dict[str, Any]:
     path = folder / 'args.yaml'
     if not path.is_file():
         raise UserError(f"'{folder}' has no args.yaml: it is not the folder of a run.")
-    return yaml.safe_load(path.read_text(encoding='utf-8'))
+    return read_yaml(path)
 
 
 def read_summary(folder: Path) -> list[dict[str, float]]:
@@ -347,7 +347,7 @@ def write_run_files(
     else:
         information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
-        write_whole(folder / 'args.yaml', yaml.safe_dump({**kept, 'resume': ''}))
+        write_whole(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
     write_whole(record, json.dumps(information, indent=2) + '\n')
     if held_out:
         lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
