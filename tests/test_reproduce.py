@@ -10,10 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from ccl_timm import cli, tables
 from ccl_timm.experiments import compare, reproduce
+from ccl_timm.heads import HEADS
 from ccl_timm.training import runs, train
 
 TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']
@@ -187,6 +190,37 @@ def test_rows_of_a_comparison():
         'linear:ce', 'linear:focal', 'cosine:ce', 'cosine:arcface', 'pedcc:ce', 'pedcc:pod'
     ]  # fmt: skip
     assert rows[3].words == ('--config', 'finetune', '--model', 'resnet18_cosine', '--loss', 'arcface')
+
+
+def accuracy_with_cross_entropy(head, num_classes, dim=64, images=10):
+    """Top-1 in % on new samples of Gaussian classes, after 8 epochs of a small network with this head."""
+    torch.manual_seed(0)
+    means, target = torch.randn(num_classes, dim), torch.arange(num_classes).repeat_interleave(images)
+    samples, unseen = (means[target] + torch.randn(len(target), dim) for _ in range(2))
+    body = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.ReLU())
+    network = nn.Sequential(body, HEADS[head](256, num_classes))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(8):
+        for batch in torch.randperm(len(target)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(samples[batch]), target[batch]).backward()
+            optimizer.step()
+    return (network.eval()(unseen).argmax(1) == target).float().mean().item() * 100
+
+
+def test_cross_entropy_trains_as_well_on_the_pedcc_head_as_on_the_linear_one():
+    """The control of `compare`: with bare cosines as logits it ends at 2.5 % here, the linear head at 93 %."""
+    assert accuracy_with_cross_entropy('pedcc', 196) > accuracy_with_cross_entropy('linear', 196) - 2
+
+
+def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it():
+    head = HEADS['pedcc'](196, 196, feature_dim=196)
+    nn.init.eye_(head.linear.weight)
+    nn.init.zeros_(head.linear.bias)
+    assert nn.functional.cross_entropy(head(head.weight), torch.arange(196)) < 1e-3  # 4.28 for bare cosines
+    outputs = head.outputs(torch.randn(64, 196))
+    assert torch.equal(outputs.logits.argmax(1), outputs.cosine.argmax(1))
+    assert HEADS['pedcc'](8, 4, scale=2.0)(torch.randn(64, 8)).abs().max() <= 2.001
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ __all__ = ['PedccHead']
 
 
 class PedccHead(Head):
-    """``f = Linear(F)``; logits are the cosines of f and K fixed, evenly distributed centroids.
+    """``f = Linear(F)``; logits are the scaled cosines of f and K fixed, evenly distributed centroids.
 
-    The cosines have no scale: the class is the nearest centroid, the softmax of logits in [-1, 1] says little.
+    The class is that of the nearest centroid, as POD-Loss has it. The losses made for this head read the features, so
+    that the scale changes only probabilities, the validation loss, and losses that read logits, such as cross-entropy.
 
     Args:
         in_features: width of the pooled features F.
@@ -22,6 +23,8 @@ class PedccHead(Head):
             more: what POD-Loss takes for 100, 200, 500 and 1000 classes (512, 512, 1024, 2048; for 10 it takes 256,
             with 512 close behind). It is more than K - 1, so that all pairs of classes are equally far apart.
         seed: of the centroids' rotation. They are saved with the weights, since another machine may round otherwise.
+        scale: s > 0 of the logits [assumed: 30, as in the cosine head]. The softmax of bare cosines is almost uniform:
+            its cross-entropy is at least ``log(1 + (K - 1) exp(-s K / (K - 1)))``, which is 4.28 for s = 1, K = 196.
 
     The centroids are a buffer ``weight`` (K, D), not a parameter, and stay float32 in a half-precision model, where
     their cosines would move by 7e-4. Outputs but the features are float32 likewise.
@@ -33,12 +36,14 @@ class PedccHead(Head):
         num_classes: int,
         feature_dim: int | None = None,
         seed: int = 0,
+        scale: float = 30.0,
         device=None,
         dtype=None,
     ):
         super().__init__()
         self.in_features = in_features
         self.seed = seed
+        self.scale = scale
         feature_dim = feature_dim or max(512, 1 << (2 * num_classes - 1).bit_length())
         self.linear = nn.Linear(in_features, feature_dim, device=device, dtype=dtype)
         self.register_buffer('weight', pedcc(num_classes, feature_dim, seed).to(device, torch.float32))
@@ -48,13 +53,13 @@ class PedccHead(Head):
         self.weight = pedcc(num_classes, self.linear.out_features, self.seed).to(self.weight)
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
-        """Pooled features (N, in_features) to logits = cosine (N, K), features (N, D), centroids (K, D)."""
+        """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), centroids (K, D)."""
         features = self.linear(pooled)
         cosine, _ = cosine_logits(features, self.weight)
-        return HeadOutputs(cosine, features, cosine=cosine, centroids=self.weight)
+        return HeadOutputs(self.scale * cosine, features, cosine=cosine, centroids=self.weight)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Pooled features (N, in_features) to cosines (N, K)."""
+        """Pooled features (N, in_features) to logits (N, K)."""
         return self.outputs(pooled).logits
 
     def _apply(self, fn, recurse=True):
