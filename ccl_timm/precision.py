@@ -13,8 +13,10 @@ __all__ = ['full_precision', 'in_full_precision', 'outside_autocast']
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast on the device; nothing for the meta device, which has none."""
-    return contextlib.nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
+    """A context without autocast on the device; nothing for the meta device, which has none, and for torch.fx."""
+    if isinstance(device, torch.fx.Proxy) or device.type == 'meta':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -1,15 +1,23 @@
 """The CAM classifier of CC-Loss: a hidden layer gated by squeeze-and-excitation."""
 
+import torch
 from torch import Tensor, nn
 
 from ccl_timm.heads.base import HeadOutputs
 from ccl_timm.heads.linear import HeadWithLinear
+from ccl_timm.precision import full_precision, outside_autocast
 
 __all__ = ['CamHead', 'SqueezeExcite']
+
+torch.fx.wrap('full_precision')  # it asks for the dtype, which a traced tensor does not have
 
 
 class SqueezeExcite(nn.Module):
     """Channel attention of pooled features: Linear, ReLU, Linear, sigmoid (SENet's gate without its pooling).
+
+    Outside autocast: CC-Loss compares attention between samples, which half precision rounds by up to 2e-3. The output
+    is float32 (float64 in a float64 model) even in a half-precision model. A graph traced by torch.fx does not leave
+    autocast.
 
     Args:
         in_features: width of the pooled features.
@@ -27,20 +35,30 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features (N, in_features) to attention (N, out_features) in (0, 1)."""
-        return self.expand(self.reduce(pooled).relu()).sigmoid()
+        if torch.jit.is_scripting():
+            return self._gate(pooled)
+        else:
+            with outside_autocast(pooled.device):
+                dtype = getattr(self.reduce.weight, 'dtype', torch.float32)  # a quantised layer's weight is a method
+                return self._gate(pooled.to(dtype))
+
+    def _gate(self, pooled: Tensor) -> Tensor:
+        return full_precision(self.expand(self.reduce(pooled).relu())).sigmoid()
 
 
 class CamHead(HeadWithLinear):
     """``P = f2(ReLU(f1(F) * f_se(F)))``: the classifier of CC-Loss (section 2, P2), from pooled features F.
 
-    The attention f_se(F) is what CC-Loss compares between samples; it stays on at inference.
+    The attention f_se(F) is what CC-Loss compares between samples. It stays on at inference: our assumption, since the
+    paper speaks of attention "in the training stage".
 
     Args:
         in_features: width of F.
         num_classes: K.
         hidden_features: width D of f1 and of the attention. The paper does not state it; the default is the width of
             F (512 for VGG16 and ResNet18), so that the layer is square and adds as little as it can [inferred].
-            2 gives the papers' pictures of features in the plane.
+            2 gives features in the plane. They are those after gate and ReLU, so they lie in one quadrant; the paper
+            draws the outputs of f1.
         reduction: of the squeeze-and-excitation gate; 16 is SENet's, CC-Loss states none [inferred].
 
     He initialisation of the layers before a ReLU, as the paper names it.
@@ -66,6 +84,8 @@ class CamHead(HeadWithLinear):
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), attention (N, D), weight (K, D)."""
+        weight = self.out.weight  # before the logits: the last node that torch.fx traces is the model's output
         attention = self.attention(pooled)
-        features = (self.hidden(pooled) * attention).relu()
-        return HeadOutputs(self.out(features), features, attention=attention, weight=self.out.weight)
+        hidden = self.hidden(pooled)
+        features = (hidden * attention.to(hidden.dtype)).relu()
+        return HeadOutputs(self.out(features), features, attention=attention, weight=weight)

@@ -9,6 +9,8 @@ from ccl_timm.precision import outside_autocast
 
 __all__ = ['CosineHead', 'cosine_logits']
 
+torch.fx.wrap('cosine_logits')  # one node of a traced graph: it asks for dtype and device
+
 
 def cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines of features (N, D) with class vectors (K, D), and the vectors divided by their norm.

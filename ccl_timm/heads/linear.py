@@ -53,5 +53,6 @@ class LinearHead(HeadWithLinear):
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), weight (K, D)."""
+        weight = self.out.weight  # before the logits, see CamHead
         features = self.hidden(pooled)
-        return HeadOutputs(self.out(features), features, weight=self.out.weight)
+        return HeadOutputs(self.out(features), features, weight=weight)

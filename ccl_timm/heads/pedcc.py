@@ -9,6 +9,8 @@ from ccl_timm.heads.cosine import cosine_logits
 
 __all__ = ['PedccHead']
 
+torch.fx.wrap('cosine_logits')
+
 
 class PedccHead(Head):
     """``f = Linear(F)``; logits are the scaled cosines of f and K fixed, evenly distributed centroids.
@@ -55,7 +57,7 @@ class PedccHead(Head):
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), centroids (K, D)."""
         features = self.linear(pooled)
-        cosine, _ = cosine_logits(features, self.weight)
+        cosine = cosine_logits(features, self.weight)[0]
         return HeadOutputs(self.scale * cosine, features, cosine=cosine, centroids=self.weight)
 
     def forward(self, pooled: Tensor) -> Tensor:
