@@ -260,3 +260,40 @@ def test_linear_head_has_a_narrow_layer_where_it_is_asked_for(tmp_path):
     assert torch.equal(other.get_classifier().hidden.weight, head.hidden.weight)
     plain = ccl_timm.create_model('test_resnet_linear', num_classes=10)
     assert set(plain.get_classifier().state_dict()) == {'out.weight', 'out.bias'}
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('resnet18_mc', {}),
+        ('vgg16_mc', {}),
+        ('vgg16_mc', {'small_input': True}),
+        ('test_resnet_mc', {'output_stride': 16}),  # an AvgPool2dSame, whose kernel size is a tuple
+        ('resnet18_cam', {'small_input': True}),
+        ('densenet121_cam', {'small_input': True}),
+        ('mobilenetv2_100_cam', {'small_input': True}),
+    ],
+)
+def test_feature_info_is_what_the_model_computes(name, options):
+    model = ccl_timm.create_model(name, num_classes=5, **options).eval()
+    for classes in (5, 0, 3):
+        model.reset_classifier(classes)
+        _, maps = model.forward_intermediates(torch.randn(1, 3, 64, 64))
+        said = [(info['num_chs'], info['reduction']) for info in model.feature_info]
+        assert said == [(x.shape[1], 64 // x.shape[2]) for x in maps]
+
+
+@pytest.mark.parametrize('name', ['resnet18_mc', 'vgg16_mc', 'test_resnet_mc'])
+def test_default_cfg_of_mc_names_the_size_of_its_map(name):
+    model = ccl_timm.create_model(name, num_classes=5).eval()
+    size = model.default_cfg['input_size']
+    assert model.forward_features(torch.randn(1, *size)).shape[2:] == model.default_cfg['pool_size']
+
+
+@pytest.mark.parametrize('backbone', ['test_byobnet', 'test_convnext', 'test_mambaout', 'test_resnet', 'test_vit'])
+def test_layers_can_be_pruned_together_with_the_head(backbone):
+    model = ccl_timm.create_model(f'{backbone}_cam', num_classes=5).eval()
+    kept = model.prune_intermediate_layers(1, prune_head=True)
+    assert model.num_classes == 0
+    images = torch.randn(1, *model.default_cfg['input_size'])
+    assert len(model.forward_intermediates(images, indices=kept, intermediates_only=True)) == 1

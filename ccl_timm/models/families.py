@@ -98,8 +98,8 @@ def build_options(backbone: str, pretrained: bool, drop_rate: float = 0.0) -> di
 def prepare_for_head(model: nn.Module) -> None:
     """Bring a backbone, in place, into the form that the heads expect.
 
-    VGG: the two 4096-wide layers before the classifier go. The VGG16 of both papers is the convolutions and one
-    hidden layer (14.7 M parameters), not the network of 134 M.
+    VGG: the two 4096-wide layers before the classifier go. CC-Loss does not state the size of its VGG16; that it is the
+    convolutions and its own classifier (15 M parameters), not the network of 134 M, is our assumption.
     """
     if isinstance(model, VGG):
         model.pre_logits = nn.Identity()
@@ -140,17 +140,33 @@ def prepare_feature_stage(model: nn.Module, family: str) -> None:
     ResNet: the last stage has stride 1. VGG: the stage stands for the last max-pool. Both as in the official code of
     MC-Loss, which compares places: 14x14 of them at 224 px.
     """
-    parent, _, name = feature_stage_path(family).rpartition('.')
+    path = feature_stage_path(family)
+    parent, _, name = path.rpartition('.')
     parent = model.get_submodule(parent)
+    last = model.feature_info[-1]
     if isinstance(model, VGG):
-        del parent[-1]
+        stride = 2 if isinstance(parent.pop(-1), nn.MaxPool2d) else 1  # small_input has taken it out before
+        last['module'] = path
     else:
-        for module in parent[0].modules():
-            if isinstance(module, nn.AvgPool2d):
-                module.kernel_size = 1
-            if hasattr(module, 'stride'):
-                module.stride = (1,) * len(module.stride) if isinstance(module.stride, tuple) else 1
+        stride = _take_out_strides(parent[0])
+    last['reduction'] //= stride
     parent.add_module(name, nn.Identity())
+
+
+def _take_out_strides(block: nn.Module) -> int:
+    """Give every layer of a block stride 1, in place, and return the block's stride of before."""
+    stride = 1
+    for module in block.modules():
+        if isinstance(module, nn.AvgPool2d):
+            module.kernel_size = _ones_like(module.kernel_size)
+        if hasattr(module, 'stride'):
+            stride = max(stride, *(module.stride if isinstance(module.stride, tuple) else (module.stride,)))
+            module.stride = _ones_like(module.stride)
+    return stride
+
+
+def _ones_like(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return (1,) * len(size) if isinstance(size, tuple) else 1
 
 
 def put_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
@@ -167,7 +183,7 @@ def put_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
     if model.num_features != stage.in_channels:
         raise UserError("The head 'mc' needs a pooling that keeps the number of channels: use global_pool='avg'.")
     model.set_submodule(feature_stage_path(family), stage)
-    model.num_features = model.head_hidden_size = stage.out_channels
+    _set_width(model, stage.out_channels)
 
 
 def take_out_feature_stage(model: nn.Module, family: str) -> None:
@@ -175,24 +191,32 @@ def take_out_feature_stage(model: nn.Module, family: str) -> None:
     parent, _, name = _FEATURE_STAGES.get(family, '').rpartition('.')
     stage = model.get_submodule(parent)._modules.get(name)
     if hasattr(stage, 'in_channels'):
-        model.num_features = model.head_hidden_size = stage.in_channels
+        _set_width(model, stage.in_channels)
         model.set_submodule(f'{parent}.{name}', nn.Identity())
+
+
+def _set_width(model: nn.Module, channels: int) -> None:
+    model.num_features = model.head_hidden_size = channels
+    model.feature_info[-1]['num_chs'] = channels
 
 
 def make_small_input(model: nn.Module, name: str) -> None:
     """Replace, in place, the stem that is made for 224 px by one that keeps the resolution of small images.
 
     - ResNet, DenseNet: a 3x3 stride-1 convolution (new weights) in the place of the 7x7 stride-2 one, and no max-pool:
-      what both papers do with ResNet on CIFAR [inferred for DenseNet].
+      what POD-Loss does with ResNet on CIFAR and Tiny ImageNet [inferred for CC-Loss and for DenseNet].
     - VGG: without its last max-pool, so that 24, 28 and 32 px run.
     - MobileNetV2 and the EfficientNets: the stem's 3x3 convolution with stride 1 (its weights stay) [inferred].
 
     Raises:
         UserError: the family has no such stem.
     """
-    for family, change in _SMALL_STEMS:
+    for family, change, divisor in _SMALL_STEMS:
         if isinstance(model, family):
             change(model)
+            info = model.feature_info if family is not VGG else model.feature_info[-1:]
+            for stage in info:
+                stage['reduction'] = max(1, stage['reduction'] // divisor)
             return
     raise UserError(
         f"small_input=True does not fit '{name}': it changes the stem of ResNet, DenseNet, VGG and MobileNetV2; for a "
@@ -218,11 +242,12 @@ def _small_efficientnet(model: EfficientNet) -> None:
     model.conv_stem.stride = (1, 1)
 
 
+# family, change of its stem, and by what that divides the reduction of its feature maps (VGG: of the last one)
 _SMALL_STEMS = (
-    (ResNet, _small_resnet),
-    (DenseNet, _small_densenet),
-    (VGG, _small_vgg),
-    (EfficientNet, _small_efficientnet),
+    (ResNet, _small_resnet, 4),
+    (DenseNet, _small_densenet, 4),
+    (VGG, _small_vgg, 2),
+    (EfficientNet, _small_efficientnet, 2),
 )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 from torch import nn
 
@@ -19,17 +20,18 @@ class WithHead:
         """The head, or an Identity if there are 0 classes; not every family's own method gives it."""
         return self.get_submodule(self._head_path)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """Change the number of classes; what the head has beside its last layer stays.
 
         Args:
             num_classes: new number of classes; 0 removes the head (features come out, as with any timm model).
             global_pool: new pooling, unchanged if None; a pooling of another width makes a new head.
+            **kwargs: what the family's own method takes besides, such as ``reset_other``.
         """
         head = self.get_classifier()
         training = head.training
         take_out_feature_stage(self, backbone_class(self).__module__)
-        super().reset_classifier(0, global_pool)
+        super().reset_classifier(0, global_pool, **kwargs)
         flatten_pooled(self)
         self.num_classes = num_classes
         if num_classes == 0:

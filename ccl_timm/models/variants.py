@@ -80,7 +80,10 @@ def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
     if is_model(bare := backbone.rpartition('_')[0]) and backbone.removeprefix(f'{bare}_') in HEADS:
         raise UserError(f"'{backbone}' has a head already: put one on '{bare}'.")
     tensors = _class_tensors(backbone, classifier_path(backbone), head_class)
-    return dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
+    cfg = dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
+    if _has_feature_stage(head_class) and cfg.pool_size:
+        cfg = dataclasses.replace(cfg, pool_size=tuple(2 * size for size in cfg.pool_size))
+    return cfg
 
 
 def build_variant(

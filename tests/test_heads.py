@@ -1,0 +1,75 @@
+"""Every head: traced, compiled, in low precision; and the centroids of the head ``pedcc`` where they are exact."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+import ccl_timm
+from ccl_timm.heads import HEADS
+
+
+def head_of(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    return HEADS[name](16, 5, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_torch_fx_traces_every_head_and_ends_in_the_logits(name):
+    head, pooled = head_of(name), torch.randn(3, head_of(name).out.in_features if name == 'mc' else 16)
+    traced = torch.fx.symbolic_trace(head)
+    assert torch.equal(traced(pooled), head(pooled))
+    *_, last, output = traced.graph.nodes
+    assert output.args == (last,)
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_torchvision_extracts_features_of_every_head(name):
+    extraction = pytest.importorskip('torchvision.models.feature_extraction')
+    model = timm.create_model(f'resnet18_{name}', num_classes=5, small_input=True).eval()
+    last = extraction.get_graph_node_names(model)[1][-1]
+    images = torch.randn(1, 3, 32, 32)
+    outputs = extraction.create_feature_extractor(model, {'layer2': 'map', last: 'logits'})(images)
+    assert outputs['map'].shape == (1, 128, 16, 16)
+    assert torch.allclose(outputs['logits'], model(images), atol=1e-6)
+
+
+def test_attention_is_computed_in_float32_under_autocast():
+    head, pooled = head_of('cam'), 0.01 * torch.randn(64, 16) + 1  # attention differs little between samples
+    exact = head.outputs(pooled.bfloat16().float()).attention
+    compiled = torch.compile(head.outputs, backend='eager', fullgraph=True)
+    for outputs_of in (head.outputs, compiled):
+        with torch.autocast('cpu', torch.bfloat16):
+            outputs = outputs_of(pooled.bfloat16())
+        assert outputs.attention.dtype == torch.float32 and outputs.logits.dtype == torch.bfloat16
+        assert torch.allclose(outputs.attention, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_attention_of_models_in_other_precisions(dtype):
+    outputs = head_of('cam', dtype).outputs(torch.randn(3, 16, dtype=dtype))
+    assert outputs.attention.dtype == torch.promote_types(dtype, torch.float32)
+    assert outputs.logits.dtype == outputs.features.dtype == dtype
+
+
+@pytest.mark.parametrize('classes', [5, 200, 1000])
+def test_centroids_in_the_plane_are_the_regular_polygon(classes):
+    centroids = ccl_timm.pedcc(classes, 2, seed=1)
+    angles = torch.atan2(*centroids.T).sort().values
+    gaps = torch.cat([angles.diff(), angles[:1] + 2 * math.pi - angles[-1:]])
+    assert torch.allclose(gaps, torch.full_like(gaps, 2 * math.pi / classes), rtol=1e-9)
+    assert torch.allclose(centroids.norm(dim=1), torch.ones(classes, dtype=torch.float64))
+    assert not torch.allclose(centroids, ccl_timm.pedcc(classes, 2, seed=2))
+
+
+@pytest.mark.parametrize('classes, dim, neighbours', [(24, 4, 8), (240, 8, 56)])
+def test_centroids_are_root_systems_where_these_are_known(classes, dim, neighbours):
+    cosines = (rows := ccl_timm.pedcc(classes, dim)) @ rows.T
+    assert ccl_timm.largest_cosine(rows) == pytest.approx(0.5, abs=1e-12)
+    assert ((cosines - 0.5).abs() < 1e-9).sum(1).eq(neighbours).all()
+
+
+@pytest.mark.parametrize('classes, best', [(7, 0.2101), (8, 0.2612), (9, 1 / 3), (10, 0.4044), (12, 5**-0.5)])
+def test_centroids_by_energy_are_near_the_best_known_in_three_dimensions(classes, best):
+    assert best - 1e-4 < ccl_timm.largest_cosine(ccl_timm.pedcc(classes, 3)) < best + 2e-3
