@@ -8,7 +8,7 @@ from typing import Any
 from ccl_timm import recipes
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 
-__all__ = ['Row', 'Table', 'as_words', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
+__all__ = ['PaperTest', 'Row', 'Table', 'as_words', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PaperTest:
+    """A test that a paper prints: p of the runs of ``row`` against the printed value of the row ``against``."""
+
+    row: str
+    dataset: str
+    against: str
+    p: float
+
+
+@dataclass(frozen=True)
 class Table:
     """A table's rows in the order of its data sets, and how many runs stand behind each of its figures."""
 
@@ -43,6 +53,7 @@ class Table:
     seeds: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    tests: tuple[PaperTest, ...] = ()
 
     @property
     def datasets(self) -> list[str]:
@@ -61,7 +72,7 @@ def read_table(name: str) -> Table:
     Its file has ``title``, ``seeds``, ``notes``, ``datasets`` (each with ``recipe`` and settings to ``set``) and
     ``rows`` (each with ``model``, ``loss``, settings to ``set``, settings ``in`` single data sets, perhaps a ``recipe``
     of its own, and the ``paper``'s figures: a data set without one is not in the row). Rows without ``paper`` are of
-    ours, and in every column.
+    ours, and in every column. ``tests`` are p values that the paper prints, see :class:`PaperTest`.
 
     Raises:
         UnknownNameError: there is none of that name.
@@ -77,7 +88,8 @@ def read_table(name: str) -> Table:
         for row_name, row in content['rows'].items()
         if 'paper' not in row or dataset in row['paper']
     ]
-    return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())))
+    tests = tuple(PaperTest(**test) for test in content.get('tests', ()))
+    return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())), tests)
 
 
 def select(table: Table, dataset: str | None, names: Iterable[str]) -> Table:

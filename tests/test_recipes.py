@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from ccl_timm import UserError, launch, recipes, tables
+from ccl_timm import UserError, create_model, launch, recipes, tables
 from ccl_timm.data import datasets, loaders
 from ccl_timm.experiments import estimate
 from ccl_timm.training import options, settings
@@ -148,7 +150,7 @@ def test_figures_are_the_papers():
         assert [r.paper for r in found] == [figure]
     whole = {name: tables.read_table(name).rows for name in tables.list_tables()}
     assert {name: len(rows) for name, rows in whole.items() if any(row.paper for row in rows)} == {
-        'cc-table1': 41, 'cc-table2': 10, 'cc-table4': 18, 'cc-table5': 15, 'pod-table2': 7, 'pod-table4': 40,
+        'cc-table1': 47, 'cc-table2': 10, 'cc-table4': 24, 'cc-table5': 15, 'pod-table2': 7, 'pod-table4': 40,
         'pod-table6': 10, 'pod-table7': 16, 'pod-table8': 20,
     }  # fmt: skip
 
@@ -166,3 +168,21 @@ def test_pad_crop_resizes_as_evaluation_does(few_images):
     loader = dict(batch_size=4, is_training=True, device=torch.device('cpu'))
     loaders.create_loader(dataset, input_size=(3, 32, 32), pad_crop=4, **loader)
     assert dataset.transform.transforms[0](Image.new('RGB', (90, 70))).size == (41, 32)
+
+
+@pytest.mark.parametrize('name', ['cc_mnist', 'cc_cifar100', 'pod_cifar10', 'pod_imagenet'])
+def test_papers_recipes_train_with_the_papers_sgd(name):
+    """Plain momentum, weight decay of every parameter, and a tenth of the rate after 30, 60 and 90 epochs."""
+    args, _ = options.resolve(['--config', name, '--data-dir', 'x', '--model', 'test_resnet_cam'])
+    model = create_model('test_resnet_cam', num_classes=10)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    assert type(optimizer) is torch.optim.SGD and not optimizer.defaults['nesterov']
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [args.weight_decay]
+    assert sum(map(len, (group['params'] for group in optimizer.param_groups))) == len(list(model.parameters()))
+    if args.sched == 'multistep':
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+        rates = []
+        for epoch in range(epochs):
+            rates.append(optimizer.param_groups[0]['lr'])
+            scheduler.step(epoch + 1)
+        assert [epoch for epoch in range(1, epochs) if rates[epoch] < rates[epoch - 1]] == [30, 60, 90]

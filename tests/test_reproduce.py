@@ -1,5 +1,6 @@
 """reproduce and compare: what they run, skip, resume, time, print and refuse. Runs are made in this process."""
 
+import json
 import os
 import re
 import signal
@@ -180,8 +181,13 @@ def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(words, f
     assert [row.split('  ')[0] for row in rows] == ['ce', 'ce (control)', 'cc']
     assert rows[2].count('no difference shown') == 2 and '0.0' in rows[2]
     assert len(started) == 3 * 2 * 2
+    output = place / 'output' / 'compare'
+    assert (output / 'compare.txt').read_text() in out
+    written = {(row['head'], row['loss']): row['top1'] for row in json.loads((output / 'compare.json').read_text())}
+    assert written.keys() == {('linear', 'ce'), ('cam', 'ce'), ('cam', 'cc')} and {*map(len, written.values())} == {2}
+    assert {yaml.safe_load(path.read_text())['smoothing'] for path in output.rglob('args.yaml')} == {0.0}
     code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '1', '--lr', '0.01', '--', *TINY)
-    assert len(started) == 12 and 'it takes two seeds or more' in out
+    assert len(started) == 12 and 'one seed, no test' in out
 
 
 def test_rows_of_a_comparison():

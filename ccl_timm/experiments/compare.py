@@ -1,6 +1,7 @@
 """A fair comparison of losses on anybody's images: each with its fitting head, beside cross-entropy on that head."""
 
 import itertools
+import json
 from pathlib import Path
 
 from ccl_timm import losses
@@ -8,8 +9,9 @@ from ccl_timm.console import table
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, common_words, figures, plan_of, split_words
 from ccl_timm.flags import Parser
-from ccl_timm.reports.statistics import LEVEL, difference, show_figures
+from ccl_timm.reports.statistics import LEVEL, difference, show_figures, welch
 from ccl_timm.tables import Row, Table, as_words
+from ccl_timm.training import runs
 
 __all__ = ['main', 'rows_of']
 
@@ -20,12 +22,12 @@ def main(argv: list[str], prog: str) -> int:
     """Train every loss and control with every learning rate and seed, and print the comparison; 1 if a run failed."""
     own, train_words = split_words(argv)
     args = _parser(prog).parse_strictly(own)
-    words = ['--config', args.config, *common_words(args)]
+    words = ['--config', args.config, '--smoothing', '0.0', *common_words(args)]  # which not every loss takes
     rates = [_rate(text) for text in args.lr.split(',') if text]
     rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, words)
     chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
     plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_words)
-    return carry_out(plan, args, _result)
+    return carry_out(plan, args, _write_result)
 
 
 def _parser(prog: str) -> Parser:
@@ -79,24 +81,36 @@ def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str
     return tuple(rows)
 
 
-def _result(plan: Plan) -> str:
-    best = _best_rates(plan)
+def _write_result(plan: Plan) -> str:
+    """The comparison as text, which is also written beside the runs, with all values as JSON."""
+    best, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].folder.parent
+    text = _result(plan.table.title, best)
+    values = [{'loss': name, 'head': head, 'lr': rate, 'top1': values} for (head, name), (rate, values) in best.items()]
+    runs.write_whole(folder / 'compare.txt', text + '\n')
+    runs.write_whole(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
+    return text
+
+
+def _result(title: str, best: dict[tuple[str, str], tuple[str, list[float]]]) -> str:
     plain = best.get(('linear', 'ce'), ('', []))[1]
-    comparisons = max(1, sum((1 if head == 'linear' else 2) for head, name in best if (head, name) != ('linear', 'ce')))
+    pairs = [(values, plain) for (head, name), (_, values) in best.items() if (head, name) != ('linear', 'ce')]
+    pairs += [(values, best[head, 'ce'][1]) for (head, name), (_, values) in best.items()
+              if name != 'ce' and head != 'linear']  # fmt: skip
+    tests = sum(welch(*pair) is not None for pair in pairs)
     rows = []
     for (head, name), (rate, values) in best.items():
         control = best[head, 'ce'][1]
-        against_plain = '' if (head, name) == ('linear', 'ce') else difference(values, plain, comparisons)
-        against_control = '' if name == 'ce' or head == 'linear' else difference(values, control, comparisons)
+        against_plain = '' if (head, name) == ('linear', 'ce') else difference(values, plain, max(1, tests))
+        against_control = '' if name == 'ce' or head == 'linear' else difference(values, control, max(1, tests))
         label = name if name != 'ce' or head == 'linear' else 'ce (control)'
         rows.append((label, head, rate, show_figures(values), str(len(values)), against_plain, against_control))
     header = ('loss', 'head', 'lr', 'top-1 %', 'seeds', 'against ce, linear head', 'against ce, same head')
     return '\n'.join([
-        plan.table.title, '', table(rows, header), '',
+        title, '', table(rows, header), '',
         'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
         'each row, chosen on the same validation images: a little flattering, for every row alike.',
-        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {comparisons} comparisons; other images may tell",
-        'otherwise.',
+        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {max(1, tests)} for the {tests} tests made; other "
+        'images may', 'tell otherwise. No row has label smoothing, which some of these losses do not take.',
     ])  # fmt: skip
 
 

@@ -32,8 +32,8 @@ _LEGEND = (
 )
 _COLUMNS = {'data_dir', 'dataset', 'loss', 'model'}  # settings with a column of their own
 _BEST_OTHER = (
-    'Against the best other: one-sample t-test, two-sided, of ours against the highest figure that the paper prints '
-    "for another loss on that backbone and data, as in CC-Loss's table 3."
+    'Against the best other: the highest value that the paper prints for another loss on that backbone and data. A p '
+    "(one-sample t-test, two-sided) stands there only for runs of all the recipe's epochs and images."
 )
 
 
@@ -107,14 +107,15 @@ def table_report(table: Table, found: list[Result]) -> Report:
     """
     places = results.assign(table, found)
     groups = [own for place in places for own in place.groups]
-    comparisons = _comparisons(groups)
+    placed = {result.folder for own in groups for result in own.results}
+    everything = groups + results.group([result for result in found if result.folder not in placed])
+    comparisons = _comparisons(everything)
     records = []
     for place in places:
         named = {'row': place.row.name, 'data': place.row.dataset}
-        settings = results.varying(list(place.groups)) if place.groups else ['']
-        for words, own in zip(settings, place.groups or [None], strict=True):
-            theirs = _theirs(place, table, own.last if own else [])
-            records.append({**named, 'settings': words, **_ours(own, groups, comparisons), **theirs})
+        for words, own in zip(place.settings or [''], place.groups or [None], strict=True):
+            theirs = _theirs(place, table, own)
+            records.append({**named, 'settings': words, **_ours(own, everything, comparisons), **theirs})
     sections = [_layout(table, places)]
     if groups:
         sections.append(_details(records))
@@ -152,6 +153,7 @@ def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str,
         'train_fraction': own.settings['train_fraction'] if own else None,
         **_summary('last_epoch', last),
         **_summary('best_epoch', best),
+        'ce_head': results.head_of(ce.settings) if ce else None,
         'p_ce': welch(last, ce.last) if ce else None,
         'against_ce': difference(last, ce.last, comparisons) if ce else '',
         'other_parts': own.parts if own else {},
@@ -167,10 +169,12 @@ def _summary(name: str, values: list[float]) -> dict[str, Any]:
     }
 
 
-def _theirs(place: Place, table: Table, last: list[float]) -> dict[str, Any]:
+def _theirs(place: Place, table: Table, own: Group | None) -> dict[str, Any]:
     """What the paper prints, and how ours stands to it."""
     paper, largest = place.row.paper or (None, None)
     other = _best_other(place.row, table)
+    last = own.last if own else []
+    whole = own is not None and own.epochs == place.epochs and not own.settings['train_fraction']
     return {
         'recipe_epochs': place.epochs,
         'paper': paper,
@@ -178,22 +182,31 @@ def _theirs(place: Place, table: Table, last: list[float]) -> dict[str, Any]:
         'difference': statistics.fmean(last) - paper if last and paper is not None else None,
         'best_other': other.paper[0] if other else None,
         'best_other_row': other.name if other else None,
-        'p_best_other': one_sample(last, other.paper[0]) if other else None,
+        'p_best_other': one_sample(last, other.paper[0]) if other and whole else None,
     }
 
 
 def _papers_tests(table: Table) -> Section | None:
-    """The paper's own one-sample tests, as far as its printed means and margins tell; None if it prints no margins."""
+    """The p values that the paper prints, beside those that its means and margins leave room for; None without any."""
     rows = []
-    for row in table.rows:
-        other = _best_other(row, table)
-        if row.paper and row.paper[1] and other and _loss(row) != 'ce':
-            (figure, largest), constant = row.paper, other.paper[0]
-            low, high = p_bounds(figure, largest, constant, table.seeds)
-            gap = f'{figure - constant:+.2f} to {other.name} {constant:.2f}'
-            rows.append((row.name, row.dataset, show_printed(row.paper), gap, f'{low:.2g} to {high:.2g}'))
-    caption = f"The paper's own figures against the best other: p that {table.seeds} runs of that margin can have"
-    return Section(caption, ('row', 'data', "paper's", 'against the best other', 'p'), rows) if rows else None
+    printed = {(row.name, row.dataset): row.paper for row in table.rows}
+    for test in table.tests:
+        (mean, largest), (constant, _) = printed[test.row, test.dataset], printed[test.against, test.dataset]
+        low, high = p_bounds(mean, largest, constant, table.seeds)
+        one_sided = (low / 2, high / 2)
+        rows.append((
+            test.row, test.dataset, show_printed((mean, largest)), f'{mean - constant:+.2f} to {test.against}',
+            f'{test.p:.2g}', _interval(one_sided, test.p), _interval((low, high), test.p),
+        ))  # fmt: skip
+    caption = f"The paper's tests, and p as far as {table.seeds} runs of its means and largest deviations tell it"
+    header = ('row', 'data', "paper's", 'difference', "paper's p", 'one-sided p', 'two-sided p')
+    return Section(caption, header, rows) if rows else None
+
+
+def _interval(bounds: tuple[float, float], p: float) -> str:
+    """Smallest and largest p, and whether the printed one lies between them."""
+    low, high = bounds
+    return f'{low:.2g} to {high:.2g}' + ('' if low <= p <= high else ': not the printed one')
 
 
 def _best_other(row: Row, table: Table) -> Row | None:
@@ -213,15 +226,18 @@ def _loss(row: Row) -> str:
 
 
 def _comparisons(groups: list[Group]) -> int:
-    return sum(results.baseline_of(own, groups) is not None for own in groups)
+    """How many tests against cross-entropy these runs allow: those with two seeds or more on both sides."""
+    baselines = [(own, results.baseline_of(own, groups)) for own in groups]
+    return sum(welch(own.last, ce.last) is not None for own, ce in baselines if ce)
 
 
 def _welch_note(comparisons: int) -> list[str]:
     if not comparisons:
         return []
     return [
-        f"Against our ce: Welch's t-test over the seeds against cross-entropy on that backbone, p < {LEVEL} / "
-        f'{comparisons} {"comparison" if comparisons == 1 else "comparisons"}.'
+        "Against our ce: Welch's t-test over the seeds against cross-entropy on the same head where that was run, else "
+        f'on the linear one (in brackets); p < {LEVEL} / {comparisons}, for the '
+        f'{"one test" if comparisons == 1 else f"{comparisons} tests"} that all of these runs allow.'
     ]
 
 
@@ -263,7 +279,7 @@ def _details(records: list[dict[str, Any]]) -> Section:
             cells["paper's"] = show_printed((record['paper'], record['paper_margin']))
             cells['difference'] = f'{record["difference"]:+.2f}'
             cells['against the best other'] = _against_other(record)
-        cells['against our ce'] = record['against_ce']
+        cells['against our ce'] = record['against_ce'] and f'{record["against_ce"]} [{record["ce_head"]}]'
         cells['best epoch'] = show_figures(record['best_epoch'])
         cells['other parts'] = ', '.join(f'{part} {show_figures(own)}' for part, own in record['other_parts'].items())
         rows.append(cells)

@@ -1,8 +1,9 @@
 """Results as their folders record them: found, read, put together over their seeds, and given to a table's rows."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -14,7 +15,18 @@ from ccl_timm.errors import UserError
 from ccl_timm.tables import Row, Table, run_name, tables_of
 from ccl_timm.training import options, parts, runs
 
-__all__ = ['Group', 'Place', 'Result', 'assign', 'baseline_of', 'group', 'read_results', 'rows_of', 'varying']
+__all__ = [
+    'Group',
+    'Place',
+    'Result',
+    'assign',
+    'baseline_of',
+    'group',
+    'head_of',
+    'read_results',
+    'rows_of',
+    'varying',
+]
 
 # what may differ between runs that stand behind one figure
 _FREE_IN_GROUP = {'dataset_download', 'seed'}
@@ -22,10 +34,12 @@ _FREE_IN_GROUP = {'dataset_download', 'seed'}
 # through, and for how long, which the report tells
 _FREE_IN_TABLE = _FREE_IN_GROUP | {
     'amp', 'amp_dtype', 'channels_last', 'cooldown_epochs', 'data_dir', 'decay_epochs', 'decay_milestones',
-    'deterministic', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch', 'memory_format',
-    'pretrained_path', 'torchcompile', 'torchcompile_mode', 'train_fraction', 'val_interval',
-    'validation_batch_size', 'warmup_epochs',
+    'deterministic', 'device_modules', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch',
+    'memory_format', 'opt', 'opt_kwargs', 'pretrained_path', 'torchcompile', 'torchcompile_mode', 'train_fraction',
+    'val_interval', 'validation_batch_size', 'warmup_epochs',
 }  # fmt: skip
+# of these, what the report always shows where a run has another value than its row
+_SHOWN_IN_TABLE = ('opt', 'opt_kwargs')
 # what may differ between a run and the cross-entropy run that it is tested against
 _FREE_IN_BASELINE = _FREE_IN_GROUP | {'loss', 'loss_kwargs', 'model', 'model_kwargs'}
 _NAMED = 5  # runs that a table has no row for: what they differ in
@@ -115,14 +129,24 @@ class Place:
 
     Attributes:
         row: the row.
-        epochs: that its recipe has.
+        wanted: its settings.
         groups: of runs, which differ in settings that a row leaves open, such as the epochs; that with the most nearly
             as many epochs as the recipe first. Empty if nothing was run.
     """
 
     row: Row
-    epochs: int
+    wanted: dict[str, Any]
     groups: tuple[Group, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the row's recipe has."""
+        return self.wanted['epochs']
+
+    @property
+    def settings(self) -> list[str]:
+        """For each group, the settings that tell it from the others, or its optimizer from the row's."""
+        return varying(list(self.groups), shown={key: self.wanted[key] for key in _SHOWN_IN_TABLE})
 
 
 def read_results(paths: list[str]) -> list[Result]:
@@ -252,7 +276,7 @@ def assign(table: Table, results: list[Result]) -> list[Place]:
         groups = sorted(
             group(own), key=lambda g: (-(g.settings['train_fraction'] or 1), abs(g.epochs - epochs), -len(g.results))
         )
-        places.append(Place(row, epochs, tuple(groups)))
+        places.append(Place(row, wanted[row], tuple(groups)))
     return places
 
 
@@ -280,27 +304,32 @@ def _against_row(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return changed
 
 
-def varying(groups: list[Group], told: Collection[str] = ()) -> list[str]:
-    """For each group, in words, those of its settings that are not the same in all of them.
+def varying(
+    groups: list[Group], told: Collection[str] = (), shown: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
+    """For each group, as text, those of its settings that are not the same in all of them.
 
     Args:
-        groups: at least one.
+        groups: of runs; none give none.
         told: settings that are told elsewhere, beside the seed and the epochs.
+        shown: settings by name that are also shown where a group has another value than this.
     """
-    first, free = groups[0].settings, {*_FREE_IN_GROUP, 'epochs', *told}
+    if not groups:
+        return []
+    first, free = {**groups[0].settings, **shown}, {*_FREE_IN_GROUP, 'epochs', *told}
     keys = [
         key
         for key in first
         if any(key in g.settings and runs.differences({key: first[key]}, {key: g.settings[key]}, free) for g in groups)
     ]
-    shown = []
+    texts = []
     for g in groups:
         own = {key: g.settings[key] for key in keys if key in g.settings}
         if 'loss_kwargs' in own:
             usual = _defaults(g.settings['loss'])
             own['loss_kwargs'] = {key: value for key, value in own['loss_kwargs'].items() if usual.get(key) != value}
-        shown.append(', '.join(f'{key}={_shown(value)}' for key, value in own.items() if value not in ({}, '')))
-    return shown
+        texts.append(', '.join(f'{key}={_shown(value)}' for key, value in own.items() if value not in ({}, '')))
+    return texts
 
 
 def _shown(value: Any) -> str:
@@ -312,7 +341,7 @@ def _shown(value: Any) -> str:
 def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
 
-    Of several, those with features of the same width, and of these those whose head is linear, as the papers' is.
+    Of several, those on the same head, else those with features of the same width, of these those with a linear head.
     """
     own = group.settings
     if own['loss'] == 'ce':
@@ -324,7 +353,12 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
         and _backbone(other.settings) == _backbone(own)
         and not runs.differences(other.settings, own, _FREE_IN_BASELINE)
     ]
-    return min(found, key=lambda g: (_width(g.settings) != _width(own), not _is_linear(g.settings)), default=None)
+    return min(found, key=lambda other: _distance(other.settings, own), default=None)
+
+
+def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, bool, bool]:
+    same_width = _width(settings) == _width(own)
+    return not (same_width and head_of(settings) == head_of(own)), not same_width, head_of(settings) != 'linear'
 
 
 def _backbone(settings: dict[str, Any]) -> tuple[str, bool]:
@@ -333,9 +367,10 @@ def _backbone(settings: dict[str, Any]) -> tuple[str, bool]:
     return variant[0] if variant else settings['model'], bool(_model_options(settings).get('small_input'))
 
 
-def _is_linear(settings: dict[str, Any]) -> bool:
+def head_of(settings: dict[str, Any]) -> str:
+    """Name of the head of a run's model; ``linear`` for timm's own classifier."""
     variant = models.split_variant(settings['model'])
-    return variant is None or variant[1] == 'linear'
+    return variant[1] if variant else 'linear'
 
 
 def _width(settings: dict[str, Any]) -> int | None:

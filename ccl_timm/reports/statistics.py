@@ -55,13 +55,13 @@ def welch(first: list[float], second: list[float]) -> float | None:
 
 
 def difference(first: list[float], second: list[float], comparisons: int = 1) -> str:
-    """Whether the means of two sets of figures differ, in words.
+    """Whether the means of two sets of values differ, in words.
 
     Welch's t-test at 5 % divided by the number of comparisons (Bonferroni). Nothing is claimed from fewer than two
-    figures a side, nor where all of them are equal on both sides.
+    values a side, nor where all of them are equal on both sides.
     """
     if min(len(first), len(second)) < 2:
-        return 'no difference shown (it takes two seeds or more)'
+        return 'one seed, no test'
     p = welch(first, second)
     if p is None or not p < LEVEL / comparisons:
         return 'no difference shown' + (f' (p = {p:.2g})' if p is not None else '')
