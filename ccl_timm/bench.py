@@ -18,7 +18,7 @@ from ccl_timm import losses, models
 from ccl_timm.console import say, table
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader
-from ccl_timm.flags import Parser
+from ccl_timm.flags import COUNT, WORKERS, Parser
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
 from ccl_timm.training.validate import pick_device
@@ -218,16 +218,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description='Time what is ours against what it replaces, in turn, in one run.')
     add = parser.add_argument
     add('what', choices=('cc', 'steps', 'loaders'), help='CC-Loss and its N x N form; training steps; loaders')
-    add('--rounds', type=int, default=5, metavar='N', help='how often each is timed')
+    add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed')
     add('--json', action='store_true', help='as JSON')
     add('--device', default='auto')
-    add('-b', '--batch-size', type=int, default=128, metavar='N')
-    add('--classes', type=int, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
-    add('--samples', type=int, default=16384, metavar='N', help='cc: attention vectors')
-    add('--width', type=int, default=512, metavar='D', help='cc: their length')
+    add('-b', '--batch-size', type=COUNT, default=128, metavar='N')
+    add('--classes', type=COUNT, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
+    add('--samples', type=COUNT, default=16384, metavar='N', help='cc: attention vectors')
+    add('--width', type=COUNT, default=512, metavar='D', help='cc: their length')
     add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture')
     add('--losses', nargs='+', default=None, metavar='NAME', help='steps: default all')
-    add('--img-size', type=int, default=32, metavar='N', help='steps, loaders')
-    add('--images', type=int, default=20000, metavar='N', help='loaders: images an epoch')
-    add('-j', '--workers', type=int, default=2, metavar='N', help="loaders: of timm's")
+    add('--img-size', type=COUNT, default=32, metavar='N', help='steps, loaders')
+    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images an epoch')
+    add('-j', '--workers', type=WORKERS, default=2, metavar='N', help="loaders: of timm's")
     return parser

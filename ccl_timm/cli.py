@@ -68,12 +68,14 @@ def _timm(argv: list[str]) -> int:
 
 
 def _on_processes(argv: list[str]) -> int:
+    from ccl_timm.flags import integer
+
     parser = _parser('timm', 'Run a script on several processes of this machine, one for each device.')
-    parser.add_argument('--nproc', type=int, required=True, metavar='N', help='processes')
+    parser.add_argument('--nproc', type=integer(1, 256), required=True, metavar='N', help='processes')
     parser.add_argument('words', nargs=REMAINDER, metavar='SCRIPT ...', help='as without --nproc')
     args = parser.parse_args(argv)
-    if args.nproc < 1 or not args.words:
-        raise UserError(f'`timm --nproc N SCRIPT ...` takes at least one process and a script, not {shlex.join(argv)}.')
+    if not args.words:
+        raise UserError(f'`timm --nproc N SCRIPT ...` takes a script, not {shlex.join(argv)}.')
     from ccl_timm.launch import run_on_processes
 
     return run_on_processes(args.nproc, args.words)

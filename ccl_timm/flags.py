@@ -1,11 +1,17 @@
-"""Command lines: a parser whose errors are one sentence, and what it knows of flags that only timm's train.py has."""
+"""Command lines: a parser whose errors are one sentence, flags' ranges, and the flags that only timm's train.py has."""
 
 import argparse
+import ast
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from ccl_timm.errors import UserError, did_you_mean
 
-__all__ = ['UPSTREAM_ONLY', 'Parser', 'check_flags']
+__all__ = [
+    'COUNT', 'FRACTION', 'PROBABILITY', 'RATE', 'SHARE', 'UPSTREAM_ONLY', 'WORKERS', 'KeyValues', 'Number', 'Parser',
+    'check_flags', 'integer', 'real',
+]  # fmt: skip
 
 # flags of timm's train.py that the built-in script leaves to it, with timm's defaults: a recipe may name them if they
 # are off
@@ -74,6 +80,85 @@ UPSTREAM_ONLY: dict[str, Any] = {
     'variable_batch_loss_scale': 'none',
     'worker_seeding': 'all',
 }
+
+
+_LARGEST_INTEGER = 2**31 - 1  # of flags that name no limit: what torch, NumPy and PIL all take
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of a numeric flag: converts its value, and refuses one that is not finite or out of range.
+
+    Attributes:
+        kind: ``int`` or ``float``.
+        low: the lowest value.
+        high: the highest value.
+        above: the value must be greater than ``low``.
+        below: the value must be less than ``high``.
+    """
+
+    kind: type
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def __call__(self, value: str | int | float) -> int | float:
+        """Convert a flag's text or a recipe's value.
+
+        Raises:
+            argparse.ArgumentTypeError: it is no such number.
+        """
+        try:
+            number = self.kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None or (isinstance(value, float) and number != value == value):
+            raise argparse.ArgumentTypeError(f"'{value}' is not a {'whole ' if self.kind is int else ''}number")
+        if not math.isfinite(number):
+            raise argparse.ArgumentTypeError(f'{value} must be finite')
+        too_low = number <= self.low if self.above else number < self.low
+        too_high = number >= self.high if self.below else number > self.high
+        if too_low or too_high:
+            bounds = [f'{"above" if self.above else "at least"} {self.low}']
+            if too_high or self.high not in (_LARGEST_INTEGER, math.inf):
+                bounds.append(f'{"below" if self.below else "at most"} {self.high}')
+            raise argparse.ArgumentTypeError(f'{value} must be {" and ".join(bounds)}')
+        return number
+
+
+def integer(low: int, high: int = _LARGEST_INTEGER) -> Number:
+    """The type of a flag that takes whole numbers from ``low`` to ``high``, both included."""
+    return Number(int, low, high)
+
+
+def real(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Number:
+    """The type of a flag that takes finite numbers from ``low`` to ``high``; see :class:`Number`."""
+    return Number(float, low, high, above, below)
+
+
+COUNT = integer(1)
+FRACTION = real(0, 1, below=True)  # as of dropout, where 1 leaves nothing
+SHARE = real(0, 1, above=True, below=True)  # a part of the images
+PROBABILITY = real(0, 1)
+RATE = real(0, 1000, above=True)  # of learning
+WORKERS = integer(0, 1024)  # processes
+
+
+class KeyValues(argparse.Action):
+    """Collects ``name=value`` arguments in a dict, with Python's literals as values and other text as it stands."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        options = {}
+        for text in values:
+            name, equals, value = text.partition('=')
+            if not (name and equals):
+                raise argparse.ArgumentError(self, f"'{text}' is not NAME=VALUE")
+            try:
+                options[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                options[name] = value
+        setattr(namespace, self.dest, options)
 
 
 class Parser(argparse.ArgumentParser):

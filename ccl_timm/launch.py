@@ -19,7 +19,6 @@ import timm.data
 import timm.task
 import timm.task.classification
 import torch
-from timm.utils import ParseKwargs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,6 +26,7 @@ from ccl_timm import losses, models, recipes
 from ccl_timm.console import say, warn
 from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
+from ccl_timm.flags import KeyValues, Parser, integer
 from ccl_timm.task import LossTask
 from ccl_timm.training.options import OWN, train_parser
 from ccl_timm.yaml_files import dump_yaml
@@ -109,10 +109,10 @@ def _words_for_the_script(path: Path, own: argparse.Namespace) -> list[str] | No
 
 def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, list[str]]:
     """Take our own settings out of the words and out of the recipe; the script gets a copy of it without them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog='ccl-timm run', add_help=False)
     parser.add_argument('--loss', default=None)
-    parser.add_argument('--loss-kwargs', nargs='*', default=None, action=ParseKwargs)
-    parser.add_argument('--pad-crop', type=int, default=None)
+    parser.add_argument('--loss-kwargs', nargs='*', default=None, action=KeyValues)
+    parser.add_argument('--pad-crop', type=integer(0), default=None)
     # a stock script takes abbreviations of --config, which must not get past us
     parser.add_argument('-c', '--config', *(f'--{"config"[:n]}' for n in range(1, 6)), dest='config', default=None)
     own, rest = parser.parse_known_args(argv)

@@ -108,14 +108,12 @@ def _options(recipe: dict[str, Any], name: str) -> dict[str, Any]:
 def check_value(action: argparse.Action, default: Any, value: Any, path: Path) -> Any:
     """Return a recipe's value in the type of its flag.
 
-    YAML reads 1e-3 as a word, so that numbers are converted as the command line would.
-
     Raises:
         UserError: the value does not fit the flag.
     """
     try:
         return _converted(action, default, value)
-    except (TypeError, ValueError) as error:
+    except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
         raise UserError(f"Recipe {path}: '{action.dest}: {value}' does not fit: {error}.") from error
 
 
@@ -142,8 +140,6 @@ def _converted(action: argparse.Action, default: Any, value: Any) -> Any:
 def _scalar(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, (bool, list, dict)):
         raise ValueError('it is a number' if action.type else 'it is a word')
-    if action.type is int and isinstance(value, float):
-        raise ValueError('it is a whole number')
     value = (action.type or str)(value)
     if action.choices and value not in action.choices:
         raise ValueError(f'it is one of {", ".join(map(repr, action.choices))}')

@@ -190,7 +190,7 @@ def test_without_matplotlib_one_sentence_says_so(place_of_runs, words, monkeypat
     'argv, message',
     [
         (['nowhere'], "'nowhere' does not exist"),
-        (['RUN', '--limit', '1'], '--limit 1 must be at least 2.'),
+        (['RUN', '--limit', '1'], '--limit: 1 must be at least 2'),
         (['RUN', '--limt', '9'], "Unknown argument '--limt'; did you mean '--limit'?"),
     ],
 )

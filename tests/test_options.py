@@ -29,7 +29,7 @@ def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
         ('learnign_rate: 1', "unknown key 'learnign_rate'"),
         ('epoch: 1', "unknown key 'epoch'; did you mean 'epochs'?"),
         ('epochs: many', "'epochs: many' does not fit"),
-        ('epochs: 1.5', 'it is a whole number'),
+        ('epochs: 1.5', "'1.5' is not a whole number"),
         ('epochs: true', 'it is a number'),
         ('epochs: [1]', 'it is a number'),
         ('epochs: null', 'it needs a value'),

@@ -207,7 +207,7 @@ def test_split_says_what_it_cannot_do(folder, place, words):
         ([folder / 'train', 'parts'], "'parts' exists and is not empty"),
         ([folder / 'train', folder / 'train' / 'new'], 'which is not changed: name a folder outside'),
         ([folder, 'new'], f"has parts (train, validation): name the one to split, such as '{folder}/train'"),
-        ([folder / 'train', 'new', '--val-fraction', '1'], '--val-fraction 1.0 must lie between 0 and 1'),
+        ([folder / 'train', 'new', '--val-fraction', '1'], '--val-fraction: 1 must be above 0 and below 1'),
         (['nowhere', 'new'], "no folder 'nowhere'"),
         (['nothing', 'new'], 'Found 0 images'),
         (['single', 'new'], "No class in 'single' has two images"),

@@ -233,7 +233,7 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
     'argv, message',
     [
         (['--losses', 'cc,acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
-        (['--lr', '0.1,fast'], "--lr 'fast' must be positive numbers"),
+        (['--lr', '0.1,fast'], "--lr 'fast' is not a number: give numbers with commas between them"),
         (['--seeds', '0'], '--seeds: 0 must be at least 1'),
         (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
         ([], 'needs its data: give --data-dir DIR.'),

@@ -11,7 +11,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import COUNT, Parser
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 
@@ -90,7 +90,7 @@ def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
     if args.classes:
         lines = Path(args.classes).read_text(encoding='utf-8').splitlines()
         names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    elif args.num_classes and args.num_classes > 0:
+    elif args.num_classes:
         say('No source tells which classes the paper took: these are the first by name, others with --classes FILE.')
         names = known[: args.num_classes]
         if len(names) < args.num_classes:
@@ -109,7 +109,7 @@ def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
 
 def _add_subset_options(parser: Parser) -> None:
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument('--num-classes', type=int, metavar='N', help=f'the first N by name; POD-Loss: {_PAPER_SIZES}')
+    chosen.add_argument('--num-classes', type=COUNT, metavar='N', help=f'the first N by name; POD-Loss: {_PAPER_SIZES}')
     chosen.add_argument('--classes', metavar='FILE', help='these classes, one a line')
 
 

@@ -19,7 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from ccl_timm.console import Progress, table
 from ccl_timm.data.datasets import PARTS
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import Parser, integer
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
 
@@ -234,14 +234,16 @@ def main(argv: list[str], prog: str) -> int:
         'Exit code 1 if scripts would stop or skip images, else 0.',
     )
     parser.add_argument('folder', metavar='DIR', help='a folder with parts such as train/, or with a folder a class')
-    parser.add_argument('--show', type=int, default=5, metavar='N', help='names to show of each problem (default 5)')
+    parser.add_argument(
+        '--show', type=integer(0), default=5, metavar='N', help='names to show of each problem, default 5'
+    )
     parser.add_argument('--json', action='store_true', help='everything, with all names, as JSON')
     args = parser.parse_strictly(argv)
     report = check_folder(args.folder)
     if args.json:
         print(json.dumps(_plain(report), indent=2))
     else:
-        print(_text(report, max(args.show, 0)))
+        print(_text(report, args.show))
     return int(report.broken)
 
 

@@ -24,7 +24,6 @@ __all__ = [
     'Digits',
     'ImageFiles',
     'Splits',
-    'check_fraction',
     'file_names',
     'hold_out',
     'is_folder',
@@ -374,12 +373,6 @@ def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: li
             + (f" ('{names[highest]}')" if names else '')
             + f'; give --num-classes {highest + 1}, or leave it out.'
         )
-
-
-def check_fraction(fraction: float | None, flag: str) -> None:
-    """Raise a UserError if this cannot be the share of the images that a flag asks for; None is no share."""
-    if fraction is not None and not 0 < fraction < 1:
-        raise UserError(f'{flag} {fraction} must lie between 0 and 1, such as 0.2.')
 
 
 def hold_out(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:

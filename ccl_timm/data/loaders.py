@@ -65,6 +65,7 @@ def make_loaders(
         UserError: the training part is smaller than a batch, or cannot be held in memory though ``--in-memory on``.
     """
     _check_channels(splits.train, data_config['input_size'][0])
+    _check_sizes(args, min(data_config['input_size'][-2:]))
     loader = _memory_loader(args, device, data_config, splits)
     in_memory = loader is not None
     if not in_memory:
@@ -79,6 +80,15 @@ def make_loaders(
     config = {name: data_config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     config |= {'crop_mode': data_config['crop_mode'], 'batch_size': args.validation_batch_size or args.batch_size}
     return loader, evaluation_loader(splits.validation, config, device, args.workers, in_memory, args.distributed)
+
+
+def _check_sizes(args: argparse.Namespace, size: int) -> None:
+    """Raise a UserError unless what is cropped or mixed fits images of ``size`` pixels."""
+    if args.pad_crop >= size:
+        raise UserError(f'--pad-crop {args.pad_crop} must be less than the image size, {size}.')
+    if args.cutmix_minmax and int(size * args.cutmix_minmax[0]) >= int(size * args.cutmix_minmax[1]):
+        shown = ' '.join(map(str, args.cutmix_minmax))
+        raise UserError(f'--cutmix-minmax {shown} must differ by a pixel or more of {size}.')
 
 
 def evaluation_loader(

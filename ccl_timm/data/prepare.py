@@ -12,7 +12,7 @@ from ccl_timm.console import first_few, warn
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.flags import Parser
+from ccl_timm.flags import SHARE, Parser, integer
 
 __all__ = ['main', 'split_folder', 'write_digits', 'write_links']
 
@@ -103,7 +103,6 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     Raises:
         UserError: it is no such folder, or no class has two images.
     """
-    datasets.check_fraction(fraction, '--val-fraction')
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"There is no folder '{source}'.")
@@ -170,8 +169,8 @@ def _split(argv: list[str], prog: str) -> int:
     add = parser.add_argument
     add('source', metavar='DIR', help='a folder with a folder a class; it is not changed')
     add('folder', metavar='OUT', help='a new folder')
-    add('--val-fraction', type=float, default=0.2, metavar='F', help='share for validation (default 0.2)')
-    add('--seed', type=int, default=42, metavar='N', help='another seed, another choice (default 42)')
+    add('--val-fraction', type=SHARE, default=0.2, metavar='F', help='share for validation (default 0.2)')
+    add('--seed', type=integer(0), default=42, metavar='N', help='another seed, another choice (default 42)')
     args = parser.parse_strictly(argv)
     layout, single = split_folder(args.source, args.val_fraction, args.seed)
     if single:

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, common_words, figures, plan_of, split_words
-from ccl_timm.flags import Parser
+from ccl_timm.flags import RATE, Parser
 from ccl_timm.reports.statistics import LEVEL, difference, show_figures, welch
 from ccl_timm.tables import Row, Table, as_words
 from ccl_timm.training import runs
@@ -50,12 +51,9 @@ def _parser(prog: str) -> Parser:
 
 def _rate(text: str) -> float:
     try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not rate > 0:
-        raise UserError(f"--lr '{text}' must be positive numbers with commas between them, such as 0.01,0.03.")
-    return rate
+        return RATE(text)
+    except ArgumentTypeError as error:
+        raise UserError(f'--lr {error}: give numbers with commas between them, such as 0.01,0.03.') from error
 
 
 def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str]) -> tuple[Row, ...]:

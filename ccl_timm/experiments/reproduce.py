@@ -15,7 +15,7 @@ from pathlib import Path
 from ccl_timm import recipes, tables
 from ccl_timm.console import say, show_share, table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import COUNT, Parser
 from ccl_timm.reports.statistics import show_figures, show_printed
 from ccl_timm.tables import Row, Table, run_name
 from ccl_timm.training import options, runs, settings
@@ -117,8 +117,8 @@ def _parser(prog: str) -> Parser:
 def add_common(parser: Parser, output: str) -> None:
     """The flags of every command that carries out a plan."""
     add = parser.add_argument
-    add('--seeds', type=_at_least_one, default=None, metavar='N', help="runs a row, 0 to N-1; default the table's")
-    add('--epochs', type=_at_least_one, default=None, metavar='N', help="default the recipe's")
+    add('--seeds', type=COUNT, default=None, metavar='N', help="runs a row, 0 to N-1; default the table's")
+    add('--epochs', type=COUNT, default=None, metavar='N', help="default the recipe's")
     add('--output', default=output, metavar='DIR', help=f'where the runs lie, default {output}')
     add('--dry-run', action='store_true', help='check every row and print its commands')
     add('--estimate', action='store_true', help='time ten steps of every row and print the hours that all takes')
@@ -127,13 +127,6 @@ def add_common(parser: Parser, output: str) -> None:
 def common_words(args: argparse.Namespace) -> list[str]:
     """The training script's words that follow from the flags of every such command."""
     return tables.as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{number} must be at least 1')
-    return number
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:

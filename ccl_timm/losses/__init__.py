@@ -11,7 +11,7 @@ from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES, create_classification_
 from torch import Tensor
 
 from ccl_timm import plugins
-from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
+from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean, require_finite
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
@@ -188,6 +188,7 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
             f'Its options: {", ".join(options) or "none"}.'
         )
     try:
+        require_finite('', kwargs)
         if name == 'ce' and kwargs.get('class_weight') is not None:  # which timm's takes and leaves out of account
             weight = class_weight_buffer(kwargs['class_weight'])
             return LogitsLoss(partial(cross_entropy, smoothing=kwargs.get('smoothing', 0.0), class_weight=weight), name)

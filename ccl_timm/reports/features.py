@@ -9,7 +9,7 @@ import torch
 
 from ccl_timm.console import say, table
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import WORKERS, Parser, integer
 from ccl_timm.reports import analysis, pictures
 from ccl_timm.training import retrieval, runs, validate
 from ccl_timm.training.trained import Trained, load_trained
@@ -20,8 +20,6 @@ __all__ = ['analyse', 'draw', 'main']
 def main(argv: list[str], prog: str) -> int:
     """Draw a model's features, attention and confusion, and print what its features tell."""
     args = _parser(prog).parse_strictly(argv)
-    if args.limit < 2:
-        raise UserError(f'--limit {args.limit} must be at least 2.')
     trained = load_trained(args.source, use_ema=args.use_ema)
     parts = _read_parts(args, trained)
     folder = Path(args.output) if args.output else _folder_beside(args.source)
@@ -55,10 +53,10 @@ def _parser(prog: str) -> Parser:
     add(
         '--split', default=None, metavar='NAME', help='part beside the training part; default what the run validated on'
     )
-    add('--limit', type=int, default=1500, metavar='N', help='images of each part that t-SNE takes')
+    add('--limit', type=integer(2), default=1500, metavar='N', help='images of each part that t-SNE takes')
     add('--use-ema', action='store_true', help='the moving average of the weights')
-    add('-b', '--batch-size', type=int, default=256, metavar='N')
-    add('-j', '--workers', type=int, default=4, metavar='N')
+    add('-b', '--batch-size', type=integer(1), default=256, metavar='N')
+    add('-j', '--workers', type=WORKERS, default=4, metavar='N')
     add('--device', default='auto')
     return parser
 

@@ -13,7 +13,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import table, warn
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import COUNT, Parser
 from ccl_timm.training.trained import Trained, load_trained
 from ccl_timm.training.validate import pick_device
 
@@ -79,14 +79,12 @@ def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
     add = parser.add_argument
     add('source', metavar='RUN_OR_MODEL', help='folder of a run or an export, or a checkpoint file')
     add('images', nargs='+', metavar='IMAGE', help='files, or folders of them')
-    add('--topk', type=int, default=1, metavar='N', help='how many classes for each image')
+    add('--topk', type=COUNT, default=1, metavar='N', help='how many classes for each image')
     add('--format', default='table', choices=('table', 'csv', 'json'))
-    add('-b', '--batch-size', type=int, default=32, metavar='N')
+    add('-b', '--batch-size', type=COUNT, default=32, metavar='N')
     add('--use-ema', action='store_true')
     add('--device', default='auto')
     args = parser.parse_strictly(argv)
-    if args.topk < 1 or args.batch_size < 1:
-        raise UserError('--topk and --batch-size must be at least 1.')
     paths = find_images(args.images)
     trained = load_trained(args.source, use_ema=args.use_ema)
     results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))

@@ -17,9 +17,8 @@ from timm.models import get_pretrained_cfg, is_model, parse_model_name
 from timm.optim import list_optimizers
 
 from ccl_timm import losses, models
-from ccl_timm.data import datasets
 from ccl_timm.data.loaders import mixes
-from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.errors import UserError, did_you_mean, require_finite
 from ccl_timm.task import fitting_loss, probe
 from ccl_timm.training.trained import build_model
 
@@ -34,6 +33,8 @@ __all__ = [
     'loss_settings',
     'weight_settings',
 ]
+
+_WITH_COLUMNS = ('hfds/', 'hfids/', 'tfds/', 'wds/')  # timm's schemes of data sets with named columns
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -50,25 +51,35 @@ def check_settings(args: argparse.Namespace) -> None:
     for key in args.loss_kwargs:
         if key not in known:
             losses.create_loss(args.loss, **{key: args.loss_kwargs[key]})  # raises, with the options there are
-    names = ('batch_size', 'epochs', 'grad_accum_steps', 'val_interval', 'log_interval', 'checkpoint_hist')
-    for name in (*names, 'samples_per_class', 'patience', 'lr_batch'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)} must be at least 1.')
-    datasets.check_fraction(args.val_fraction, '--val-fraction')
-    datasets.check_fraction(args.train_fraction, '--train-fraction')
-    if args.workers < 0:
-        raise UserError(f'--workers {args.workers} must be at least 0.')
+    for name in ('loss_kwargs', 'model_kwargs', 'opt_kwargs'):
+        require_finite(f'--{name.replace("_", "-")}', getattr(args, name))
     if args.class_weight and not losses.class_weight_option(args.loss):
         raise UserError(f"--class-weight does not work with the loss '{args.loss}': it has no weights of classes.")
     if args.pad_crop and (args.no_aug or args.train_crop_mode):
         raise UserError('--pad-crop takes the place of other crops: leave out --no-aug and --train-crop-mode.')
     _check_normalisation(args)
-    if not 0 <= args.smoothing < 1:
-        raise UserError(f'--smoothing {args.smoothing} must be at least 0 and below 1.')
+    _check_ranges(args)
     _check_mixing(args)
     if args.opt.lower() not in list_optimizers():
         raise UserError(f"Unknown optimizer '{args.opt}'{did_you_mean(args.opt, list_optimizers())}")
     _check_tracker(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    """Settings of several numbers, or whose range depends on another setting."""
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        low, high = getattr(args, name) or (0, 1)
+        if low > high or (name == 'cutmix_minmax' and low == high):
+            raise UserError(f'--{name.replace("_", "-")} {low} {high} must be the lower and the higher limit.')
+    if max(args.scale) > 1 and not (args.train_crop_mode or '').startswith('rk'):
+        raise UserError(f'--scale {max(args.scale)} must be at most 1, a share of the image.')
+    milestones = args.decay_milestones
+    if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+        raise UserError(f'--decay-milestones {" ".join(map(str, milestones))} must be in ascending order.')
+    if args.decay_rate > 1 and args.sched != 'poly':  # of which it is the power
+        raise UserError(f"--decay-rate {args.decay_rate} must be at most 1 with the schedule '{args.sched}'.")
+    if (args.input_key or args.target_key) and not args.dataset.lower().startswith(_WITH_COLUMNS):
+        raise UserError('--input-key and --target-key name the columns of a data set such as hfds/owner/name only.')
 
 
 def _check_tracker(args: argparse.Namespace) -> None:
@@ -209,7 +220,18 @@ def class_weights(args: argparse.Namespace, counts: list[int] | None, names: lis
 
 
 def learning_rate(args: argparse.Namespace) -> float:
-    """--lr, scaled with the global batch if --scale-lr says so; or timm's rule, from --lr-base and the global batch."""
+    """--lr, scaled with the global batch if --scale-lr says so; or timm's rule, from --lr-base and the global batch.
+
+    Raises:
+        UserError: it is lower than --min-lr.
+    """
+    rate = _learning_rate(args)
+    if rate < args.min_lr:
+        raise UserError(f'--min-lr {args.min_lr:g} must be at most the learning rate, which is {rate:g}.')
+    return rate
+
+
+def _learning_rate(args: argparse.Namespace) -> float:
     if args.lr is not None:
         scales = args.scale_lr and args.lr_batch
         return args.lr * global_batch(args) / args.lr_batch if scales else args.lr

@@ -18,7 +18,7 @@ from ccl_timm.console import Progress, say, warn
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.flags import Parser
+from ccl_timm.flags import COUNT, WORKERS, Parser
 from ccl_timm.training import parts, retrieval, runs
 from ccl_timm.training.trained import Trained, load_trained
 
@@ -222,9 +222,15 @@ def _parser(prog: str) -> Parser:
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
     add('--record', action='store_true', help="keep the figures of --split in the run's parts.csv")
     add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
-    add('--knn', type=int, default=None, metavar='K', help='accuracy of the K nearest training images, by features')
-    add('-b', '--batch-size', type=int, default=256, metavar='N')
-    add('-j', '--workers', type=int, default=4, metavar='N')
+    add(
+        '--knn',
+        type=COUNT,
+        default=None,
+        metavar='K',
+        help='accuracy of the K nearest training images, by features',
+    )
+    add('-b', '--batch-size', type=COUNT, default=256, metavar='N')
+    add('-j', '--workers', type=WORKERS, default=4, metavar='N')
     add('--device', default='auto')
     return parser
 
