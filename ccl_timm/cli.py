@@ -28,21 +28,35 @@ def main(argv: list[str] | None = None) -> int:
 def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        say_error(str(error))
-        return 2
-    except RuntimeError:
-        if was_error_said():  # what a process meets when another has left
-            return 1
-        raise
     except KeyboardInterrupt:
         return 130
-    except (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        say_error(f"'{error.filename}': {error.strerror}.")
-        return 2
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if isinstance(error, RuntimeError) and was_error_said():  # what a process meets when another has left
+            return 1
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get('CCL_TIMM_DEBUG') == '1':
+            raise
+        say_error(sentence)
+        return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user can do something about, in one sentence; None for an error of the program."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"'{os.fsdecode(error.filename)}': {error.strerror or text}."
+    if isinstance(error, OSError):
+        return text or f'{type(error).__name__}, without a reason; CCL_TIMM_DEBUG=1 shows where it comes from.'
+    if isinstance(error, ValueError) and text.startswith('embedded null'):
+        return 'A name or path has a NUL character in it, which no file can have.'
+    if isinstance(error, MemoryError) or 'out of memory' in text.lower() or "can't allocate memory" in text:
+        return f'Out of memory: give smaller sizes. {text}'.rstrip()
+    return None
 
 
 def _timm(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What scripts print: sentences and a progress bar to stderr, results to stdout, from the first process only."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ['Progress', 'first_few', 'is_primary', 'say', 'say_error', 'show_share', 'table', 'warn', 'was_error_said']
+__all__ = [
+    'Progress',
+    'first_few',
+    'is_primary',
+    'say',
+    'say_error',
+    'shortened',
+    'show_share',
+    'table',
+    'warn',
+    'was_error_said',
+]
 
 
 def is_primary() -> bool:
@@ -35,7 +47,12 @@ def say_error(text: str) -> None:
             mark.touch(exist_ok=False)
         except FileExistsError:
             return
-    print(f'error: {text}', file=sys.stderr)
+    print(f'error: {shortened(text)}', file=sys.stderr)
+
+
+def shortened(text: str) -> str:
+    """The text with the middle left out of every word of more than 300 characters."""
+    return re.sub(r'\S{301,}', lambda word: f'{word[0][:100]}...{word[0][-50:]}', text)
 
 
 def was_error_said() -> bool:

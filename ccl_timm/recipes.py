@@ -2,6 +2,8 @@
 
 import argparse
 import fnmatch
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ from ccl_timm.packaged import packaged_folder
 from ccl_timm.yaml_files import read_yaml
 
 __all__ = [
+    'AUTOLOAD',
     'DESCRIPTIVE',
+    'check_modules',
     'check_value',
     'describe',
     'find_recipe',
@@ -20,6 +24,8 @@ __all__ = [
     'split_options',
 ]
 
+# registers our models in a stock script, and stops one that would train with another loss than a recipe says
+AUTOLOAD = 'ccl_timm.autoload'
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
 DESCRIPTIVE = ('assumed', 'config', 'data')
 
@@ -62,6 +68,28 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
     return content
+
+
+def check_modules(recipe: dict[str, Any], typed: Iterable[str] | None, path: str | Path) -> None:
+    """Refuse a recipe that imports modules: somebody else's file must not run code of its choice.
+
+    Args:
+        recipe: its settings.
+        typed: the modules of ``--device-modules`` on the command line, which the recipe may name, too.
+        path: its file.
+
+    Raises:
+        UserError: its ``device_modules`` name another one than ``ccl_timm.autoload``.
+    """
+    named = recipe.get('device_modules') or []
+    others = [
+        str(name) for name in (named if isinstance(named, list) else [named]) if name not in (AUTOLOAD, *(typed or []))
+    ]
+    if others:
+        raise UserError(
+            f"Recipe {path} wants to import the module '{others[0]}': if you trust it, name it on the command line, "
+            f'--device-modules {shlex.join(others)}.'
+        )
 
 
 def describe(name: str) -> tuple[str, str]:

@@ -282,6 +282,7 @@ def read_for(parser: Parser, defaults: dict[str, Any], name: str, typed: dict[st
     actions = {a.dest: a for a in parser._actions if a.dest not in ('help', 'config', 'data')}
     path = recipes.find_recipe(name)
     recipe = recipes.split_options(recipes.read_recipe(path), typed.get('loss'), typed.get('model'))
+    recipes.check_modules(recipe, typed.get('device_modules'), path)
     checked = {}
     for key, value in recipe.items():
         if key in recipes.DESCRIPTIVE or (key in UPSTREAM_ONLY and value in (UPSTREAM_ONLY[key], None)):
