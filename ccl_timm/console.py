@@ -34,9 +34,10 @@ def say(text: str = '') -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def warn(text: str) -> None:
-    """Print a warning."""
-    say(f'warning: {text}')
+def warn(text: str, by_any_process: bool = False) -> None:
+    """Print a warning; from the first process only, unless each may meet something of its own to warn of."""
+    if by_any_process or is_primary():
+        tqdm.write(f'warning: {text}', file=sys.stderr)
 
 
 def say_error(text: str) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.data.readers.img_extensions import get_img_extensions
+import numpy as np
 
 from ccl_timm.console import say
+from ccl_timm.data.files import list_images, read_lines
 from ccl_timm.errors import UserError
 from ccl_timm.flags import COUNT, Parser
 
@@ -51,19 +52,20 @@ def _with_train(source: Path) -> Path:
 
 def _class_folders(folder: Path, part: str, names: Iterable[str] | None = None) -> Layout:
     """Layout of a folder with a folder a class, which may have folders in them; of these classes only, if given."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if names is None else names
+    names = _folders_in(folder) if names is None else names
     layout = {}
-    endings = get_img_extensions(as_set=True)
     for name in names:
-        for place, _, files in sorted(os.walk(folder / name, followlinks=True)):
-            for file in sorted(files):
-                if Path(file).suffix.lower() not in endings:
-                    continue
-                target = f'{part}/{name}/{file}'
-                if target in layout:
-                    raise UserError(f"'{folder / name}' holds two files of the name '{file}'.")
-                layout[target] = Path(place, file)
+        for path in list_images(folder / name):
+            target = f'{part}/{name}/{os.path.basename(path)}'
+            if target in layout:
+                raise UserError(f"'{folder / name}' holds two files of the name '{os.path.basename(path)}'.")
+            layout[target] = Path(path)
     return layout
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
 
 
 def _tiny_imagenet(source: Path, args: argparse.Namespace) -> Layout:
@@ -72,11 +74,11 @@ def _tiny_imagenet(source: Path, args: argparse.Namespace) -> Layout:
     annotations = root / 'val' / 'val_annotations.txt'
     if not annotations.is_file():
         raise UserError(f"'{root}' has no val/val_annotations.txt, which tells the class of each validation image.")
-    for line in annotations.read_text(encoding='utf-8').splitlines():
+    for line in read_lines(annotations):
         file, _, rest = line.partition('\t')
         name = rest.split('\t')[0]
         if not name:
-            raise UserError(f"'{annotations}' has a line without file and class: '{line}'.")
+            raise UserError(f"'{annotations}' has a line without file and class: {line[:80]!r}.")
         layout[f'validation/{name}/{file}'] = root / 'val' / 'images' / file
     return layout
 
@@ -86,10 +88,9 @@ def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
     validation = next((root / name for name in ('val', 'validation') if (root / name).is_dir()), None)
     if validation is None:
         raise UserError(f"'{root}' has no val/ beside train/.")
-    known = sorted(path.name for path in (root / 'train').iterdir() if path.is_dir())
+    known = _folders_in(root / 'train')
     if args.classes:
-        lines = Path(args.classes).read_text(encoding='utf-8').splitlines()
-        names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        names = list(dict.fromkeys(line.strip() for line in read_lines(args.classes)))
     elif args.num_classes:
         say('No source tells which classes the paper took: these are the first by name, others with --classes FILE.')
         names = known[: args.num_classes]
@@ -98,7 +99,7 @@ def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
     else:
         raise UserError(f"How many classes? --num-classes N ({_PAPER_SIZES} in POD-Loss's paper), or --classes FILE.")
     for part in (root / 'train', validation):
-        absent = [name for name in names if not (part / name).is_dir()]
+        absent = sorted(set(names).difference(_folders_in(part)))
         if absent:
             raise UserError(
                 f"'{part}' has no folder of {len(absent)} of the {len(names)} classes, such as '{absent[0]}'"
@@ -128,20 +129,31 @@ def _cars196(source: Path, args: argparse.Namespace) -> Layout:
     names = [str(name).replace('/', '-') for name in _matlab(meta, 'class_names')]
     layout = {}
     for part, images, path in zip(('train', 'validation'), ('cars_train', 'cars_test'), annotations, strict=True):
-        rows = _matlab(path, 'annotations')
-        first = f'{images}/{rows[0]["fname"]}'
-        place = next(source.rglob(first), source / first).parent
-        for row in rows:
-            layout[f'{part}/{names[int(row["class"]) - 1]}/{row["fname"]}'] = place / str(row['fname'])
+        rows = _annotations(path, len(names))
+        place = next((own.parent for own in source.rglob(f'{images}/*') if own.name == rows[0][1]), source / images)
+        for label, file in rows:
+            layout[f'{part}/{names[label - 1]}/{file}'] = place / file
     return layout
+
+
+def _annotations(path: Path, classes: int) -> list[tuple[int, str]]:
+    """Class, counted from 1, and file of each image."""
+    try:
+        rows = [(int(row['class']), str(row['fname'])) for row in _matlab(path, 'annotations')]
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(f"'{path}' does not hold the class and fname of each image: {error}.") from error
+    wrong = [label for label, _ in rows if not 1 <= label <= classes]
+    if wrong or not rows:
+        raise UserError(f"'{path}' names no image, or one of class {wrong[:1]} of {classes}.")
+    return rows
 
 
 def _matlab(path: Path, key: str) -> Any:
     from scipy.io import loadmat
 
     try:
-        return loadmat(path, squeeze_me=True)[key]
-    except (ValueError, KeyError, TypeError) as error:
+        return np.atleast_1d(loadmat(path, squeeze_me=True)[key])
+    except Exception as error:  # scipy raises nearly anything on a damaged file
         raise UserError(f"'{path}' is not the MATLAB file of the official archive: {error}") from error
 
 

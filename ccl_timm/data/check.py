@@ -18,6 +18,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import Progress, table
 from ccl_timm.data.datasets import PARTS
+from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails, valid_text
 from ccl_timm.errors import UserError
 from ccl_timm.flags import Parser, integer
 
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
 
 PROBLEMS = {
     'unreadable': Problem('cannot be decoded; scripts take another image instead', True),
+    'closed': Problem('folders that cannot be listed, and are left out', True),
     'no_class': Problem('outside of any class folder', True),
     'empty_part': Problem('parts without an image', True),
     'unknown_class': Problem('classes that the training part lacks', True),
@@ -45,7 +47,10 @@ PROBLEMS = {
     'cmyk': Problem('CMYK; colours shift on conversion', False),
     'alpha': Problem('transparency, which is dropped', False),
     'palette': Problem('palette of colours, expanded on conversion', False),
+    'not_utf8': Problem('names that are not UTF-8, shown with escapes', False),
     'other_file': Problem('files whose ending scripts do not read', False),
+    'hidden': Problem('hidden files and folders, which are left out', False),
+    'repeated': Problem('folders that lead to one that is read already, and are left out', False),
 }
 _LITTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
 _CHUNK = 16  # files that a thread takes at a time
@@ -119,18 +124,17 @@ def check_folder(folder: str | os.PathLike) -> Report:
 
 def inspect(path: Path) -> Facts:
     """Read and decode one file."""
+    digest = None
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return Facts(('unreadable',), None, None, error.strerror or str(error))
-    digest = hashlib.blake2b(content, digest_size=16).digest()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return Facts(tuple(_traits(image)), image.size, digest)
-    except Exception as error:  # a damaged file makes decoders raise nearly anything
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        return Facts(('unreadable',), None, digest, 'not an image' if 'cannot identify' in reason else reason)
+        with unreadable_if_it_fails():
+            with open_regular(path) as file:
+                content = file.read()
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            with Image.open(io.BytesIO(content)) as image:
+                image.convert('RGB')  # decodes it, and does what scripts do
+                return Facts(tuple(_traits(image)), image.size, digest)
+    except UnreadableImage as error:
+        return Facts(('unreadable',), None, digest, str(error))
 
 
 def _traits(image: Image.Image) -> Iterable[str]:
@@ -147,25 +151,35 @@ def _traits(image: Image.Image) -> Iterable[str]:
 def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
     endings = get_img_extensions(as_set=True)
     before = len(listing.images)
-    for folder, subfolders, files in os.walk(place, followlinks=True):
-        subfolders.sort()
+    tree = scan(place)
+    for folder, subfolders, files in sorted(tree.folders):
         here = Path(folder)
-        label = '' if here == place else here.name
-        images = [here / name for name in sorted(files) if Path(name).suffix.lower() in endings]
+        label = '' if here == place else valid_text(here.name)
+        images = [here / name for name in files if Path(name).suffix.lower() in endings]
         others = sorted({here / name for name in files if name not in _LITTER}.difference(images))
         listing.images += [(part, label, path) for path in images]
-        listing.problems['other_file'] += [path.relative_to(root).as_posix() for path in others]
+        listing.problems['other_file'] += [_name(path, root) for path in others]
+        listing.problems['not_utf8'] += [
+            _name(here / own, root) for own in (*subfolders, *files) if valid_text(own) != own
+        ]
         if not label:
-            listing.problems['no_class'] += [path.relative_to(root).as_posix() for path in images]
+            listing.problems['no_class'] += [_name(path, root) for path in images]
         elif not images and not subfolders:
-            listing.problems['empty_class'].append(here.relative_to(root).as_posix())
+            listing.problems['empty_class'].append(_name(here, root))
+    for kind in ('hidden', 'repeated', 'closed'):
+        listing.problems[kind] += [_name(path, root) for path in getattr(tree, kind) if Path(path).name not in _LITTER]
     if len(listing.images) == before:
         listing.problems['empty_part'].append(part)
 
 
+def _name(path: str | Path, root: Path) -> str:
+    """Name of a file relative to the folder, as text that can be printed."""
+    return valid_text(Path(path).relative_to(root).as_posix())
+
+
 def _report(root: Path, parts: list[str], listing: _Listing, facts: list[Facts]) -> Report:
     problems = listing.problems
-    names = [path.relative_to(root).as_posix() for _, _, path in listing.images]
+    names = [_name(path, root) for _, _, path in listing.images]
     for name, found in zip(names, facts, strict=True):
         for trait in found.traits:
             problems[trait].append(f'{name} ({found.error})' if found.error else name)

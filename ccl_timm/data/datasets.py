@@ -1,10 +1,11 @@
 """Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share."""
 
 import argparse
-import hashlib
+import functools
 import importlib.util
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,35 @@ from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
 from ccl_timm.console import first_few, warn
+from ccl_timm.data.files import (
+    DataError,
+    FolderReader,
+    UnreadableImage,
+    color_mode,
+    decode_image,
+    read_lines,
+    unreadable_if_it_fails,
+)
+from ccl_timm.data.fingerprint import Content, fingerprint
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
     'PARTS',
     'Digits',
     'ImageFiles',
+    'Replacing',
     'Splits',
     'file_names',
     'hold_out',
     'is_folder',
     'open_part',
     'open_splits',
-    'strictly',
     'targets_of',
 ]
 
 # folders that are parts of a data set rather than classes
 PARTS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+_SCHEMES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # of timm, in front of the slash
 
 
 class Digits(Dataset):
@@ -72,10 +84,9 @@ class Digits(Dataset):
 
 
 class ImageFiles(Dataset):
-    """Images of a timm reader. One that cannot be read is named, and has the label -1.
+    """Images of a timm reader. One that cannot be read is named once, by whichever process meets it first.
 
-    timm's own ImageDataset takes the next image in its place, which has another label: of no account in training, but
-    wrong in a measurement.
+    Its label is -1 and it is blank: :class:`Replacing` takes another one in its place, a measurement leaves it out.
 
     Args:
         reader: timm's, of files and labels.
@@ -86,33 +97,28 @@ class ImageFiles(Dataset):
         self.reader = reader
         self.mode = mode
         self.transform = None
+        self.named = torch.zeros(len(reader), dtype=torch.bool).share_memory_()  # shared with loaders' workers
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int):
-        file, target = self.reader[index][:2]
         try:
-            image = Image.open(file).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            warn(f"'{self.reader.filename(index)}' cannot be read, and is left out: {' '.join(str(error).split())}")
+            with unreadable_if_it_fails():
+                file, target = self.reader[index][:2]
+                image = decode_image(file, self.mode)
+        except UnreadableImage as error:
+            if not self.named[index]:
+                self.named[index] = True
+                warn(f"'{self.reader.filename(index)}' cannot be read, and is left out: {error}", by_any_process=True)
             image, target = Image.new(self.mode, (1, 1)), -1
         return (self.transform(image) if self.transform else image), target
-
-
-def strictly(dataset: Dataset) -> Dataset:
-    """The same data set, with the label -1 for an image that cannot be read: see :class:`ImageFiles`."""
-    if isinstance(dataset, _Part):
-        return _Part(strictly(dataset.dataset), dataset.indices)
-    if type(dataset) is timm.data.ImageDataset:
-        return ImageFiles(dataset.reader, dataset.input_img_mode)
-    return dataset
 
 
 class _Part(Dataset):
     """Some samples of a data set. ``transform`` is the data set's own, so that timm's create_loader can set it."""
 
-    def __init__(self, dataset: Dataset, indices: list[int]):
+    def __init__(self, dataset: Dataset, indices: Sequence[int]):
         self.dataset = dataset
         self.indices = indices
 
@@ -131,6 +137,26 @@ class _Part(Dataset):
         return self.dataset[self.indices[index]]
 
 
+class Replacing(_Part):
+    """A data set to train on: in the place of an image that cannot be read comes the next one, with its own label.
+
+    Args:
+        dataset: with the label -1 for an image that cannot be read, as :class:`ImageFiles` has it.
+    """
+
+    _tries = 10  # as many as timm's ImageDataset takes
+
+    def __init__(self, dataset: Dataset):
+        super().__init__(dataset, range(len(dataset)))
+
+    def __getitem__(self, index: int):
+        for place in range(index, index + self._tries):
+            image, target = self.dataset[place % len(self)]
+            if target != -1:
+                return image, target
+        raise DataError(f'{self._tries} images in a row cannot be read: is the folder of the training images gone?')
+
+
 @dataclass
 class Splits:
     """What a run trains and validates on.
@@ -141,7 +167,6 @@ class Splits:
         class_names: names in the order of their numbers; None if the data set does not tell.
         counts: training images of each class; None if the data set does not tell.
         held_out: with a held-out share, for each image of the training folder its name and part.
-        fingerprint: a hash of what files or labels the training part consists of.
         notes: sentences that the user should read.
     """
 
@@ -150,8 +175,12 @@ class Splits:
     class_names: list[str] | None
     counts: list[int] | None
     held_out: list[tuple[str, str]] | None
-    fingerprint: str
     notes: list[str]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this data from other data: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
+        return fingerprint(*(own and _content(own) for own in (self.train, self.validation)))
 
 
 def open_splits(args: argparse.Namespace, channels: int) -> Splits:
@@ -180,7 +209,7 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
     if targets is not None:
         found = Counter(targets)
         counts = [found.get(label, 0) for label in range(len(train_names) if train_names else max(found) + 1)]
-    return Splits(train, validation, train_names, counts, held_out, _fingerprint(train, targets), notes)
+    return Splits(train, validation, train_names, counts, held_out, notes)
 
 
 def open_part(
@@ -198,32 +227,17 @@ def open_part(
     Raises:
         UserError: it cannot be had, holds no image, or has a class that is not among the names.
     """
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
+    mode = args.input_img_mode or color_mode(channels)
     if args.dataset == 'digits':
         return Digits(split, mode)
-    if '/' not in args.dataset and not is_folder(args.dataset):
-        raise UserError(
-            f"Unknown data set '{args.dataset}'{did_you_mean(args.dataset, ['digits', 'folder'])} "
-            "Give 'digits', a scheme of timm such as torch/cifar10 or hfds/owner/name, or only --data-dir."
-        )
-    if is_folder(args.dataset) and not os.path.exists(args.data_dir or ''):
-        raise UserError(f"There is no data folder '{args.data_dir or ''}': give an existing one with --data-dir.")
+    _check_name(args.dataset)
+    if is_folder(args.dataset):
+        _check_is_folder(args.data_dir)
     _check_has_part(args, split, needs_part)
     _check_has_package(args)
     try:
-        dataset = timm.data.create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=split == args.train_split,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            input_img_mode=mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-        )
-    except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError) as error:
+        dataset = _create(args, split, mode)
+    except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f"Part '{split}' of '{args.dataset or args.data_dir}' cannot be opened: {reason}") from error
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
@@ -231,6 +245,48 @@ def open_part(
     if names:
         _renumber(dataset, split, names)
     return dataset
+
+
+def _create(args: argparse.Namespace, split: str, mode: str) -> Dataset:
+    """A part of the data, whose files are all read by :class:`ImageFiles`."""
+    of_torchvision = (args.dataset or '').lower() in ('torch/folder', 'torch/image_folder')
+    if of_torchvision or is_folder(args.dataset):
+        root = _search_split(args.data_dir, split)
+        suffixes = set(args.input_key.lower().split(';')) if args.input_key else None
+        return ImageFiles(FolderReader(root, suffixes, by_top_folder=of_torchvision), mode)
+    dataset = timm.data.create_dataset(
+        args.dataset,
+        root=args.data_dir,
+        split=split,
+        is_training=split == args.train_split,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
+    )
+    return ImageFiles(dataset.reader, mode) if type(dataset) is timm.data.ImageDataset else dataset
+
+
+def _check_name(dataset: str | None) -> None:
+    """timm takes a folder where it does not know the scheme in front of the slash."""
+    scheme, slash, _ = (dataset or '').partition('/')
+    if is_folder(dataset) or (slash and scheme.lower() in _SCHEMES):
+        return
+    known = _SCHEMES if slash else ['digits', 'folder']
+    raise UserError(
+        f"Unknown data set '{dataset}'{did_you_mean(scheme.lower(), known)} "
+        f"Give 'digits', one of {', '.join(_SCHEMES)} with a name, such as torch/cifar10 or hfds/owner/name, or a "
+        'folder with --data-dir alone.'
+    )
+
+
+def _check_is_folder(folder: str | None) -> None:
+    if not os.path.exists(folder or ''):
+        raise UserError(f"There is no data folder '{folder or ''}': give an existing one with --data-dir.")
+    if not os.path.isdir(folder):
+        raise UserError(f"--data-dir '{folder}' is not a folder: unpack it into one, with a folder for each class.")
 
 
 def _check_has_package(args: argparse.Namespace) -> None:
@@ -254,7 +310,7 @@ def _class_names_from(args: argparse.Namespace) -> list[str] | None:
         path = Path(args.data_dir) / args.class_map
     if not path.is_file() or path.suffix == '.pkl':
         raise UserError(f"The class map '{args.class_map}' is not a text file with one class name a line.")
-    return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path)]
 
 
 def _names(dataset: Dataset) -> list[str] | None:
@@ -346,9 +402,6 @@ def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
         )
     holder.samples = [(image, number[target]) for image, target in holder.samples]
     holder.class_to_idx = {name: label for label, name in enumerate(names)}
-    if hasattr(holder, 'targets'):  # torchvision's folder
-        holder.targets = [target for _, target in holder.samples]
-        holder.imgs, holder.classes = holder.samples, names
 
 
 def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> list[str]:
@@ -430,24 +483,13 @@ def _can_be_listed(dataset, targets):
     return not isinstance(dataset, IterableDataset) and targets is not None
 
 
-def _fingerprint(dataset: Dataset, targets: list[int] | None) -> str:
-    """Hash of the training part: names, sizes and labels of files, or the labels and arrays of a data set."""
-    digest = hashlib.sha256()
+def _content(dataset: Dataset) -> Content:
+    """What a fingerprint is made of."""
     base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, None)
-    samples = getattr(getattr(base, 'reader', None), 'samples', None)
-    if samples is not None:
-        lines = [
-            f'{base.reader.filename(i)} {os.path.getsize(path) if os.path.exists(path) else 0} {target}'
-            for i, (path, target) in enumerate(samples)
-            if isinstance(path, str)
-        ]
-        digest.update('\n'.join(sorted(lines)).encode())
-    else:
-        digest.update(np.asarray(targets if targets is not None else [], dtype=np.int64).tobytes())
-        for name in ('images', 'data'):
-            array = getattr(base, name, None)
-            if isinstance(array, (np.ndarray, torch.Tensor)):
-                digest.update(np.ascontiguousarray(array).tobytes())
-    if indices is not None:
-        digest.update(np.asarray(indices, dtype=np.int64).tobytes())
-    return digest.hexdigest()[:16]
+    arrays = [getattr(base, name, None) for name in ('images', 'data')]
+    reader = getattr(base, 'reader', None)
+    samples = getattr(reader, 'samples', None)
+    files = None if samples is None else [(reader.filename(i), *sample) for i, sample in enumerate(samples)]
+    return Content(
+        files, targets_of(dataset), [a for a in arrays if isinstance(a, (np.ndarray, torch.Tensor))], indices
+    )

@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 
 from ccl_timm.console import say
-from ccl_timm.data.datasets import Splits, strictly, targets_of
+from ccl_timm.data.datasets import Replacing, Splits, targets_of
 from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
 from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
@@ -110,7 +110,6 @@ def evaluation_loader(
         in_memory: read all once, now.
         distributed: processes share the images.
     """
-    dataset = strictly(dataset)
     shared = {'num_workers': workers, 'device': device, 'distributed': distributed, 'persistent_workers': False}
     loader = create_loader(dataset, is_training=False, **config, **shared)
     if not in_memory:
@@ -125,7 +124,7 @@ def _file_loader(args: argparse.Namespace, device: torch.device, data_config: di
     names = ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob')
     names += ('gaussian_blur_prob', 'no_aug', 'train_crop_mode', 'pad_crop', 'batch_size', 'distributed')
     loader = create_loader(
-        dataset,
+        dataset if isinstance(dataset, IterableDataset) else Replacing(dataset),
         is_training=True,
         input_size=data_config['input_size'],
         mean=data_config['mean'],
@@ -174,7 +173,7 @@ def _memory_loader(
     obstacle = _unsupported(args, splits.train) or (args.in_memory == 'auto' and _unfit(args, splits, size))
     read = None
     if not obstacle:
-        read = decode(strictly(splits.train), _storing(args, data_config, splits.train), args.workers)
+        read = decode(splits.train, _storing(args, data_config, splits.train), args.workers)
         obstacle = None if read else 'its images are not of one size'
     if obstacle and args.in_memory == 'on':
         raise UserError(f'--in-memory on does not work here: {obstacle}; give --in-memory off.')
@@ -253,7 +252,7 @@ def _storing(args: argparse.Namespace, data_config: dict[str, Any], dataset: Dat
 
 def _first(dataset: Dataset) -> Any:
     dataset.transform = None
-    return dataset[0][0]
+    return Replacing(dataset)[0][0]
 
 
 def _check_channels(dataset: Dataset, channels: int) -> None:

@@ -1,78 +1,129 @@
 """`ccl-timm data`: data sets as folders of images that any script reads, made of links to the files people have."""
 
+import contextlib
 import functools
 import os
 import shutil
+import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-
-import timm.data
 
 from ccl_timm.console import first_few, warn
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
+from ccl_timm.data.files import FolderReader, valid_text
 from ccl_timm.errors import UserError, did_you_mean
 from ccl_timm.flags import SHARE, Parser, integer
 
-__all__ = ['main', 'split_folder', 'write_digits', 'write_links']
+__all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
+
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
 def write_digits(folder: str | os.PathLike) -> list[Path]:
     """Write the digits as a folder of images: ``<folder>/{train,validation}/<class>/<number>.png``.
 
+    Args:
+        folder: a new or empty folder. If writing fails it stays as it was.
+
     Raises:
         UserError: the folder exists and is not empty.
     """
-    root = _new_folder(folder)
     written = []
-    for split in ('train', 'validation'):
-        digits = datasets.Digits(split, mode='L')
-        for number, label in enumerate(digits.targets):
-            path = root / split / str(label) / f'{number:04d}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            digits[number][0].save(path)
-            written.append(path)
-    return written
+    with new_folder(folder) as root:
+        for split in ('train', 'validation'):
+            digits = datasets.Digits(split, mode='L')
+            for number, label in enumerate(digits.targets):
+                path = root / split / str(label) / f'{number:04d}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                digits[number][0].save(path)
+                written.append(path.relative_to(root))
+    return [Path(folder) / path for path in written]
 
 
 def write_links(layout: Layout, folder: str | os.PathLike, source: str | os.PathLike) -> str:
     """Write a folder of links: symbolic ones, where that cannot be hard ones, where that cannot be copies.
 
     Args:
-        layout: what to write.
-        folder: a new or empty folder outside the source. If writing fails it is left empty.
+        layout: what to write. It may come from annotations that others wrote, so that each name is checked.
+        folder: a new or empty folder outside the source. If writing fails it stays as it was.
         source: where the files lie; nothing is changed in it.
 
     Returns:
         What was written: ``'symbolic links'``, ``'hard links'``, ``'copies'``, or several.
 
     Raises:
-        UserError: the folder does not allow it, or a file is missing.
+        UserError: the folder does not allow it, a file is missing, or a name leads out of the folder or the source.
     """
-    root = _new_folder(folder)
-    if root.resolve().is_relative_to(Path(source).resolve()):
+    if Path(folder).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"'{folder}' lies in '{source}', which is not changed: name a folder outside of it.")
+    _check_names(layout, source)
     missing = [path for path in layout.values() if not path.is_file()]
     if missing:
-        raise UserError(f"{len(missing)} of {len(layout)} images are missing in '{source}', such as '{missing[0]}'.")
+        raise UserError(
+            f"{len(missing)} of {len(layout)} images are missing in '{source}', such as '{_shown(missing[0])}'."
+        )
     kinds = Counter()
-    try:
+    with new_folder(folder) as root:
         for target, path in layout.items():
             place = root / target
             place.parent.mkdir(parents=True, exist_ok=True)
             kinds[_link(path, place)] += 1
-    except BaseException:  # half a data set must not pass for a whole one
-        for child in root.iterdir():
-            shutil.rmtree(child)
-        raise
     return ' and '.join(kinds)
 
 
-def _new_folder(folder: str | os.PathLike) -> Path:
+def _check_names(layout: Layout, source: str | os.PathLike) -> None:
+    """Raise a UserError unless everything is written below the new folder, and links to what lies in the source."""
+    inside = os.path.join(os.path.abspath(source), '')
+    for target, path in layout.items():
+        wrong = [name for name in target.split('/') if not _is_file_name(name)]
+        if wrong:
+            raise UserError(f"'{_shown(target)}' cannot be written: '{_shown(wrong[0])}' is not the name of a file.")
+        if not os.path.abspath(path).startswith(inside):  # lexically: links in the source are the user's own
+            raise UserError(f"'{_shown(path)}' lies outside of '{source}': it is not linked to.")
+
+
+def _is_file_name(name: str) -> bool:
+    separators = {os.sep, os.altsep, '\0'} - {None}
+    return name not in ('', '.', '..') and not separators & set(name) and len(os.fsencode(name)) <= _LONGEST_NAME
+
+
+def _shown(name: str | os.PathLike) -> str:
+    """A name as a sentence can show it: short, without control characters."""
+    text = valid_text(os.fspath(name))
+    text = ''.join(c if c.isprintable() else '?' for c in text)
+    return text if len(text) <= 200 else f'{text[:100]}...{text[-97:]}'
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Write a whole folder or none: what is written into the folder that this gives gets its name at the end.
+
+    Args:
+        folder: a new or empty folder. If writing fails, or is interrupted, it stays as it was.
+
+    Raises:
+        UserError: the folder exists and is not empty.
+    """
     root = Path(folder)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    exists = root.exists()
+    if exists and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"'{root}' exists and is not empty: name a new folder.")
-    return root
+    # beside a new folder, within one that exists: what lies around that may not be ours to write
+    unfinished = (root if exists else root.absolute().parent) / f'.unfinished-{uuid.uuid4().hex[:8]}'
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if exists:
+            for child in sorted(unfinished.iterdir(), reverse=True):  # train/ last: without it nothing trains
+                child.rename(root / child.name)
+            unfinished.rmdir()
+        else:
+            unfinished.rename(root)
+    except BaseException:  # half a data set must not pass for a whole one
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _link(path: Path, place: Path) -> str:
@@ -112,19 +163,23 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
             f"'{source}' has parts ({', '.join(parts)}): name the one to split, such as '{root / parts[0]}'."
         )
     try:
-        dataset = timm.data.create_dataset('', root=str(root), search_split=False)
+        reader = FolderReader(source)
     except RuntimeError as error:
         raise UserError(' '.join(str(error).split())) from error
-    files, targets = datasets.file_names(dataset), datasets.targets_of(dataset)
+    paths, targets = zip(*reader.samples, strict=True)
+    files = [Path(name).as_posix() for name in reader.filenames()]
     outside = [name for name in files if '/' not in name]
     if outside:
         raise UserError(f"{len(outside)} images in '{source}' lie outside of any class folder, such as '{outside[0]}'.")
     held = datasets.hold_out(files, targets, fraction, seed)
     if not held:
         raise UserError(f"No class in '{source}' has two images: there is nothing to validate on.")
-    names = {label: name for name, label in dataset.reader.class_to_idx.items()}
+    names = {label: name for name, label in reader.class_to_idx.items()}
     single = [names[label] for label, count in sorted(Counter(targets).items()) if count == 1]
-    layout = {f'{"validation" if i in held else "train"}/{name}': root / name for i, name in enumerate(files)}
+    layout = {
+        f'{"validation" if i in held else "train"}/{Path(path).relative_to(root).as_posix()}': Path(path)
+        for i, path in enumerate(paths)
+    }
     return layout, single
 
 

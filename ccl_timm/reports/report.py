@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ccl_timm.console import say, show_share
+from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
 from ccl_timm.flags import Parser
 from ccl_timm.reports import results
@@ -324,7 +325,7 @@ def show_differences(first: Path, second: Path) -> str:
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
         'other versions': _changes(_versions(before), _versions(now)),
         'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),
-        'other data': _changes(before, now, ('data_fingerprint',)),
+        'other data': _data_changes(before, now),
     }
     lines = [f'{first.as_posix()} -> {second.as_posix()}']
     for name, changed in parts.items():
@@ -337,6 +338,11 @@ def show_differences(first: Path, second: Path) -> str:
         lines.append(f'  {name} epoch: {was:.2f} -> {value:.2f} ({value - was:+.2f})')
     lines.append(f'  epochs: {one.epochs} -> {two.epochs}')
     return '\n'.join(lines)
+
+
+def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    prints = [str(environment.get('data_fingerprint', '')) for environment in (before, now)]
+    return [] if change(*prints) == 'unknown' else _changes(before, now, ('data_fingerprint',))
 
 
 def _versions(environment: dict[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
-from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import table, warn
+from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image, valid_text
 from ccl_timm.errors import UserError
 from ccl_timm.flags import COUNT, Parser
 from ccl_timm.training.trained import Trained, load_trained
@@ -38,7 +38,7 @@ def predict(
     """
     config = trained.data_config
     transform = timm.data.create_transform(**config, is_training=False)
-    mode = trained.settings.get('input_img_mode') or ('L' if config['input_size'][0] == 1 else 'RGB')
+    mode = trained.settings.get('input_img_mode') or color_mode(config['input_size'][0])
     model = trained.model.to(device).eval()
     results, unreadable, images, names = [], [], [], []
 
@@ -52,10 +52,9 @@ def predict(
 
     for path in paths:
         try:
-            with Image.open(path) as image:
-                images.append(transform(image.convert(mode)))
+            images.append(transform(read_image(path, mode)))
             names.append(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UnreadableImage as error:
             unreadable.append((path, str(error)))
         if len(images) == batch_size:
             flush()
@@ -90,7 +89,7 @@ def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
     results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))
     _write(results, args.format)
     for path, reason in unreadable:
-        warn(f"'{path}' is not a readable image and was left out: {reason}")
+        warn(f"'{valid_text(str(path))}' is not a readable image and was left out: {reason}")
     return 1 if unreadable else 0
 
 
@@ -100,16 +99,15 @@ def find_images(names: list[str]) -> list[Path]:
     Raises:
         UserError: a name does not exist, or a folder has no image.
     """
-    extensions = get_img_extensions(as_set=True)
     paths: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            below = sorted(file for file in path.rglob('*') if file.suffix.lower() in extensions and file.is_file())
+            below = list_images(path)
             if not below:
                 raise UserError(f"Folder '{path}' holds no image.")
-            paths += below
-        elif path.is_file():
+            paths += map(Path, below)
+        elif os.path.lexists(path):
             paths.append(path)
         else:
             raise UserError(f"'{path}' does not exist.")
@@ -121,7 +119,7 @@ def _write(results: list[dict[str, Any]], form: str) -> None:
         print(json.dumps(results, indent=2))
         return
     rows = [
-        (row['image'], str(rank), p['class'], f'{p["probability"]:.4f}')
+        (valid_text(row['image']), str(rank), p['class'], f'{p["probability"]:.4f}')
         for row in results
         for rank, p in enumerate(row['predictions'], 1)
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ccl_timm import plugins
+from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
 from ccl_timm.yaml_files import dump_yaml, read_yaml
 
@@ -302,6 +304,12 @@ def create_folder(folder: Path) -> Path:
             folder = _free_folder(folder)
 
 
+_CHANGED = {
+    'files': "The data changed since the run in '{}' began.",
+    'contents': "Images or the validation data changed since the run in '{}' began, under the same training names.",
+}
+
+
 def check_same_data(folder: Path, class_names: list[str] | None, fingerprint: str, held_out: bool) -> list[str]:
     """Compare the data of a run with that it is to go on with.
 
@@ -314,15 +322,19 @@ def check_same_data(folder: Path, class_names: list[str] | None, fingerprint: st
     before = read_args(folder).get('class_names')
     if before and class_names and before != class_names:
         raise UserError(f"The classes are no longer those of the run in '{folder}': give another --experiment.")
-    record = folder / 'environment.json'
-    if not record.exists() or json.loads(record.read_text(encoding='utf-8')).get('data_fingerprint') == fingerprint:
-        return []
-    if held_out:
+    recorded = read_environment(folder).get('data_fingerprint')
+    changed = change(recorded, fingerprint) if recorded else 'none'
+    if changed == 'unknown':
+        return [
+            f"The run in '{folder}' began under a version that recorded only names and sizes of its training images. "
+            'They are the same; whether images or the validation data were replaced is not known.'
+        ]
+    if changed == 'files' and held_out:
         raise UserError(
             f"The data changed since the run in '{folder}' began, and with it which images --val-fraction holds out: "
             'give another --experiment.'
         )
-    return [f"The data changed since the run in '{folder}' began."]
+    return [_CHANGED[changed].format(folder)] if changed in _CHANGED else []
 
 
 def write_run_files(
@@ -350,8 +362,9 @@ def write_run_files(
         write_whole(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
     write_whole(record, json.dumps(information, indent=2) + '\n')
     if held_out:
-        lines = ['file,part', *(f'{name},{part}' for name, part in held_out)]
-        write_whole(folder / 'split.csv', '\n'.join(lines) + '\n')
+        text = io.StringIO(newline='')
+        csv.writer(text, lineterminator='\n').writerows([('file', 'part'), *held_out])
+        write_whole(folder / 'split.csv', text.getvalue())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -69,6 +69,9 @@ def evaluate(
         memory_format: of the images.
         label: name in front of the progress.
         log_interval: batches between progress lines.
+
+    Raises:
+        UserError: no image can be read.
     """
     model.eval()
     evaluator, confusion = ClassificationEvaluator(device), None
@@ -92,6 +95,8 @@ def evaluate(
     if distributed:
         torch.distributed.all_reduce(confusion)
         torch.distributed.all_reduce(counts)
+    if not confusion.any():
+        raise UserError(f'Not one image for {label} can be read.')
     classes = math.isqrt(len(confusion))
     found = Evaluation(dict(evaluator.compute(distributed)), confusion.view(classes, classes).cpu(), int(counts))
     accuracies = [accuracy for accuracy in found.accuracies if accuracy is not None]
