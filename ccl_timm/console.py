@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ccl_timm.escape import terminal_text
+
 __all__ = [
     'Progress',
     'first_few',
@@ -29,15 +31,15 @@ def is_primary() -> bool:
 
 
 def say(text: str = '') -> None:
-    """Print a line for people."""
+    """Print a line for people; names in it may hold anything."""
     if is_primary():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(terminal_text(text), file=sys.stderr)
 
 
 def warn(text: str, by_any_process: bool = False) -> None:
     """Print a warning; from the first process only, unless each may meet something of its own to warn of."""
     if by_any_process or is_primary():
-        tqdm.write(f'warning: {text}', file=sys.stderr)
+        tqdm.write(terminal_text(f'warning: {text}'), file=sys.stderr)
 
 
 def say_error(text: str) -> None:
@@ -48,7 +50,7 @@ def say_error(text: str) -> None:
             mark.touch(exist_ok=False)
         except FileExistsError:
             return
-    print(f'error: {shortened(text)}', file=sys.stderr)
+    print(f'error: {terminal_text(shortened(text))}', file=sys.stderr)
 
 
 def shortened(text: str) -> str:
@@ -74,11 +76,10 @@ def show_share(fraction: float | None) -> str:
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """Align rows under a header, in columns two spaces apart."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        '  '.join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
-    ]
+    """Align rows under a header, in columns two spaces apart; each cell is one line, whatever its text holds."""
+    cells = [[terminal_text(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     return '\n'.join(line.rstrip() for line in lines)
 
 

@@ -20,6 +20,7 @@ from ccl_timm.console import Progress, table
 from ccl_timm.data.datasets import PARTS
 from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails, valid_text
 from ccl_timm.errors import UserError
+from ccl_timm.escape import terminal_text
 from ccl_timm.flags import Parser, integer
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
@@ -284,7 +285,7 @@ def _text(report: Report, show: int) -> str:
     lines = [table(rows, header), '']
     for kind, names in report.problems.items():
         level = 'broken' if PROBLEMS[kind].breaks else 'note'
-        lines += [f'{level}: {len(names)} {PROBLEMS[kind].text}', *(f'    {name}' for name in names[:show])]
+        lines += [f'{level}: {len(names)} {PROBLEMS[kind].text}', *(f'    {terminal_text(name)}' for name in names[:show])]
         if len(names) > show:
             lines.append(f'    ... and {len(names) - show} more')
     return '\n'.join(lines if report.problems else [*lines, 'no problem found'])

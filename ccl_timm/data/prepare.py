@@ -14,6 +14,7 @@ from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.data.files import FolderReader, valid_text
 from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.escape import shell_text
 from ccl_timm.flags import SHARE, Parser, integer
 
 __all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
@@ -188,7 +189,7 @@ def _digits(argv: list[str], prog: str) -> int:
     parser.add_argument('folder', metavar='DIR', help='a new folder')
     args = parser.parse_strictly(argv)
     written = write_digits(args.folder)
-    print(f'{len(written)} images in {args.folder}; train on them: timm train.py --data-dir {args.folder}')
+    print(f'{len(written)} images in {(folder := shell_text([args.folder]))}; train on them: timm train.py --data-dir {folder}')
     return 0
 
 
@@ -244,7 +245,7 @@ def _write(layout: Layout, folder: str, source: str) -> None:
     found = [
         f'{number} images of {classes[part]} classes in {part}' for part, number in _images_of_parts(layout).items()
     ]
-    print(f'{", ".join(found)}, as {kinds}; train on them: timm train.py --data-dir {folder}')
+    print(f'{", ".join(found)}, as {kinds}; train on them: timm train.py --data-dir {shell_text([folder])}')
 
 
 _COMMANDS = {

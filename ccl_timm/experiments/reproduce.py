@@ -213,7 +213,8 @@ def _run(job: Job) -> bool:
         except UserError as error:
             warn(f'{name} failed: {error}')
             return False
-        say(f'\n{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
+        say()
+        say(f'{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
         command = [sys.executable, '-m', 'ccl_timm', 'train', *job.words]
         # the child keeps the lock: it may outlive us
         code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=lock, check=False).returncode

@@ -13,6 +13,7 @@ import torch
 from ccl_timm.console import table, warn
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image, valid_text
 from ccl_timm.errors import UserError
+from ccl_timm.escape import csv_text
 from ccl_timm.flags import COUNT, Parser
 from ccl_timm.training.trained import Trained, load_trained
 from ccl_timm.training.validate import pick_device
@@ -127,6 +128,6 @@ def _write(results: list[dict[str, Any]], form: str) -> None:
     if form == 'csv':
         writer = csv.writer(sys.stdout)
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows(map(csv_text, row) for row in rows)
     else:
         print(table(rows, header))

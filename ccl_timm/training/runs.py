@@ -22,6 +22,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from ccl_timm import plugins
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
+from ccl_timm.escape import csv_text
 from ccl_timm.yaml_files import dump_yaml, read_yaml
 
 __all__ = [
@@ -363,7 +364,8 @@ def write_run_files(
     write_whole(record, json.dumps(information, indent=2) + '\n')
     if held_out:
         text = io.StringIO(newline='')
-        csv.writer(text, lineterminator='\n').writerows([('file', 'part'), *held_out])
+        rows = [('file', 'part'), *held_out]
+        csv.writer(text, lineterminator='\n').writerows(map(csv_text, row) for row in rows)
         write_whole(folder / 'split.csv', text.getvalue())
 
 

@@ -18,6 +18,7 @@ from ccl_timm.console import Progress, say, warn
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
+from ccl_timm.escape import csv_text
 from ccl_timm.flags import COUNT, WORKERS, Parser
 from ccl_timm.training import parts, retrieval, runs
 from ccl_timm.training.trained import Trained, load_trained
@@ -210,7 +211,7 @@ def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str])
 
 def _write_csv(path: str, rows: list) -> None:
     with open(path, 'x', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows(map(csv_text, row) for row in rows)
     say(f'written: {path}')
 
 

@@ -1,0 +1,93 @@
+"""Text from outside (class, folder and file names, commands, notes), made safe for where it is shown."""
+
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ['csv_text', 'markdown_code', 'markdown_text', 'shell_text', 'terminal_text']
+
+# control characters, lone surrogates, line and paragraph separators, and format characters such as those that reverse
+# the writing direction; but not the joiners, which some scripts and emoji need
+_HIDDEN = {'Cc', 'Cf', 'Cs', 'Zl', 'Zp'}
+_JOINERS = '\u200c\u200d'
+_NAMED = {'\n': '\\n', '\r': '\\r', '\t': '\\t'}
+
+# what has a meaning in a line of Markdown, in HTML, or in a formula (which the Hub renders); an underscore within a
+# word has none, and the last three only at the start of a line
+_MARKDOWN = re.compile(r'[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|^\d+[.)]')
+_ENTITIES = {'\\': '&#92;', '$': '&#36;', '<': '&lt;', '>': '&gt;', '&': '&amp;'}
+
+_FORMULA = tuple('=+-@\uff1d\uff0b\uff0d\uff20')  # also their full-width forms
+
+
+def terminal_text(value: Any) -> str:
+    r"""Text as one line of visible characters.
+
+    Control characters (such as those that move a terminal's cursor), line breaks, characters that reverse the writing
+    direction, and bytes that are not UTF-8 become escapes: ``\x1b``, ``\n``, ``\u202e``, ``\xff``.
+    """
+    text = str(value)
+    return text if text.isascii() and text.isprintable() else ''.join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character in _JOINERS or unicodedata.category(character) not in _HIDDEN:
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is not UTF-8
+        return f'\\x{code - 0xDC00:02x}'
+    if code < 0x80:
+        return _NAMED.get(character, f'\\x{code:02x}')
+    return f'\\u{code:04x}' if code <= 0xFFFF else f'\\U{code:08x}'
+
+
+def markdown_text(value: Any) -> str:
+    """Text for a line or a table cell of Markdown, shown as it is: without markup, HTML, links or formulas."""
+    return _MARKDOWN.sub(_escaped, terminal_text(value))
+
+
+def _escaped(match: re.Match) -> str:
+    before, last = match.group()[:-1], match.group()[-1]
+    return before + _ENTITIES.get(last, f'\\{last}')
+
+
+def markdown_code(value: Any) -> str:
+    """Text in a monospaced font for a line or a table cell of Markdown."""
+    text = terminal_text(value)
+    return f'<code>{markdown_text(text)}</code>' if set('`|') & set(text) or not text.strip() else f'`{text}`'
+
+
+def shell_text(words: Iterable[str]) -> str:
+    """A command as one line that bash reads back as these words; hidden characters are written as escapes."""
+    return ' '.join(map(_shell_word, words))
+
+
+def _shell_word(word: str) -> str:
+    if terminal_text(word) == word:
+        return shlex.quote(word)
+    return f"$'{''.join(_visible(c) if c not in _QUOTED else _QUOTED[c] for c in word)}'"
+
+
+_QUOTED = {'\\': '\\\\', "'": "\\'"}
+
+
+def csv_text(value: Any) -> Any:
+    """A cell of a CSV file; numbers stay as they are.
+
+    Text becomes one line of visible characters. Where a spreadsheet would take it for a formula, because it begins
+    with ``=``, ``+``, ``-`` or ``@`` and is no number, it gets an apostrophe in front.
+    """
+    if not isinstance(value, str):
+        return value
+    text = terminal_text(value)
+    return f"'{text}" if text.startswith(_FORMULA) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
