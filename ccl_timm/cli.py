@@ -167,7 +167,7 @@ def _export(argv: list[str], prog: str) -> int:
     for path in export(args.source, args.folder, args.use_ema, args.format):
         print(path)
     if args.format == 'timm':
-        print(f"load it: import ccl_timm, timm; timm.create_model('local-dir:{args.folder}', pretrained=True)")
+        print(f'load it: import ccl_timm; ccl_timm.create_model({f"local-dir:{args.folder}"!r}, pretrained=True)')
     return 0
 
 

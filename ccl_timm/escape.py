@@ -14,11 +14,12 @@ _HIDDEN = {'Cc', 'Cf', 'Cs', 'Zl', 'Zp'}
 _JOINERS = '\u200c\u200d'
 _NAMED = {'\n': '\\n', '\r': '\\r', '\t': '\\t'}
 
-# what has a meaning in a line of Markdown, in HTML, or in a formula (which the Hub renders); an underscore within a
-# word has none, and the last three only at the start of a line
-_MARKDOWN = re.compile(r'[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.|^[-+=]|^\d+[.)]')
+# what has a meaning within a line of Markdown, in HTML, or in a formula (which the Hub renders); an underscore within a
+# word has none
+_MARKDOWN = re.compile(r'[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.')
 _ENTITIES = {'\\': '&#92;', '$': '&#36;', '<': '&lt;', '>': '&gt;', '&': '&amp;'}
 
+_QUOTED = {'\\': '\\\\', "'": "\\'"}
 _FORMULA = tuple('=+-@\uff1d\uff0b\uff0d\uff20')  # also their full-width forms
 
 
@@ -44,13 +45,12 @@ def _visible(character: str) -> str:
 
 
 def markdown_text(value: Any) -> str:
-    """Text for a line or a table cell of Markdown, shown as it is: without markup, HTML, links or formulas."""
+    """Text for the inside of a line or table cell of Markdown, shown as it is: no markup, HTML, link or formula."""
     return _MARKDOWN.sub(_escaped, terminal_text(value))
 
 
 def _escaped(match: re.Match) -> str:
-    before, last = match.group()[:-1], match.group()[-1]
-    return before + _ENTITIES.get(last, f'\\{last}')
+    return _ENTITIES.get(match.group(), f'\\{match.group()}')
 
 
 def markdown_code(value: Any) -> str:
@@ -67,10 +67,7 @@ def shell_text(words: Iterable[str]) -> str:
 def _shell_word(word: str) -> str:
     if terminal_text(word) == word:
         return shlex.quote(word)
-    return f"$'{''.join(_visible(c) if c not in _QUOTED else _QUOTED[c] for c in word)}'"
-
-
-_QUOTED = {'\\': '\\\\', "'": "\\'"}
+    return f"$'{''.join(_QUOTED.get(character) or _visible(character) for character in word)}'"
 
 
 def csv_text(value: Any) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from ccl_timm.errors import UserError
 
-__all__ = ['check_repository_name', 'explained']
+__all__ = ['check_repository_name', 'explained', 'explained_push']
 
 _LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 _STATUS = {
@@ -64,6 +64,20 @@ def explained(what: str) -> Iterator[None]:
         if not isinstance(error.__cause__, (HTTPError, OSError)):
             raise
         raise UserError(f'{what}: {_reason(error.__cause__)}.') from error
+
+
+@contextlib.contextmanager
+def explained_push(repo_id: str) -> Iterator[None]:
+    """The same for a push, where the Hub's answers may also be such that huggingface_hub cannot read them."""
+    what = f"'{repo_id}' was not pushed"
+    try:
+        with explained(what):
+            yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f'{constants.ENDPOINT} gave an answer that huggingface_hub cannot read'
+        raise UserError(f'{what}: {reason} ({type(error).__name__}: {error}): try again later.') from error
 
 
 def _reason(error: BaseException) -> str:

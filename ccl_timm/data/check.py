@@ -285,7 +285,8 @@ def _text(report: Report, show: int) -> str:
     lines = [table(rows, header), '']
     for kind, names in report.problems.items():
         level = 'broken' if PROBLEMS[kind].breaks else 'note'
-        lines += [f'{level}: {len(names)} {PROBLEMS[kind].text}', *(f'    {terminal_text(name)}' for name in names[:show])]
+        lines.append(f'{level}: {len(names)} {PROBLEMS[kind].text}')
+        lines += [f'    {terminal_text(name)}' for name in names[:show]]
         if len(names) > show:
             lines.append(f'    ... and {len(names) - show} more')
     return '\n'.join(lines if report.problems else [*lines, 'no problem found'])

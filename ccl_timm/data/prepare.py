@@ -189,7 +189,8 @@ def _digits(argv: list[str], prog: str) -> int:
     parser.add_argument('folder', metavar='DIR', help='a new folder')
     args = parser.parse_strictly(argv)
     written = write_digits(args.folder)
-    print(f'{len(written)} images in {(folder := shell_text([args.folder]))}; train on them: timm train.py --data-dir {folder}')
+    folder = shell_text([args.folder])
+    print(f'{len(written)} images in {folder}; train on them: timm train.py --data-dir {folder}')
     return 0
 
 

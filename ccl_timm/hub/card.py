@@ -2,23 +2,28 @@
 
 import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import timm
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import get_pretrained_cfg
 
-from ccl_timm import models
+from ccl_timm import losses, models
 from ccl_timm.console import show_share
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
+from ccl_timm.escape import markdown_code, markdown_text, shell_text
+from ccl_timm.heads import HeadOutputs
+from ccl_timm.hub_errors import check_repository_name
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.packaged import packaged_folder
 from ccl_timm.reports import results
 from ccl_timm.reports.statistics import show_printed
 from ccl_timm.training import parts, runs
-from ccl_timm.training.records import without_folders
+from ccl_timm.training.origin import origin_of_settings
+from ccl_timm.training.records import without_private
 
 __all__ = ['RECORD', 'default_repository', 'is_unedited', 'render']
 
@@ -34,6 +39,24 @@ _NOT_CHOSEN = 'The checkpoint was not chosen among epochs by its accuracy.'
 # what may differ between a run and the cross-entropy baseline of its recipe
 _FREE_IN_BASELINE = {'data_dir', 'device_modules', 'loss', 'loss_kwargs', 'model', 'model_kwargs', 'seed'}
 
+# torchvision's data sets that consist of a training and a test set: their name, and their repository on the Hub
+_OFFICIAL = {
+    'torch/mnist': ('MNIST', 'ylecun/mnist'),
+    'torch/fashion_mnist': ('Fashion-MNIST', 'zalando-datasets/fashion_mnist'),
+    'torch/kmnist': ('KMNIST', None),
+    'torch/cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
+    'torch/cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
+}
+_LONGEST_NAME = 96  # of a repository on the Hub
+
+
+class Markdown(str):
+    """Text that is Markdown already; a card escapes all other text."""
+
+
+def _finalize(value: Any) -> str:
+    return value if isinstance(value, Markdown) else markdown_text(value)
+
 
 def render(folder: Path, repo_id: str, baseline: Path | None = None, license: str = 'apache-2.0') -> str:
     """Write the model card of a checkpoint.
@@ -48,20 +71,24 @@ def render(folder: Path, repo_id: str, baseline: Path | None = None, license: st
         The text, which ends in a mark that :func:`is_unedited` knows.
 
     Raises:
-        UserError: the folder records no run, or the baseline is of another recipe or loss.
+        UserError: the folder records no run, the repository's name is none, or the baseline is of another recipe or
+            loss.
     """
+    check_repository_name(repo_id)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     settings, rows = runs.read_args(folder), runs.read_summary(folder)
     environment = runs.read_environment(folder)
     measured = next((row for row in rows if row['epoch'] == config['ccl_timm']['epoch']), {})
-    card = ModelCard.from_template(
-        _front_matter(settings, measured, repo_id, license),
-        template_path=str(packaged_folder('hub_cards') / 'template.md'),
-        **_use(config, repo_id),
-        **_training(config, settings, environment),
+    origin = environment.get('origin') or origin_of_settings(settings)
+    template = (packaged_folder('hub_cards') / 'template.md').read_text(encoding='utf-8')
+    content = jinja2.Environment(finalize=_finalize, autoescape=False).from_string(template)  # not HTML
+    card = content.render(
+        card_data=Markdown(_front_matter(settings, measured, repo_id, license, origin).to_yaml()),
+        **_use(config, settings, repo_id),
+        **_training(config, settings, environment, origin),
         **_results(settings, environment, rows, measured, baseline, parts.read_parts(folder)),
     )
-    text = str(card).rstrip() + '\n'
+    text = str(ModelCard(card)).rstrip() + '\n'
     return f'{text}\n{_STAMP}{_digest(text)} -->\n'
 
 
@@ -79,19 +106,21 @@ def default_repository(folder: Path) -> str:
     """``organisation/architecture.loss_data``, the name that our own checkpoint of such a run has."""
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     settings = runs.read_args(folder)
-    data = ''.join(c if c.isalnum() else '_' for c in _data_name(settings).rpartition('/')[2].lower())
-    return f'{ORGANISATION}/{config["architecture"]}.{_loss(settings)}_{data}'
+    dataset = settings.get('dataset')
+    data = (_data(settings).name if is_folder(dataset) else dataset).rpartition('/')[2].lower()
+    name = f'{config["architecture"]}.{_loss(settings)}_{re.sub("[^a-z0-9]", "_", data)}'
+    return f'{ORGANISATION}/{name}'[:_LONGEST_NAME].rstrip('_.')
 
 
-def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
-    data, name = _data_name(settings), repo_id.rpartition('/')[2]
+def _front_matter(settings, measured, repo_id, license, origin) -> ModelCardData:
+    data, name = _data(settings), repo_id.rpartition('/')[2]
     results = [
         EvalResult(
             task_type='image-classification',
             task_name='Image Classification',
-            dataset_type=data,
-            dataset_name=data,
-            dataset_split=_part(settings),
+            dataset_type=data.repository or data.name,
+            dataset_name=data.name,
+            dataset_split=data.split,
             metric_type='accuracy',
             metric_name=f'Top-{k} accuracy, %',
             metric_value=round(measured[f'eval_top{k}'], 3),
@@ -104,55 +133,66 @@ def _front_matter(settings, measured, repo_id, license) -> ModelCardData:
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'ccl-timm'],
-        datasets=[data] if not is_folder(settings.get('dataset')) else None,
+        datasets=[data.repository] if data.repository else None,
         metrics=['accuracy'],
-        base_model=_base_model(settings),
+        base_model=origin['name'].partition('@')[0] if origin['kind'] == 'hub' else None,
         model_name=name,
         eval_results=results or None,
     )
 
 
-def _data_name(settings: dict[str, Any]) -> str:
-    """Name of the data: the Hub's for its data sets, timm's without the scheme, else the folder's."""
-    dataset = settings.get('dataset')
-    if not is_folder(dataset):
-        return dataset.partition('/')[2] or dataset
-    return Path(settings.get('data_dir') or '').name or 'images'
+class _Data(NamedTuple):
+    """Data as cards name it.
+
+    Attributes:
+        name: that people know it by.
+        repository: on the Hub; None if it is not known to have one.
+        split: that was measured on, in words.
+    """
+
+    name: str
+    repository: str | None
+    split: str
 
 
-def _part(settings: dict[str, Any]) -> str:
+def _data(settings: dict[str, Any]) -> _Data:
+    dataset, split = settings.get('dataset') or '', settings.get('val_split') or ''
+    scheme, _, name = dataset.partition('/')
+    if is_folder(dataset):
+        name, repository = Path(settings.get('data_dir') or '').name or 'images', None
+    elif dataset.lower() in _OFFICIAL:
+        name, repository = _OFFICIAL[dataset.lower()]
+        split = split and 'test'  # timm takes every name but those of the training set for it
+    else:
+        name = name or dataset
+        repository = name if scheme.lower() in ('hfds', 'hfids') and name.count('/') == 1 else None
     fraction = settings.get('val_fraction')
-    return f'{fraction:g} of {settings["train_split"]}, held out' if fraction else settings.get('val_split', '')
+    return _Data(name, repository, f'{fraction:g} of {settings["train_split"]}, held out' if fraction else split)
 
 
-def _base_model(settings: dict[str, Any]) -> str | None:
-    """The repository on the Hub that training began from; None from scratch or from a file."""
-    if not settings.get('pretrained') or settings.get('pretrained_path'):
-        return None
-    source, name = timm.models.parse_model_name(settings['model'])
-    if source:
-        return name if source == 'hf-hub' else None
-    models.ensure_registered(name)
-    variant = models.split_variant(name)
-    for candidate in (name, variant[0] if variant else name):  # a variant without weights begins from its backbone's
-        cfg = get_pretrained_cfg(candidate)
-        if cfg and cfg.hf_hub_id:
-            return cfg.hf_hub_id
-    return None
-
-
-def _use(config: dict[str, Any], repo_id: str) -> dict[str, Any]:
-    """What the card's code block needs: who builds the model, and what to install."""
+def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict[str, Any]:
+    """What the card's code blocks need: who builds the model, what to install, and what its classifier gives."""
     name, needs = config['architecture'], config['ccl_timm']
-    plugins = sorted({f'`{p["distribution"]}`' for p in needs['plugins'] if p['kind'] == 'model' and p['name'] == name})
+    plugins = {p['distribution'] for p in needs['plugins'] if p['kind'] == 'model' and p['name'] == name}
+    needed = ', '.join(map(markdown_code, sorted(plugins)))
+    variant = models.split_variant(name)
     return {
-        'repo_id': repo_id,
-        'loader': 'timm' if models.known_to_timm(name) else 'ccl_timm',
+        'model': Markdown(repr(f'hf-hub:{repo_id}')),
+        'loader': Markdown('timm' if models.known_to_timm(name) else 'ccl_timm'),
         'image_mode': _image_mode(config),
         'class_names': config.get('label_names'),
         'version': needs['version'],
-        'plugin_note': f', and needs {", ".join(plugins)}' if plugins else '',
+        'plugin_note': Markdown(f', and needs {needed}' if needed else ''),
+        'head': variant and variant[1],
+        'loss_reads': Markdown(_loss_reads(settings)),
     }
+
+
+def _loss_reads(settings: dict[str, Any]) -> str:
+    """The outputs of a head that a loss reads, for a sentence; empty if they are not known here."""
+    name = _loss(settings)
+    read = losses.loss_class(name).reads if name in losses.LOSSES else ()
+    return ' and '.join(f'`outputs.{key}`' for key in read if key in HeadOutputs._fields)
 
 
 def _image_mode(config: dict[str, Any]) -> str:
@@ -160,38 +200,42 @@ def _image_mode(config: dict[str, Any]) -> str:
     return 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
 
 
-def _training(config: dict[str, Any], settings: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+def _training(
+    config: dict[str, Any], settings: dict[str, Any], environment: dict[str, Any], origin: dict[str, Any]
+) -> dict[str, Any]:
     """What was trained, on what, how."""
-    cfg, name, loss = config['pretrained_cfg'], config['architecture'], _loss(settings)
+    cfg, name, loss, data = config['pretrained_cfg'], config['architecture'], _loss(settings), _data(settings)
     resolution = f'{cfg["input_size"][1]} x {cfg["input_size"][2]} px'
-    options = ', '.join(f'{key}={value}' for key, value in settings.get('loss_kwargs', {}).items())
+    options = ', '.join(f'{key}={value}' for key, value in (settings.get('loss_kwargs') or {}).items())
     versions = ', '.join(f'{key} {value}' for key, value in environment.get('versions', {}).items())
     hardware = [environment.get('device', 'not recorded')]
     hardware += [f'{key}: {environment[key]}' for key in ('processes', 'threads') if key in environment]
     rate = settings.get('lr') or f'{settings["lr_base"]} for each {settings["lr_base_size"]} images'
-    stem = '3 x 3, stride 1, no max-pool (`small_input=True`)' if _small_input(settings) else "the backbone's own"
+    stem = '3 x 3, stride 1, no max-pool (small_input=True)' if _small_input(settings) else "the backbone's own"
     share = show_share(settings.get('train_fraction'))
     share = f', {share} of the training images' if share else ''
+    recipe = environment.get('recipe')
     rows = [
-        ('architecture', f'`{name}`'),
-        ('loss', f'`{loss}`' + (f' ({options})' if options else ', default options')),
-        ('data', f'{_data_name(settings)}, {config["num_classes"]} classes' + share),
+        ('architecture', Markdown(markdown_code(name))),
+        ('loss', Markdown(markdown_code(loss) + markdown_text(f' ({options})' if options else ', default options'))),
+        ('data', f'{data.name}, {config["num_classes"]} classes' + share),
         ('images', f'{resolution}, {_image_mode(config)}, mean {cfg["mean"]}, std {cfg["std"]}'),
         ('stem', stem),
-        ('start', _start(settings)),
+        ('start', Markdown(_start(origin))),
         ('epochs', f'{settings["epochs"]}, batches of {settings["batch_size"]}'),
         ('optimizer', f'{settings["opt"]}, learning rate {rate}, weight decay {settings["weight_decay"]}'),
-        ('recipe', f'`{environment["recipe"]}`' if environment.get('recipe') else 'none'),
+        ('recipe', Markdown(markdown_code(recipe) if recipe else 'none')),
         ('seed', settings['seed']),
         ('hardware', ', '.join(hardware)),
         ('versions', versions or 'not recorded'),
     ]
     return {
-        'title': f'{name} trained with {loss} on {_data_name(settings)}',
+        'loss': loss,
+        'title': f'{name} trained with {loss} on {data.name}',
         'summary': f'An image classifier with {config["num_classes"]} classes, for images of {resolution}.',
         'trained': rows,
         'resolution': resolution,
-        'command': environment.get('command', 'timm train.py --config args.yaml'),
+        'command': Markdown(shell_text(shlex.split(environment.get('command') or 'timm train.py --config args.yaml'))),
     }
 
 
@@ -199,12 +243,31 @@ def _loss(settings: dict[str, Any]) -> str:
     return settings.get('loss') or 'ce'
 
 
-def _start(settings: dict[str, Any]) -> str:
-    for key in ('initial_checkpoint', 'pretrained_path'):
-        if settings.get(key):
-            return f'from the file `{Path(settings[key]).name}`'
-    base = _base_model(settings)
-    return f'from the weights of [{base}](https://huggingface.co/{base})' if base else 'from scratch'
+def _start(origin: dict[str, Any]) -> str:
+    """Which weights training began with, in Markdown."""
+    kind, name = origin['kind'], origin.get('name', '')
+    if kind == 'scratch':
+        return 'from scratch'
+    repository = name.partition('@')[0]
+    link = f'[{markdown_text(name)}](https://huggingface.co/{repository})' if _is_repository(repository) else ''
+    known = [markdown_code(origin['architecture'])] if origin.get('architecture') else []
+    known += [f'{key} {markdown_code(origin[key][:12])}' for key in ('sha256', 'commit') if origin.get(key)]
+    where = {
+        'checkpoint': f'goes on from the checkpoint {markdown_code(name)}',
+        'file': f'from the weights in the file {markdown_code(name)}',
+        'folder': f'from the model in the folder {markdown_code(name)}',
+        'hub': f'from the weights of {link or markdown_code(name)}',
+        'registry': f"from timm's pretrained weights of {markdown_code(name)}",
+    }[kind]
+    return where + (f' ({", ".join(known)})' if known else '')
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        check_repository_name(name)
+    except UserError:
+        return False
+    return True
 
 
 def _results(settings, environment, rows, measured, baseline: Path | None, further) -> dict[str, Any]:
@@ -218,18 +281,18 @@ def _results(settings, environment, rows, measured, baseline: Path | None, furth
     figures += _paper_figures(settings, environment.get('recipe'))
     if 'eval_top1' not in measured:
         return {'results': figures, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
-    metric, epoch = settings.get('eval_metric', 'top1'), int(measured['epoch'])
+    metric, epoch, data = settings.get('eval_metric', 'top1'), int(measured['epoch']), _data(settings)
     what = 'the moving average of the weights' if settings.get('model_ema') else 'the weights'
     chosen = len(rows) > 1 and measured == runs.best_row(rows, metric)
     return {
         'results': figures,
-        'measured': f'Measured on "{_part(settings)}" of {_data_name(settings)}, with {what} after epoch {epoch + 1}.',
+        'measured': f'Measured on "{data.split}" of {data.name}, with {what} after epoch {epoch + 1}.',
         'selection': _CHOSEN.format(metric=metric, epochs=len(rows)) if chosen else _NOT_CHOSEN,
     }
 
 
 def _baseline_figure(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
-    other = runs.read_args(folder)
+    other = without_private(runs.read_args(folder))
     if _loss(other) != 'ce':
         raise UserError(f"The baseline '{folder}' was trained with '{_loss(other)}': name a run with --loss ce.")
     changed = runs.differences(_compared(other), _compared(settings), free=_FREE_IN_BASELINE)
@@ -238,13 +301,14 @@ def _baseline_figure(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
     best = runs.best_row(runs.read_summary(folder), other.get('eval_metric', 'top1'))
     if 'eval_top1' not in best:
         raise UserError(f"The baseline '{folder}' was never measured: its summary.csv has no eval_top1.")
-    return f'cross-entropy, same recipe: `{other["model"]}`, seed {other["seed"]}', f'{best["eval_top1"]:.2f}'
+    name = f'cross-entropy, same recipe: {markdown_code(other["model"])}, seed {markdown_text(other["seed"])}'
+    return Markdown(name), f'{best["eval_top1"]:.2f}'
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run and its baseline must have in common, without folders, which a record does not have."""
-    plain = {key: without_folders(value) for key, value in settings.items()}
-    return {**plain, 'data': _data_name(settings), 'small_input': _small_input(settings)}
+    plain = without_private(settings)
+    return {**plain, 'data': _data(plain).name, 'small_input': _small_input(settings)}
 
 
 def _small_input(settings: dict[str, Any]) -> bool:
@@ -256,5 +320,6 @@ def _paper_figures(settings: dict[str, Any], recipe: str | None) -> list[tuple[s
     found = {}
     for table, row, epochs in results.rows_of(settings, recipe):
         if row.paper:
-            found.setdefault(show_printed(row.paper), f'the paper: {table.title}, `{row.name}`, {epochs} epochs')
+            source = Markdown(f'the paper: {table.title}, `{row.name}`, {epochs} epochs')
+            found.setdefault(show_printed(row.paper), source)
     return [(source, figure) for figure, source in found.items()] or [('the papers, for these settings', 'not stated')]

@@ -20,9 +20,9 @@ from ccl_timm import plugins
 from ccl_timm.console import say
 from ccl_timm.errors import UserError
 from ccl_timm.hub import card
-from ccl_timm.hub_errors import check_repository_name, explained
+from ccl_timm.hub_errors import check_repository_name, explained_push
 from ccl_timm.training import runs
-from ccl_timm.training.records import write_record
+from ccl_timm.training.records import without_private, write_record
 from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['export', 'push', 'record', 'write_card']
@@ -58,13 +58,31 @@ def export(
     if form == 'onnx' and not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript')):
         raise UserError("ONNX needs two more packages: `pip install 'ccl-timm[onnx]'`.")
     trained = load_trained(source, use_ema)
+    _check_finite(trained, source)
     {'timm': _export_timm, 'onnx': _export_onnx}[form](trained, folder)
     return [folder / name for name in names]
+
+
+def _check_finite(trained: Trained, source: str | os.PathLike) -> None:
+    """Raise a UserError if a weight is no finite number: nobody can use such a model."""
+    for name, tensor in trained.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"'{source}' cannot be given away: its tensor '{name}' has values that are not finite; training "
+                'diverged, train again with a smaller learning rate.'
+            )
 
 
 def _export_timm(trained: Trained, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     timm.models.save_for_hf(trained.model, str(folder), safe_serialization=True, **_description(trained))
+    _clean_config(folder / 'config.json')
+
+
+def _clean_config(path: Path) -> None:
+    # model_args hold whatever the model was built with
+    config = without_private(json.loads(path.read_text(encoding='utf-8')))
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
 def _description(trained: Trained) -> dict[str, Any]:
@@ -123,10 +141,12 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
     settings = runs.read_args(run)
     if bool(settings.get('model_ema')) != use_ema:
         raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
+    _check_finite(trained, source)
     if weights:
         _export_timm(trained, folder)
     else:
         save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
+        _clean_config(folder / 'config.json')
     write_record(run, folder)
 
 
@@ -155,6 +175,8 @@ def write_card(
     Raises:
         UserError: as :func:`record` and :func:`ccl_timm.hub.card.render`, or the folder exists.
     """
+    if repo_id is not None:
+        check_repository_name(repo_id)
     if output and Path(output).exists():
         raise UserError(f"'{output}' exists already: name a new folder with --output.")
     with tempfile.TemporaryDirectory() as name:
@@ -219,7 +241,7 @@ def push(
         if dry_run:
             say(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
             return ''
-        with explained(f"'{repo_id}' was not pushed"), _limited_patience():
+        with explained_push(repo_id), _limited_patience():
             return _upload(folder, repo_id, private, revision, replace_card)
 
 

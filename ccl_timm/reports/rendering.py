@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ccl_timm.escape import csv_text, markdown_text, terminal_text
+
 __all__ = ['FORMATS', 'Report', 'Section']
 
 
@@ -28,8 +30,8 @@ class Report:
 
     Attributes:
         title: what it is of.
-        sections: for people.
-        notes: sentences below.
+        sections: for people. Captions, headers and cells are plain text: names in them may hold anything.
+        notes: sentences below, in Markdown.
         records: for programs, one a figure, with the same keys in all.
         curves: for each data set the curves to draw, see ``pictures.draw_curves``.
         pictures: files to show in HTML.
@@ -44,14 +46,14 @@ class Report:
 
 
 def _markdown(report: Report) -> str:
-    lines = [f'**{report.title}**', '']
+    lines = [f'**{markdown_text(report.title)}**', '']
     for section in report.sections:
-        lines += [f'{section.caption}:', '', *_markdown_table(section), '']
+        lines += [f'{markdown_text(section.caption)}:', '', *_markdown_table(section), '']
     return '\n'.join([*lines, *report.notes]) + '\n'
 
 
 def _markdown_table(section: Section) -> list[str]:
-    rows = [[cell.replace('|', '\\|') for cell in row] for row in [section.header, *section.rows]]
+    rows = [[markdown_text(cell) for cell in row] for row in [section.header, *section.rows]]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(section.header))]
     lines = [
         '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |' for row in rows
@@ -59,12 +61,15 @@ def _markdown_table(section: Section) -> list[str]:
     return [lines[0], '|' + '|'.join('-' * (width + 2) for width in widths) + '|', *lines[1:]]
 
 
+_NO_NAMES = {'against_ce'}  # text of ours, which may begin with a sign
+
+
 def _csv(report: Report) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(report.records[0])
     for record in report.records:
-        writer.writerow(map(_cell, record.values()))
+        writer.writerow(_cell(value) if key in _NO_NAMES else csv_text(_cell(value)) for key, value in record.items())
     return file.getvalue()
 
 
@@ -76,7 +81,7 @@ def _cell(value: Any) -> Any:
 
 def _json(report: Report) -> str:
     content = {'title': report.title, 'notes': report.notes, 'records': report.records}
-    return json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+    return json.dumps(content, indent=2) + '\n'
 
 
 _STYLE = """
@@ -92,11 +97,15 @@ figure { margin: 1rem 0; } img, svg { max-width: 100%; height: auto; }
 """
 
 
+def _plain(text: str) -> str:
+    return escape(terminal_text(text))
+
+
 def _html(report: Report) -> str:
-    parts = [f'<h1>{escape(report.title)}</h1>']
+    parts = [f'<h1>{_plain(report.title)}</h1>']
     for section in report.sections:
-        parts += [f'<h2>{escape(section.caption)}</h2>', _html_table(section)]
-    parts += [f'<p>{escape(note)}</p>' for note in report.notes]
+        parts += [f'<h2>{_plain(section.caption)}</h2>', _html_table(section)]
+    parts += [f'<p>{_plain(note)}</p>' for note in report.notes]
     if report.curves:
         from ccl_timm.reports import pictures
 
@@ -109,29 +118,29 @@ def _html(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
+        f'<link rel="icon" href="data:,">\n<title>{_plain(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
         f'<body>\n{body}\n</body>\n</html>\n'
     )
 
 
 def _html_table(section: Section) -> str:
-    head = ''.join(f'<th>{escape(cell)}</th>' for cell in section.header)
+    head = ''.join(f'<th>{_plain(cell)}</th>' for cell in section.header)
     body = '\n'.join(f'<tr>{"".join(map(_html_cell, row))}</tr>' for row in section.rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _html_cell(cell: str) -> str:
     kind = ' class="long"' if len(cell) > 24 else ''
-    return f'<td{kind}>{escape(cell)}</td>'
+    return f'<td{kind}>{_plain(cell)}</td>'
 
 
 def _figure(content: str, caption: str) -> str:
-    return f'<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>'
+    return f'<figure>{content}<figcaption>{_plain(caption)}</figcaption></figure>'
 
 
 def _image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{_plain(path.stem)}" src="data:image/png;base64,{data}">'
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {'md': _markdown, 'csv': _csv, 'json': _json, 'html': _html}

@@ -7,6 +7,7 @@ from typing import Any
 from ccl_timm.console import say, show_share
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
+from ccl_timm.escape import terminal_text
 from ccl_timm.flags import Parser
 from ccl_timm.reports import results
 from ccl_timm.reports.rendering import FORMATS, Report, Section
@@ -337,7 +338,7 @@ def show_differences(first: Path, second: Path) -> str:
         was, value = getattr(one, name), getattr(two, name)
         lines.append(f'  {name} epoch: {was:.2f} -> {value:.2f} ({value - was:+.2f})')
     lines.append(f'  epochs: {one.epochs} -> {two.epochs}')
-    return '\n'.join(lines)
+    return '\n'.join(map(terminal_text, lines))
 
 
 def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from ccl_timm import losses
 from ccl_timm.console import is_primary, say, show_share, warn
 from ccl_timm.data.datasets import Splits
 from ccl_timm.data.in_memory import InMemoryLoader
+from ccl_timm.escape import shell_text
 from ccl_timm.training.settings import global_batch, loss_settings
 
 if TYPE_CHECKING:
@@ -133,8 +134,9 @@ def say_end(run: 'Run') -> None:
         shown = f'loss {value:.4g}' if metric == 'loss' else f'{metric.replace("top", "top-")} {value:.2f}%'
         say(f'best {shown} (epoch {epoch + 1}); the run is in {run.folder}')
     ema = ' --use-ema' if run.task.has_ema() else ''  # the best is that of the moving average
-    say(f'next: timm validate.py {run.folder}{ema}')
-    say(f'      ccl-timm export {run.folder} DIR{ema}   ccl-timm predict {run.folder} IMAGES...{ema}')
+    folder = shell_text([str(run.folder)])
+    say(f'next: timm validate.py {folder}{ema}')
+    say(f'      ccl-timm export {folder} DIR{ema}   ccl-timm predict {folder} IMAGES...{ema}')
 
 
 def warn_of_empty_terms(run: 'Run', share: dict[str, float]) -> None:

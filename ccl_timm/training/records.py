@@ -1,23 +1,70 @@
-"""Records: what a run wrote beside its checkpoints, without folders of the machine that it was made on."""
+"""Records: what a run wrote beside its checkpoints, without what is private to the machine and the account."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.training import runs
+from ccl_timm.training import parts, runs
 from ccl_timm.yaml_files import dump_yaml
 
-__all__ = ['without_folders', 'write_record']
+__all__ = ['without_private', 'write_record']
+
+_ACCOUNT = 'wandb_'  # settings of somebody's account
+_VERBATIM = {'class_names', 'label_names'}  # names of classes, some of which look like paths: Open Images has /m/01g317
+
+_USER = re.compile(r'//[^/?#\s]*@')
+_SECRET = re.compile(r'(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig)=)[^&#\s]+')
+# --flag= or key=, then a scheme: of a folder that is a model (local-dir:), a URL (file://) or a data set (hfds/)
+_PREFIX = re.compile(r'(?:[\w-]+=)?(?:local-dir:|file://|\w+/(?=[/~]))?')
+_ROOT = r'(?:~[\w.-]*|[A-Za-z]:)?[/\\]'
+_FOLDER = re.compile(_ROOT + r'.*', re.DOTALL)
+_NAME = r'[^\s/\\,;:\'"=()\[\]{}]'
+_FOLDER_WITHIN = re.compile(rf'(?<![\w./\\~-])(?!//){_ROOT}(?:{_NAME}+[/\\])+{_NAME}*')
 
 
-def without_folders(value: Any) -> Any:
-    """A setting or a word of a command without the folders of the machine that it was given on."""
-    if not isinstance(value, str):
-        return value
-    flag, equals, path = value.rpartition('=')
-    return f'{flag}{equals}{Path(path).name}' if Path(path).is_absolute() else value
+def without_private(value: Any) -> Any:
+    """A setting, a word of a command, or a dict or list of them without what is private.
+
+    Of an absolute folder only the last name stays, also after ``--flag=``, ``key=``, ``local-dir:`` or within a text.
+    URLs lose user names, passwords and keys in their query. Settings called ``wandb_...`` are left out. Names of
+    classes stay.
+    """
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if not str(key).startswith(_ACCOUNT)}
+        return {key: item if key in _VERBATIM else without_private(item) for key, item in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_private(item) for item in value]
+    return _public_text(value) if isinstance(value, str) else value
+
+
+def _public_text(text: str) -> str:
+    text = _SECRET.sub(r'\1...', _USER.sub('//', text))
+    prefix = _PREFIX.match(text).group()
+    folder = text[len(prefix) :]
+    if _FOLDER.fullmatch(folder):
+        return prefix + _last_name(folder)
+    return _FOLDER_WITHIN.sub(lambda match: _last_name(match.group()), text)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r'[/\\]', path.rstrip('/\\'))[-1]
+
+
+def _public_command(command: str) -> str:
+    """A command line without what is private; empty if it cannot be read."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return ''
+    kept, skipping = [], False
+    for word in words:
+        skipping = word.startswith('--wandb-') or (skipping and not word.startswith('-'))  # with the flag's values
+        if not skipping:
+            kept.append(without_private(word))
+    return shlex.join(kept)
 
 
 def write_record(run: Path, folder: Path) -> None:
@@ -30,15 +77,15 @@ def write_record(run: Path, folder: Path) -> None:
     Raises:
         UserError: the run's files cannot be read; nothing is written.
     """
-    settings = {key: without_folders(value) for key, value in runs.read_args(run).items()}
-    environment = runs.read_environment(run)
+    settings = without_private(runs.read_args(run))
+    environment, measured = runs.read_environment(run), parts.read_parts(run)
     (folder / 'args.yaml').write_text(dump_yaml(settings), encoding='utf-8')
-    for name in ('summary.csv', 'parts.csv'):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
+    if (run / 'summary.csv').is_file():
+        shutil.copyfile(run / 'summary.csv', folder / 'summary.csv')
+    for row in measured:
+        parts.add_part(folder, without_private(row))
     if environment:
-        words = shlex.split(environment.get('command', ''))
-        environment['command'] = shlex.join(without_folders(word) for word in words)
-        environment['recipe'] = without_folders(environment.get('recipe'))
         environment.pop('resumed', None)  # further commands, which a record does not tell of
+        command = _public_command(str(environment.get('command', '')))
+        environment = {**without_private(environment), 'command': command}
         (folder / 'environment.json').write_text(json.dumps(environment, indent=2) + '\n', encoding='utf-8')

@@ -37,6 +37,7 @@ from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
 from ccl_timm.training import options, runs, settings
 from ccl_timm.training.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
+from ccl_timm.training.origin import origin
 from ccl_timm.training.trackers import Tracker
 from ccl_timm.training.trained import build_model
 from ccl_timm.training.validate import evaluate, pick_device
@@ -123,7 +124,7 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
         if is_primary():
             run.folder = folder if continues else runs.create_folder(folder)
             given |= {'num_classes': args.num_classes, 'class_names': args.class_names, 'class_map': args.class_map}
-            information = runs.environment(argv, args.device, splits.fingerprint)
+            information = {**runs.environment(argv, args.device, splits.fingerprint), 'origin': origin(given)}
             runs.write_run_files(run.folder, given, information, splits.held_out, continues)
             _start_saver(run, checkpoint, continues)
         _fit(run)
