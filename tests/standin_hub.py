@@ -68,10 +68,14 @@ class Repository:
 
 @dataclass
 class Fault:
-    """Instead of an answer to requests whose line matches: a status, 'hang', or 'drop' (the line breaks)."""
+    """Instead of an answer to requests whose line matches: a status, 'hang', or 'drop' (the line breaks).
+
+    With a status perhaps a body; else it is that of a refusal.
+    """
 
     pattern: str
     what: int | str
+    body: bytes | None = None
 
 
 class StandInHub:
@@ -187,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.closing.wait(20)
                 self.close_connection = True
                 return
+            if fault and fault.body is not None:
+                return self.answer(fault.body, fault.what)
             if fault:
                 raise Refused(fault.what)
             for method, pattern, name in self.routes:

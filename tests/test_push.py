@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -382,6 +384,119 @@ def test_card_parses_back_to_its_results(words, run, baseline):
         assert part in out
 
 
+def test_card_and_record_of_hostile_names_and_private_settings(words, run, place):
+    """Names cannot act as markup or code, and no folder, account or password of this machine goes up."""
+    folder = _with_settings(
+        run,
+        place / 'hostile',
+        data_dir='/home/alice/b\n# [x](javascript:y) `|',
+        model_kwargs={'cache_dir': '/home/alice/c'},
+        wandb_project='alice-secret',
+        wandb_tags=['/home/alice/t'],
+        train_split='/home/alice/train',
+    )
+    command = ['timm', 'train.py', '--wandb-tags', 'alice-tag', '--data-dir', '/home/alice/a\n```\n# b']
+    command += ['--model-kwargs', 'x=https://bob:PASSWORD@host/y']
+    environment = json.loads((folder / 'environment.json').read_text())
+    record = {**environment, 'command': shlex.join(command), 'recipe': '/home/alice/`r`.yaml'}
+    (folder / 'environment.json').write_text(json.dumps(record))
+    code, out, err = words('ccl-timm', 'card', folder, '--output', 'card')
+    assert code == 0, err
+    texts = out + ''.join(path.read_text() for path in (place / 'card').iterdir())
+    assert not re.search('alice|bob|PASSWORD|wandb_', texts)
+    assert r'| data | b&#92;n\# \[x\](javascript:y) \`\|, 3 classes |' in out
+    assert 'trained with cc on b&#92;n\\# \\[x\\](javascript:y)' in out
+    assert "--data-dir $'a\\n```\\n# b' --model-kwargs x=https://host/y\n```" in out
+    assert r'| recipe | <code>\`r\`.yaml</code> |' in out
+    config = json.loads((place / 'card' / 'config.json').read_text())
+    config['label_names'] = ['<script>x</script>', '[x](javascript:y)', '\x1b[31m\n# z']
+    (place / 'card' / 'config.json').write_text(json.dumps(config))
+    text = card.render(place / 'card', REPO)
+    assert r'3 classes: &lt;script&gt;x&lt;/script&gt;, \[x\](javascript:y), &#92;x1b\[31m&#92;n\# z.' in text
+    assert ModelCard(text).data.model_name == REPO.partition('/')[2]
+
+
+@pytest.mark.parametrize('repo_id', ["me/x'; import os #", '../x', 'x', 'me/' + 100 * 'x'])
+def test_card_is_for_a_repository(repo_id, words, run):
+    code, out, err = words('ccl-timm', 'card', run, '--repo-id', repo_id)
+    assert code == 2 and 'names no repository' in err and out == ''
+
+
+def test_default_repository_can_be_one(words, run, place):
+    named = _with_settings(run, place / 'named', data_dir='Größe/' + 120 * 'ä')
+    code, out, err = words('ccl-timm', 'card', named)
+    assert code == 0 and "create_model('hf-hub:ccl-timm/test_resnet_cam.cc'" in out, err
+
+
+def test_official_test_sets_are_called_test_and_by_their_repository(words, run, place):
+    own = _with_settings(run, place / 'own', dataset='torch/cifar10')
+    read = ModelCard(words('ccl-timm', 'card', own)[1]).data
+    (result, *_) = read.eval_results
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == ('uoft-cs/cifar10', 'CIFAR-10', 'test')
+    assert read.datasets == ['uoft-cs/cifar10'] and read.model_name == 'test_resnet_cam.cc_cifar10'
+    hub = _with_settings(run, place / 'hub', dataset='hfds/me/bees', val_split='valid')
+    (result, *_) = ModelCard(words('ccl-timm', 'card', hub)[1]).data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ('me/bees', 'valid')
+    held = _with_settings(run, place / 'held', dataset='torch/cifar10', val_fraction=0.1)
+    (result, *_) = ModelCard(words('ccl-timm', 'card', held)[1]).data.eval_results
+    assert result.dataset_split == '0.1 of train, held out'
+
+
+def test_card_tells_where_the_weights_are_from(words, run, exported_run, folder, place):
+    digest = hashlib.sha256((exported_run / 'model.safetensors').read_bytes()).hexdigest()[:12]
+    known = f'(`test_resnet_cam`, sha256 `{digest}`)'
+    argv = ['timm', 'train.py', *TINY, '--data-dir', folder]
+    for name, own, start in (
+        (
+            'a',
+            ['--model', f'local-dir:{exported_run}', '--pretrained'],
+            f'from the model in the folder `exported` {known}',
+        ),
+        ('b', ['--pretrained-path', exported_run / 'model.safetensors'], f'in the file `model.safetensors` {known}'),
+        (
+            'c',
+            ['--initial-checkpoint', run / 'last.pth.tar'],
+            'in the file `last.pth.tar` (`test_resnet_cam`, sha256 `',
+        ),
+        ('d', ['--model', f'local-dir:{exported_run}'], 'from scratch |'),
+    ):
+        code, out, err = words(*argv, *own, '--experiment', name)
+        assert code == 0, err
+        code, out, err = words('ccl-timm', 'card', place / 'output' / 'train' / name)
+        assert code == 0 and start in out and str(place) not in out and 'base_model' not in out, err
+    Path('output/train/a/environment.json').unlink()  # as of a run of timm's own script
+    assert 'from the model in the folder `exported` |' in words('ccl-timm', 'card', 'output/train/a')[1]
+
+
+@pytest.mark.parametrize('command', ['export', 'card', 'push'])
+def test_models_that_are_not_finite_stay_here(command, words, online, run, place):
+    broken = shutil.copytree(run, place / 'broken')
+    for path in broken.glob('*.pth.tar'):
+        content = torch.load(path, weights_only=False)
+        content['state_dict']['fc.out.bias'][1] = float('nan')
+        torch.save(content, path)
+    argv = {'export': ['exported'], 'card': [], 'push': ['--repo-id', REPO]}[command]
+    code, out, err = words('ccl-timm', command, broken, *argv)
+    assert code == 2 and "tensor 'fc.out.bias' has values that are not finite" in err
+    assert online.requests == [] and not Path('exported').exists()
+
+
+@pytest.mark.parametrize('status', [200, 409])
+@pytest.mark.parametrize('body', [b'{}', b'[]', b'null', b'<html>', b''])
+def test_answers_that_make_no_sense_are_one_sentence(status, body, words, online, run):
+    online.add(REPO)
+    online.faults = [Fault('POST /api/repos/create', status, body)]
+    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    assert code == 2 and 'gave an answer that huggingface_hub cannot read' in err.strip().splitlines()[-1]
+
+
+def test_export_prints_a_line_that_loads_it(words, run, place):
+    code, out, err = words('ccl-timm', 'export', run, "it's")
+    line = out.strip().splitlines()[-1].removeprefix('load it: ')
+    done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True)
+    assert code == 0 and done.returncode == 0, done.stderr
+
+
 def test_card_without_a_baseline_says_so(words, run):
     out = words('ccl-timm', 'card', run)[1]
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
@@ -431,9 +546,13 @@ def test_baseline_of_another_recipe_is_refused(words, run, baseline, folder, pla
 
 def test_the_cards_code_runs(pushed, place):
     Image.new('RGB', (40, 40), 'red').save('image.png')
-    code = re.search(r'```python\n(.*?)```', pushed.files(REPO)['README.md'].decode(), re.S)[1]
+    text = pushed.files(REPO)['README.md'].decode()
+    code = ''.join(re.findall(r'```python\n(.*?)```', text, re.S))
     assert code.startswith('import ccl_timm\n')
-    exec(compile(code, 'README.md', 'exec'), {})
+    exec(compile(code, 'README.md', 'exec'), found := {})
+    assert found['outputs'].attention.shape == found['outputs'].features.shape == (1, 96)
+    assert torch.allclose(found['outputs'].logits.softmax(1)[0], found['probabilities'])
+    assert 'The loss `cc` reads `outputs.logits` and `outputs.attention`, not `pooled`.' in text
 
 
 def test_card_is_that_of_the_recorded_run(words, run, baseline, place):
