@@ -15,8 +15,8 @@ _JOINERS = '\u200c\u200d'
 _NAMED = {'\n': '\\n', '\r': '\\r', '\t': '\\t'}
 
 # what has a meaning within a line of Markdown, in HTML, or in a formula (which the Hub renders); an underscore within a
-# word has none
-_MARKDOWN = re.compile(r'[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.')
+# word has none, nor have brackets that no address follows
+_MARKDOWN = re.compile(r'[\\`*<>&|~$#]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<=www)\.')
 _ENTITIES = {'\\': '&#92;', '$': '&#36;', '<': '&lt;', '>': '&gt;', '&': '&amp;'}
 
 _QUOTED = {'\\': '\\\\', "'": "\\'"}

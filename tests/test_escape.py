@@ -49,9 +49,10 @@ def test_markdown_shows_text_as_it_is(name):
     'name, markdown',
     [
         ('<script>', '&lt;script&gt;'),
-        ('[x](javascript:y)', r'\[x\](javascript:y)'),
+        ('[x](javascript:y)', r'[x\](javascript:y)'),
         ('a|b`c`*d*', r'a\|b\`c\`\*d\*'),
         ('a\nb\\', 'a&#92;nb&#92;'),
+        ('![a][b][c]', r'![a\][b\][c]'),
         ('$$x$$', '&#36;&#36;x&#36;&#36;'),
         ('https://a www.b', r'https\://a www\.b'),
         ('resnet18_cam 0 - zero, +1.5', 'resnet18_cam 0 - zero, +1.5'),

@@ -404,15 +404,15 @@ def test_card_and_record_of_hostile_names_and_private_settings(words, run, place
     assert code == 0, err
     texts = out + ''.join(path.read_text() for path in (place / 'card').iterdir())
     assert not re.search('alice|bob|PASSWORD|wandb_', texts)
-    assert r'| data | b&#92;n\# \[x\](javascript:y) \`\|, 3 classes |' in out
-    assert 'trained with cc on b&#92;n\\# \\[x\\](javascript:y)' in out
+    assert r'| data | b&#92;n\# [x\](javascript:y) \`\|, 3 classes |' in out
+    assert 'trained with cc on b&#92;n\\# [x\\](javascript:y)' in out
     assert "--data-dir $'a\\n```\\n# b' --model-kwargs x=https://host/y\n```" in out
     assert r'| recipe | <code>\`r\`.yaml</code> |' in out
     config = json.loads((place / 'card' / 'config.json').read_text())
     config['label_names'] = ['<script>x</script>', '[x](javascript:y)', '\x1b[31m\n# z']
     (place / 'card' / 'config.json').write_text(json.dumps(config))
     text = card.render(place / 'card', REPO)
-    assert r'3 classes: &lt;script&gt;x&lt;/script&gt;, \[x\](javascript:y), &#92;x1b\[31m&#92;n\# z.' in text
+    assert r'3 classes: &lt;script&gt;x&lt;/script&gt;, [x\](javascript:y), &#92;x1b[31m&#92;n\# z.' in text
     assert ModelCard(text).data.model_name == REPO.partition('/')[2]
 
 
