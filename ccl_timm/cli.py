@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return getattr(stop, 'exit_code', 130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ccl_timm.escape import terminal_text
 
 __all__ = [
+    'ERROR_MARK',
     'Progress',
     'first_few',
     'is_primary',
@@ -23,6 +24,8 @@ __all__ = [
     'warn',
     'was_error_said',
 ]
+
+ERROR_MARK = 'ccl_timm_error_said'  # name of a file
 
 
 def is_primary() -> bool:
@@ -67,7 +70,7 @@ def was_error_said() -> bool:
 def _error_mark() -> Path | None:
     """A file beside the folders that torchrun gives its processes for errors; None without torchrun."""
     own = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    return Path(own).parent.parent / 'ccl_timm_error_said' if own else None
+    return Path(own).parent.parent / ERROR_MARK if own else None
 
 
 def show_share(fraction: float | None) -> str:

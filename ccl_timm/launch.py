@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import uuid
@@ -19,11 +20,12 @@ import timm.data
 import timm.task
 import timm.task.classification
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ccl_timm import losses, models, recipes
-from ccl_timm.console import say, warn
+from ccl_timm.console import ERROR_MARK, say, say_error, warn
 from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
 from ccl_timm.flags import KeyValues, Parser, integer
@@ -74,23 +76,30 @@ def run_on_processes(count: int, words: list[str]) -> int:
         words: what follows ``timm`` without ``--nproc``.
 
     Returns:
-        0, or the exit code of the first process that failed, which said why.
+        0, or the exit code of the first process that failed, which said why; after a signal 128 plus its number.
     """
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # the process has said all
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)('-m', 'ccl_timm.launch', *words)
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend='c10d',
+            rdzv_endpoint='localhost:0',
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)('-m', 'ccl_timm.launch', *words)
+        except SignalException as stop:
+            return 128 + stop.sigval
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
+            if code < 0 and not any(Path(logs).rglob(ERROR_MARK)):  # killed, so that it could not say why
+                say_error(f'A process was killed by {signal.Signals(-code).name}; the others were stopped.')
+            return code if code > 0 else 128 - code
     return 0
 
 

@@ -191,7 +191,7 @@ def test_half_written_runs_are_named_and_left_out(runs_of_table1, words):
         "left out: 'runs/cut' is half-written, 1 of 3 epochs.",
         "left out: 'runs/empty' is half-written, 0 of 2 epochs.",
         "left out: 'runs/unmeasured' was not measured after its last epoch",
-        "left out: 'runs/garbage' has files that cannot be read: could not convert string to float: 'many'",
+        "left out: 'runs/garbage/summary.csv' is not a table of epochs: row 1 is no epoch with its numbers",
         'runs/no_yaml',
         "left out: 'runs/no_args' has no args.yaml",
         "left out: 'runs/other' has an args.yaml that is not a run's",

@@ -35,11 +35,14 @@ def test_every_number_arrives(name, monkeypatch, tmp_path):
 
 
 def test_tensorboard_writes_into_the_run(monkeypatch, tmp_path):
-    written = []
+    written, settings = [], []
 
     class Writer:
         def __init__(self, folder):
             written.append(folder)
+
+        def add_text(self, name, text):
+            settings.append(text)
 
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
@@ -48,7 +51,8 @@ def test_tensorboard_writes_into_the_run(monkeypatch, tmp_path):
             written.append('closed')
 
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=Writer))
-    tracker = Tracker('tensorboard', tmp_path, ARGS)
+    tracker = Tracker('tensorboard', tmp_path, SimpleNamespace(**vars(ARGS), loss_kwargs={'scale': 16}))
+    assert '    loss_kwargs.scale: 16' in settings[0].splitlines()
     tracker.log(3, {'train': {'loss': 1.0}, 'eval': None})
     tracker.finish()
     assert written == [str(tmp_path / 'tensorboard'), ('train/loss', 1.0, 3), 'closed']

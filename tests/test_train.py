@@ -11,6 +11,7 @@ import yaml
 
 from ccl_timm.losses import LOSSES, loss_class
 from ccl_timm.training import runs, train
+from ccl_timm.training.folder_lock import FolderLock
 
 from .conftest import TINY, results, write_folder
 
@@ -65,7 +66,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     run = Path('output/train/a')
     names = {path.name for path in run.iterdir()}
     checkpoints = {'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
-    assert names == checkpoints | {'args.yaml', 'summary.csv', 'environment.json'}
+    assert names == checkpoints | {'args.yaml', 'summary.csv', 'environment.json', '.lock'}
     assert list(summary(run)[0]) == [
         'epoch', 'train_loss', 'train_ce', 'train_cc', 'eval_loss', 'eval_top1', 'eval_top5', 'eval_macro_top1', 'lr',
     ]  # fmt: skip
@@ -319,10 +320,13 @@ def test_real_folder_without_validation_part(words, place):
 
 
 def test_runs_that_begin_together_get_folders_of_their_own(place):
-    folders = {runs.create_folder(Path('output/train/same')) for _ in range(3)}
-    for folder in folders:
+    locks = [FolderLock() for _ in range(3)]
+    folders = {runs.create_folder(Path('output/train/same'), lock, named=False) for lock in locks}
+    assert len(folders) == 3
+    for lock, folder in zip(locks, list(folders), strict=True):
         (folder / 'args.yaml').touch()
-    assert runs.create_folder(Path('output/train/same')) not in folders
+        lock.release()
+    assert runs.create_folder(Path('output/train/same'), FolderLock(), named=False) not in folders
 
 
 def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):

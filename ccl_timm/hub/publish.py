@@ -23,7 +23,7 @@ from ccl_timm.hub import card
 from ccl_timm.hub_errors import check_repository_name, explained_push
 from ccl_timm.training import runs
 from ccl_timm.training.records import without_private, write_record
-from ccl_timm.training.trained import Trained, load_trained
+from ccl_timm.training.trained import Trained, check_outputs, load_trained
 
 __all__ = ['export', 'push', 'record', 'write_card']
 
@@ -58,19 +58,9 @@ def export(
     if form == 'onnx' and not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript')):
         raise UserError("ONNX needs two more packages: `pip install 'ccl-timm[onnx]'`.")
     trained = load_trained(source, use_ema)
-    _check_finite(trained, source)
+    check_outputs(trained)
     {'timm': _export_timm, 'onnx': _export_onnx}[form](trained, folder)
     return [folder / name for name in names]
-
-
-def _check_finite(trained: Trained, source: str | os.PathLike) -> None:
-    """Raise a UserError if a weight is no finite number: nobody can use such a model."""
-    for name, tensor in trained.model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"'{source}' cannot be given away: its tensor '{name}' has values that are not finite; training "
-                'diverged, train again with a smaller learning rate.'
-            )
 
 
 def _export_timm(trained: Trained, folder: Path) -> None:
@@ -141,7 +131,7 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
     settings = runs.read_args(run)
     if bool(settings.get('model_ema')) != use_ema:
         raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
-    _check_finite(trained, source)
+    check_outputs(trained)
     if weights:
         _export_timm(trained, folder)
     else:

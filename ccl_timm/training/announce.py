@@ -75,6 +75,12 @@ def _cautions(run: 'Run', counts: list[int]) -> Iterator[str]:
             f"loss '{args.loss}' compares the images of a batch, and sees {args.batch_size * args.world_size} at a "
             f'time, not the {global_batch(args)} of {args.grad_accum_steps} accumulated batches.'
         )
+    if run.scheduler is not None and args.warmup_epochs >= run.epochs and args.warmup_lr < args.lr:
+        highest = args.warmup_lr + (args.lr - args.warmup_lr) * (run.epochs - 1) / args.warmup_epochs
+        yield (
+            f'the warm-up takes {args.warmup_epochs} epochs, the run {run.epochs}: the learning rate ends near '
+            f'{highest:.2g} and does not reach {args.lr:g}; give a shorter --warmup-epochs.'
+        )
     batch = global_batch(args)
     if args.lr_batch and args.lr_batch != batch and not args.scale_lr:
         yield (
@@ -140,13 +146,19 @@ def say_end(run: 'Run') -> None:
 
 
 def warn_of_empty_terms(run: 'Run', share: dict[str, float]) -> None:
-    """A term over pairs of one class says nothing where no two images of one class meet."""
-    if run.said_no_pairs or not run.task.loss.batch_statistics or not getattr(run.task.loss, 'weight', 1.0):
+    """Warn, once, of a loss term that was zero in most batches of an epoch.
+
+    Args:
+        run: the run.
+        share: of the batches in which a term was zero, by name, 0..1.
+    """
+    loss = run.task.loss
+    if run.said_no_pairs or not loss.batch_statistics or not getattr(loss, 'weight', 1.0):
         return
     for name, zero in share.items():
         if name != 'loss' and zero > 0.5:
             run.said_no_pairs = True
-            warn(
-                f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches: no two images of one class met. "
-                'A larger --batch-size lets it work.'
-            )
+            reason = ' and had no effect there.'
+            if isinstance(loss, losses.CCLoss):  # the one whose term needs pairs
+                reason = ': no two images of one class met. A larger --batch-size or --samples-per-class 2 helps.'
+            warn(f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches{reason}")

@@ -36,6 +36,9 @@ def predict(
     Returns:
         For each image that can be read ``{'image', 'predictions': [{'class', 'index', 'probability'}]}``, in order;
         and those that cannot, with the reason. None is replaced by another.
+
+    Raises:
+        UserError: the model computes numbers that are not finite.
     """
     config = trained.data_config
     transform = timm.data.create_transform(**config, is_training=False)
@@ -47,6 +50,9 @@ def predict(
         if images:
             with torch.inference_mode():
                 probabilities = model(torch.stack(images).to(device)).float().softmax(-1).cpu()
+            finite = probabilities.isfinite().all(-1).tolist()
+            if not all(finite):
+                raise UserError(f"The model computes no finite numbers for '{names[finite.index(False)]}'.")
             results.extend(_ranked(trained, name, row, topk) for name, row in zip(names, probabilities, strict=True))
             images.clear()
             names.clear()

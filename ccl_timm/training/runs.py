@@ -4,11 +4,14 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Collection
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,16 @@ from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ccl_timm import plugins
+from ccl_timm.console import warn
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
 from ccl_timm.escape import csv_text
+from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.yaml_files import dump_yaml, read_yaml
 
 __all__ = [
     'best_row',
+    'check_intact',
     'check_same_data',
     'check_same_settings',
     'checkpoint_of',
@@ -42,6 +48,7 @@ __all__ = [
     'read_checkpoint',
     'read_environment',
     'read_summary',
+    'trim_summary',
     'whole_rows',
     'write_run_files',
     'write_whole',
@@ -55,48 +62,75 @@ _FREE = {
 }  # fmt: skip
 
 
-def plan_folder(args: argparse.Namespace, sources: dict[str, str], name: str) -> tuple[Path, Path | None]:
+def plan_folder(
+    args: argparse.Namespace, sources: dict[str, str], name: str, lock: FolderLock
+) -> tuple[Path, Path | None]:
     """Choose the run's folder and the checkpoint to go on from; creates nothing.
 
     Args:
         args: settings; ``output``, ``experiment``, ``resume`` are read.
         sources: where each setting is from: an experiment's name that only a recipe has gets a number when it is taken.
         name: default name of the folder, after a time stamp.
+        lock: locks the folder if the run in it goes on.
 
     Returns:
         The folder, and a checkpoint or None.
 
     Raises:
-        UserError: the folder holds a run already, or one of other settings, or there is nothing to go on from.
+        UserError: the folder holds a run already, or one of other settings, or one in use, or there is nothing to go on
+            from.
     """
-    output = Path(args.output or os.path.join('output', 'train'))
-    folder = output / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}')
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
+    folder = _named_folder(args, name)
+    checkpoint = None
     if args.resume and args.resume != 'auto':
         checkpoint = Path(args.resume)
         read_checkpoint(checkpoint)
-        if not args.experiment or not holds_run(folder):
-            return _free_folder(folder), checkpoint
-        if checkpoint.resolve().parent != folder.resolve():
-            raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
-        check_same_settings(args, folder)
-        return folder, checkpoint
-    if args.resume == 'auto' and not args.experiment:
-        raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
+        check_intact(checkpoint)
     if not holds_run(folder):
-        return folder, None
-    if args.resume == 'auto':
+        return folder, checkpoint
+    if checkpoint and args.experiment and checkpoint.resolve().parent != folder.resolve():
+        raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
+    if args.experiment and args.resume:
+        _lock(lock, folder)
         check_same_settings(args, folder)
-        return folder, newest_checkpoint(folder)
-    if args.experiment and sources.get('experiment') == 'typed':
+        return folder, checkpoint or newest_checkpoint(folder)
+    if is_named(args, sources):
         raise UserError(
             f"'{folder}' already holds a run: give --resume auto to go on with it, or another --experiment."
         )
-    return _free_folder(folder), None
+    return _free_folder(folder), checkpoint
+
+
+def _named_folder(args: argparse.Namespace, name: str) -> Path:
+    experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
+    output = args.output or os.path.join('output', 'train')
+    if Path(experiment).is_absolute() or {'..', '.'} & set(experiment.split(os.sep)) or '\0' in experiment + output:
+        raise UserError(
+            f'--experiment {experiment!r} must be a name of a folder below --output, such as resnet18-cc: '
+            'choose the place with --output.'
+        )
+    return Path(output, experiment)
+
+
+def is_named(args: argparse.Namespace, sources: dict[str, str]) -> bool:
+    """Whether the run must lie in the folder of its name, and in no other with a number added."""
+    return bool(args.experiment) and (args.resume == 'auto' or sources.get('experiment') == 'typed')
+
+
+def _lock(lock: FolderLock, folder: Path) -> None:
+    if not lock.take(folder):
+        raise UserError(
+            f"The run in '{folder}' is in use by another process: wait until that has ended, or give another "
+            '--experiment.'
+        )
 
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds (part of) a run."""
-    return (folder / 'args.yaml').exists() or (folder / 'summary.csv').exists()
+    names = ('args.yaml', 'summary.csv', 'environment.json')
+    return any((folder / name).exists() for name in names) or any(folder.glob('*.pth.tar'))
 
 
 def _free_folder(folder: Path) -> Path:
@@ -137,14 +171,34 @@ def _plain(value: Any) -> Any:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The readable checkpoint of the highest epoch: a kill while one is written must not lose the run."""
+    """The intact checkpoint of the highest epoch: neither a kill while one is written nor bit rot loses the run."""
     found = []
     for path in [folder / 'last.pth.tar', folder / 'tmp.pth.tar', *folder.glob('checkpoint-*.pth.tar')]:
         try:
             found.append((read_checkpoint(path)['epoch'], path.name == 'last.pth.tar', path))
         except UserError:
             continue
-    return max(found)[-1] if found else None
+    for *_, path in sorted(found, reverse=True):
+        try:
+            check_intact(path)
+        except UserError as error:
+            warn(f'{error} An older one is used.')
+            continue
+        return path
+    return None
+
+
+def check_intact(path: Path) -> None:
+    """Raise a UserError if a checkpoint's check sums do not agree with its content, which is read in full."""
+    if not zipfile.is_zipfile(path):
+        return  # written by an old torch, without check sums
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = _first_line(error)
+    if damaged:
+        raise UserError(f"'{path}' is damaged ({damaged}): take another checkpoint, or a copy of this one.")
 
 
 def continue_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
@@ -218,21 +272,74 @@ def read_args(folder: Path) -> dict[str, Any]:
     """The settings of a run.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none, or its args.yaml is damaged.
     """
     path = folder / 'args.yaml'
     if not path.is_file():
         raise UserError(f"'{folder}' has no args.yaml: it is not the folder of a run.")
-    return read_yaml(path)
+    settings = read_yaml(path)
+    if not isinstance(settings, dict) or not isinstance(settings.get('model'), str):
+        raise UserError(f"'{folder}' has an args.yaml that is not a run's: it does not name a model. Restore a copy.")
+    return settings
+
+
+def _parsed(path: Path, form: str, parse: Callable[[str], Any]) -> Any:
+    """What a file of a run says.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return parse(path.read_text(encoding='utf-8'))
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"'{path}' is not {form}: {_first_line(error)}. Restore a copy of it.") from error
 
 
 def read_summary(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's summary.csv, oldest first; empty where the run has none."""
+    """The rows of a run's summary.csv, oldest first; empty where the run has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / 'summary.csv'
-    if not path.is_file():
-        return []
-    with path.open(encoding='utf-8', newline='') as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return _parsed(path, 'a table of epochs', _numbers) if path.is_file() else []
+
+
+def _numbers(text: str) -> list[dict[str, float]]:
+    rows = []
+    lines = list(csv.DictReader(io.StringIO(text, newline='')))
+    for index, line in enumerate(lines):
+        try:
+            row = {key: float(value) for key, value in line.items() if value}
+            int(row['epoch'])
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            if index + 1 == len(lines) and not text.endswith('\n'):
+                break  # cut while it was written
+            raise ValueError(f'row {index + 1} is no epoch with its numbers') from error
+        rows.append(row)
+    return rows
+
+
+def trim_summary(folder: Path, epochs: int) -> None:
+    """Leave in a run's summary.csv one row for each of so many epochs: those after them will be run again.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / 'summary.csv'
+    if not read_summary(folder):
+        path.unlink(missing_ok=True)
+        return
+    with path.open(newline='', encoding='utf-8') as file:
+        reader = csv.DictReader(file)
+        rows = {int(float(row['epoch'])): row for row in reader if row['epoch'] and float(row['epoch']) < epochs}
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, reader.fieldnames)
+    writer.writeheader()
+    writer.writerows(rows.values())
+    write_whole(path, text.getvalue())
 
 
 def whole_rows(folder: Path) -> list[dict[str, float]]:
@@ -240,21 +347,25 @@ def whole_rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in read_summary(folder) if 'lr' in row]
 
 
+# of environment.json, what is read again
+_ENVIRONMENT = {'command': str, 'versions': dict, 'resumed': list, 'data_fingerprint': str}
+
+
 def read_environment(folder: Path) -> dict[str, Any]:
     """What a run was made with, from its environment.json; empty without one.
 
     Raises:
-        UserError: the file is no JSON object.
+        UserError: the file is damaged.
     """
     path = folder / 'environment.json'
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON: {error}.") from error
+    content = _parsed(path, 'JSON', json.loads)
     if not isinstance(content, dict):
-        raise UserError(f"'{path}' is not a run's: it holds no names and values.")
+        raise UserError(f"'{path}' is not a run's: it holds no names and values. Restore a copy of it.")
+    for name, kind in _ENVIRONMENT.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise UserError(f"'{path}' is not a run's: its {name} is {content[name]!r}. Restore a copy of it.")
     return content
 
 
@@ -287,22 +398,34 @@ def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:
         rows: of :func:`read_summary`.
         metric: the setting ``eval_metric``.
     """
-    measured = [row for row in rows if f'eval_{metric}' in row]
+    measured = [row for row in rows if math.isfinite(row.get(f'eval_{metric}', math.nan))]
     if not measured:
         return {}
     choose = min if metric == 'loss' else max  # of equal ones the first, as timm's saver does
     return choose(measured, key=lambda row: row[f'eval_{metric}'])
 
 
-def create_folder(folder: Path) -> Path:
-    """Create a new run's folder; if another run has taken the name meanwhile, the next free one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def create_folder(folder: Path, lock: FolderLock, named: bool) -> Path:
+    """Create a new run's folder and lock it; other files may lie there, but no run.
+
+    Args:
+        folder: from :func:`plan_folder`.
+        lock: that locks it.
+        named: as :func:`is_named` tells; else, if another run has taken the folder meanwhile, the next free name is
+            taken.
+
+    Raises:
+        UserError: another run has taken the folder meanwhile.
+    """
     while True:
-        try:
-            folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
+        folder.mkdir(parents=True, exist_ok=True)
+        if named:
+            _lock(lock, folder)
+        if (named or lock.take(folder)) and not holds_run(folder):
             return folder
-        except FileExistsError:
-            folder = _free_folder(folder)
+        if named:
+            raise UserError(f"'{folder}' was filled by another run meanwhile: give --resume auto to go on with that.")
+        folder = _free_folder(folder)
 
 
 _CHANGED = {
@@ -354,14 +477,14 @@ def write_run_files(
         held_out: with a held-out share, the name and part of each training image, for split.csv.
         continues: the run goes on: what it began with stays.
     """
-    record = folder / 'environment.json'
-    if continues and record.exists():
-        information = _continued(json.loads(record.read_text(encoding='utf-8')), information)
+    before = read_environment(folder) if continues else {}
+    if before:
+        information = _continued(before, information)
     else:
         information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
         write_whole(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
-    write_whole(record, json.dumps(information, indent=2) + '\n')
+    write_whole(folder / 'environment.json', json.dumps(information, indent=2) + '\n')
     if held_out:
         text = io.StringIO(newline='')
         rows = [('file', 'part'), *held_out]

@@ -50,6 +50,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / 'tensorboard'))
+        writer.add_text('settings', '\n'.join(f'    {name}: {value}' for name, value in _plain(args).items()))
         self._log = lambda numbers, epoch: [writer.add_scalar(name, v, epoch) for name, v in numbers.items()]
         self._finish = writer.close
 
@@ -70,4 +71,8 @@ class Tracker:
 
 
 def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if isinstance(value, (bool, int, float, str, list))}
+    """The settings that are plain values; those of a dict by their own names, such as ``loss_kwargs.scale``."""
+    flat = {}
+    for key, value in vars(args).items():
+        flat |= {f'{key}.{name}': own for name, own in value.items()} if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in flat.items() if isinstance(value, (bool, int, float, str, list, tuple))}

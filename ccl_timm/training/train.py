@@ -2,10 +2,15 @@
 
 import argparse
 import contextlib
+import copy
+import errno
 import functools
+import math
 import os
+import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import (
     CheckpointSaver,
@@ -27,7 +32,6 @@ from timm.utils import (
     reduce_tensor,
     update_summary,
 )
-from timm.utils.summary import trim_summary
 
 from ccl_timm.console import Progress, is_primary, say
 from ccl_timm.data import datasets
@@ -37,6 +41,8 @@ from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
 from ccl_timm.training import options, runs, settings
 from ccl_timm.training.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
+from ccl_timm.training.folder_lock import FolderLock
+from ccl_timm.training.interrupts import Stopped, stopped_by_signals, uninterrupted
 from ccl_timm.training.origin import origin
 from ccl_timm.training.trackers import Tracker
 from ccl_timm.training.trained import build_model
@@ -44,6 +50,7 @@ from ccl_timm.training.validate import evaluate, pick_device
 
 __all__ = ['Run', 'main', 'set_up', 'take_step', 'train']
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WARM_STEPS = 3  # the first steps are slow and say nothing about the finishing time
 _TIMED_STEPS = 20
 
@@ -86,6 +93,10 @@ class Run:
     def metric(self) -> str:
         return self.args.eval_metric if self.loader_eval is not None else 'loss'
 
+    def is_measured(self, epoch: int) -> bool:
+        """Whether the model is validated and saved after an epoch."""
+        return (epoch + 1) % self.args.val_interval == 0 or epoch + 1 == self.epochs
+
     @property
     def updates_per_epoch(self) -> int:
         return -(-len(self.loader) // self.args.grad_accum_steps)
@@ -116,29 +127,23 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     """
     settings.check_settings(args)
     given = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
-    folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model))
-    continues = runs.holds_run(folder)
-    try:
-        run, splits = set_up(args, sources, folder, checkpoint)
-        say_choices(run, splits, sources)
-        if is_primary():
-            run.folder = folder if continues else runs.create_folder(folder)
-            given |= {'num_classes': args.num_classes, 'class_names': args.class_names, 'class_map': args.class_map}
-            information = {**runs.environment(argv, args.device, splits.fingerprint), 'origin': origin(given)}
-            runs.write_run_files(run.folder, given, information, splits.held_out, continues)
-            _start_saver(run, checkpoint, continues)
-        _fit(run)
-        if run.tracker is not None:
-            run.tracker.finish()
-    except KeyboardInterrupt:
-        say('stopped by hand')
-        raise
-    except RuntimeError as error:
-        _explain_memory(error, args)
-        raise
-    finally:
-        if getattr(args, 'distributed', False):
-            torch.distributed.destroy_process_group()
+    with stopped_by_signals(), FolderLock() as lock:
+        folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model), lock)
+        continues = lock.folder is not None
+        with _explained(args, folder):
+            run, splits = set_up(args, sources, folder, checkpoint)
+            say_choices(run, splits, sources)
+            if is_primary():
+                run.folder = folder if continues else runs.create_folder(folder, lock, runs.is_named(args, sources))
+                given |= {'num_classes': args.num_classes, 'class_names': args.class_names, 'class_map': args.class_map}
+                information = {**runs.environment(argv, args.device, splits.fingerprint), 'origin': origin(given)}
+                runs.write_run_files(run.folder, given, information, splits.held_out, continues)
+                _start_saver(run, checkpoint, continues)
+            _fit(run)
+            if run.tracker is not None:
+                run.tracker.finish()
+    if getattr(args, 'distributed', False):  # not after an error, which this process says before it lets go of others
+        torch.distributed.destroy_process_group()
     say_end(run)
     return run.folder
 
@@ -199,6 +204,8 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     size = 'x'.join(map(str, data_config['input_size']))
     with settings.explained(f"'{args.model}' with loss '{args.loss}' cannot take images of {size}"):
         task.try_once(data_config['input_size'], soft_classes=args.num_classes if mixes(args) else 0)
+    if args.batch_size == 1:
+        _check_batch_of_one(args, model, data_config['input_size'])
     with settings.explained('The settings of data and augmentation do not work'):
         loader, loader_eval = make_loaders(args, device, data_config, splits)
     args.lr = settings.learning_rate(args)
@@ -216,9 +223,17 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     if args.distributed:
         task.prepare_distributed(device_ids=[device])
     with settings.explained(f"The settings of the schedule '{args.sched}' do not work"):
-        _schedule(run)
+        _schedule(run, checkpoint)
     task.tell_steps(run.start_epoch * run.updates_per_epoch)
     return run
+
+
+def _check_batch_of_one(args: argparse.Namespace, model: torch.nn.Module, size: tuple[int, int, int]) -> None:
+    """Raise a UserError if the model cannot be trained on one image at a time, as some batch normalisation cannot."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), torch.no_grad():
+        with settings.explained(f"'{args.model}' cannot be trained with --batch-size 1, give 2 or more"):
+            copy.deepcopy(model).train()(torch.randn(1, *size, device=device))
 
 
 def _resume(run: Run, checkpoint: Path | None) -> None:
@@ -237,18 +252,35 @@ def _resume(run: Run, checkpoint: Path | None) -> None:
         raise UserError(f"'{checkpoint}' does not fit this model, loss and optimizer: {reason}") from error
 
 
-def _schedule(run: Run) -> None:
+def _schedule(run: Run, checkpoint: Path | None) -> None:
     args = run.args
     run.scheduler, run.epochs = create_scheduler_v2(
         run.optimizer,
         **scheduler_kwargs(args, decreasing_metric=run.metric == 'loss'),
         updates_per_epoch=run.updates_per_epoch,
     )
-    if run.start_epoch and run.scheduler is not None:
-        if args.sched_on_updates:
-            run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
-        else:
-            run.scheduler.step(run.start_epoch)
+    if not run.start_epoch or run.scheduler is None:
+        return
+    if isinstance(run.scheduler, PlateauLRScheduler):
+        _repeat_plateau(run, checkpoint)
+    elif args.sched_on_updates:
+        run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
+    else:
+        run.scheduler.step(run.start_epoch)
+
+
+def _repeat_plateau(run: Run, checkpoint: Path) -> None:
+    """Show the schedule the metrics of all epochs again: its state is in no checkpoint."""
+    name = f'{"train" if run.loader_eval is None else "eval"}_{run.metric}'
+    rows = runs.whole_rows(runs.folder_of(checkpoint))
+    metrics = {int(row['epoch']): row[name] for row in rows if name in row}
+    for epoch in range(run.start_epoch):
+        if run.is_measured(epoch) and epoch not in metrics:
+            raise UserError(
+                f"--sched plateau goes on by the summary.csv beside '{checkpoint}', which has no {name} of epoch "
+                f'{epoch + 1}: restore a copy of it, or give another --sched.'
+            )
+        run.scheduler.step(epoch + 1, metrics.get(epoch) if run.is_measured(epoch) else None)
 
 
 def _start_saver(run: Run, checkpoint: Path | None, continues: bool) -> None:
@@ -267,7 +299,7 @@ def _start_saver(run: Run, checkpoint: Path | None, continues: bool) -> None:
         if checkpoint:
             runs.continue_saver(run.saver, checkpoint)
             run.best = (run.saver.best_metric, run.saver.best_epoch)
-            trim_summary(str(run.folder / 'summary.csv'), run.start_epoch)
+            runs.trim_summary(run.folder, run.start_epoch)
         else:
             (run.folder / 'summary.csv').unlink(missing_ok=True)
     run.tracker = Tracker('wandb' if run.args.log_wandb else run.args.tracker, run.folder, run.args)
@@ -288,13 +320,14 @@ def _fit(run: Run) -> None:
         train_metrics = _train_epoch(run, epoch)
         if args.distributed and args.dist_bn:
             distribute_bn(run.task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
-        eval_metrics = None
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.epochs:
-            eval_metrics = _validate(run)
-            _record(run, epoch, train_metrics, eval_metrics)
+        eval_metrics = metric = None
+        if run.is_measured(epoch):
+            eval_metrics = _validate(run, epoch)
+            metric = (eval_metrics or train_metrics)[run.metric]
+            with uninterrupted():
+                _record(run, epoch, train_metrics, eval_metrics)
         say_epoch(run, epoch, train_metrics, eval_metrics, time.perf_counter() - started)
         if run.scheduler is not None:
-            metric = (eval_metrics or train_metrics).get(run.metric) if run.loader_eval is not None else None
             run.scheduler.step(epoch + 1, metric)
 
 
@@ -367,7 +400,7 @@ def _backward(run: Run, loss: torch.Tensor, update: bool) -> None:
         run.optimizer.step()
 
 
-def _validate(run: Run) -> dict[str, float] | None:
+def _validate(run: Run, epoch: int) -> dict[str, float] | None:
     if run.loader_eval is None:
         return None
     args = run.args
@@ -377,6 +410,7 @@ def _validate(run: Run) -> dict[str, float] | None:
         if args.distributed and args.dist_bn:
             distribute_bn(run.task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
         metrics = evaluate(run.task.get_eval_model(ema=True), *shared, 'validation (EMA)', args.log_interval).metrics
+    _check_finite(run, epoch, metrics['loss'], 'validation loss')
     return metrics
 
 
@@ -402,10 +436,10 @@ def _learning_rate(run: Run) -> float:
     return sum(rates) / len(rates)
 
 
-def _check_finite(run: Run, epoch: int, loss: float) -> None:
-    if loss - loss != 0:  # true for infinity and not-a-number
+def _check_finite(run: Run, epoch: int, loss: float, name: str = 'loss') -> None:
+    if not math.isfinite(loss):
         raise UserError(
-            f'The loss became {loss} in epoch {epoch + 1}: lower the learning rate (now {_learning_rate(run):.3g}) '
+            f'The {name} became {loss} in epoch {epoch + 1}: lower the learning rate (now {_learning_rate(run):.3g}) '
             f'or clip gradients with --clip-grad 1. Checkpoints of earlier epochs are in {run.folder}.'
         )
 
@@ -441,10 +475,35 @@ def _has_lost_patience(run: Run, epoch: int) -> bool:
     return over
 
 
-def _explain_memory(error: RuntimeError, args: argparse.Namespace) -> None:
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        raise UserError(
+@contextlib.contextmanager
+def _explained(args: argparse.Namespace, folder: Path) -> Iterator[None]:
+    """Say why a run ends, where neither the settings nor this package are to blame."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        say(f'stopped by {stop}' if isinstance(stop, Stopped) else 'stopped by hand')
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = _reason(error, args, folder)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
+
+
+def _reason(error: OSError | RuntimeError, args: argparse.Namespace, folder: Path) -> str | None:
+    text = str(error)
+    go_on = f'--resume auto goes on with the checkpoints in {folder}' if args.experiment else f'checkpoints: {folder}'
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
             f'Out of memory on {args.device} with batches of {args.batch_size}: give --batch-size '
             f'{max(1, args.batch_size // 2)} --grad-accum-steps {2 * args.grad_accum_steps}; --amp, '
             '--grad-checkpointing and a smaller --img-size help too.'
-        ) from error
+        )
+    if getattr(error, 'errno', None) in _NO_SPACE or 'inline_container' in text or 'PytorchStreamWriter' in text:
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        return f"'{folder}' cannot be written, with {free / 1e6:,.0f} MB free on its disk: make room. {go_on}."
+    if 'DataLoader worker' in text:
+        return f'A process that reads images was killed, perhaps for lack of memory: give fewer --workers. {go_on}.'
+    if isinstance(error, torch.distributed.DistError) or 'gloo' in text:
+        return f'Another process of this run has ended, or cannot be reached. {go_on}.'
+    return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm.data
 import timm.models
+import torch
 from timm.models import resolve_model_input_args
 from torch import nn
 
@@ -14,7 +15,7 @@ from ccl_timm import models
 from ccl_timm.errors import UserError
 from ccl_timm.training import runs
 
-__all__ = ['Trained', 'build_model', 'load_trained']
+__all__ = ['Trained', 'build_model', 'check_outputs', 'load_trained']
 
 
 @dataclass
@@ -99,12 +100,14 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
         return _load_exported(f'local-dir:{path}')
     checkpoint_file = runs.checkpoint_of(path)
     checkpoint = runs.read_checkpoint(checkpoint_file)
+    runs.check_intact(checkpoint_file)
     settings = _settings_of(checkpoint, checkpoint_file)
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f"'{checkpoint_file}' has no moving average: it was trained without --model-ema.")
     model = build_model(settings)
     model.load_state_dict(timm.models.clean_state_dict(checkpoint[key]))
+    _check_finite(model, checkpoint_file)
     config = timm.data.resolve_data_config(settings, model=model)
     names = settings.get('class_names')
     return Trained(settings['model'], model.eval(), config, names, settings, checkpoint['epoch'], use_ema)
@@ -119,6 +122,27 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _load_exported(name: str) -> Trained:
     model = models.create_model(name, pretrained=True).eval()
+    _check_finite(model, name)
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get('label_names')
     return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})
+
+
+def _check_finite(model: nn.Module, source: str | os.PathLike) -> None:
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"'{source}' has weights that are not finite numbers, such as '{name}': its training diverged. Take "
+                'another checkpoint.'
+            )
+
+
+@torch.inference_mode()
+def check_outputs(trained: Trained) -> None:
+    """Raise a UserError unless a model computes finite logits of a random image."""
+    images = torch.randn(1, *trained.data_config['input_size'])
+    if not torch.isfinite(trained.model(images)).all():
+        raise UserError(
+            f"'{trained.name}' computes logits that are not finite numbers: its training diverged. Take another "
+            'checkpoint.'
+        )

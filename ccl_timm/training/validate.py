@@ -140,6 +140,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     say(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
     found = evaluate(model, loader, device)
     metrics = found.metrics
+    if not math.isfinite(metrics['loss']):
+        raise UserError(f"The model's loss on this data is {metrics['loss']}: its accuracy would mean nothing.")
     say(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
     if found.unreadable:
         warn(f'{found.unreadable} images could not be read, and are in none of these figures')
@@ -178,7 +180,7 @@ def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
 def _check_record(args: argparse.Namespace, trained: Trained) -> None:
     """Raise a UserError unless figures can be kept with the run that they are of."""
     folder = _run_folder(args)
-    if trained.epoch is None or not runs.holds_run(folder):
+    if trained.epoch is None or not (folder / 'args.yaml').is_file():
         raise UserError(f"--record keeps figures with a run, which '{folder}' is not: name a run's folder.")
     if args.split is None or args.data_dir is not None or args.dataset is not None:
         raise UserError("--record keeps figures of a part of the run's own data: name it with --split alone.")
