@@ -4,8 +4,9 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ['Stopped', 'stopped_by_signals', 'uninterrupted']
+__all__ = ['Stopped', 'WholeBatches', 'stopped_by_signals', 'uninterrupted']
 
 _SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
@@ -46,19 +47,51 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay ^C and what :func:`stopped_by_signals` handles until the block is done."""
+    """Delay ^C and what :func:`stopped_by_signals` handles until the block is done; a second signal is not delayed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *_SIGNALS)}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def restore():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def delay(number, frame):
+        came.append(number)
+        restore()
+
     for number in handlers:
-        signal.signal(number, lambda number, frame: came.append(number))
+        signal.signal(number, delay)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if not came:
+            restore()
     if came:
         signal.raise_signal(came[0])
+
+
+class WholeBatches:
+    """A loader whose batches are :func:`uninterrupted`: a worker cut short while it hands one over prints a traceback.
+
+    Args:
+        loader: has a length.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            with uninterrupted():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch

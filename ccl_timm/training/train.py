@@ -42,7 +42,7 @@ from ccl_timm.task import LossTask, create_task
 from ccl_timm.training import options, runs, settings
 from ccl_timm.training.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
 from ccl_timm.training.folder_lock import FolderLock
-from ccl_timm.training.interrupts import Stopped, stopped_by_signals, uninterrupted
+from ccl_timm.training.interrupts import Stopped, WholeBatches, stopped_by_signals, uninterrupted
 from ccl_timm.training.origin import origin
 from ccl_timm.training.trackers import Tracker
 from ccl_timm.training.trained import build_model
@@ -338,7 +338,7 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     zeros: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
     batches = len(run.loader)
-    progress = Progress(run.loader, f'epoch {epoch + 1}/{run.epochs}', args.log_interval)
+    progress = Progress(WholeBatches(run.loader), f'epoch {epoch + 1}/{run.epochs}', args.log_interval)
     started = (time.perf_counter(), 0.0)
     for index, (images, target) in enumerate(progress):
         result = take_step(run, epoch, index, images, target)

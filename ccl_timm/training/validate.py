@@ -21,6 +21,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.escape import csv_text
 from ccl_timm.flags import COUNT, WORKERS, Parser
 from ccl_timm.training import parts, retrieval, runs
+from ccl_timm.training.interrupts import WholeBatches
 from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
@@ -78,7 +79,7 @@ def evaluate(
     evaluator, confusion = ClassificationEvaluator(device), None
     left = evaluation_sample_limit(loader)  # of this process, without padding
     counts = torch.zeros(1, device=device)
-    for images, target in Progress(loader, label, log_interval):
+    for images, target in Progress(WholeBatches(loader), label, log_interval):
         with autocast():
             logits = model(images.contiguous(memory_format=memory_format))
         if left is not None:
