@@ -205,7 +205,7 @@ def _run_with_loss(path: Path, own: argparse.Namespace) -> None:
 
         def __init__(self, model, criterion=None, criterion_kwargs=None, device=None, dtype=None, verbose=True):
             super().__init__(model, own.loss, device=device, dtype=dtype, verbose=verbose, **spec)
-            self._told_steps = True  # timm's scripts call update_ema after each step, EMA or not
+            self.follow_timm_script()
             built.append(self)
             if verbose:
                 say(f"loss '{own.loss}' {spec or ''} on {type(model.get_classifier()).__name__}")

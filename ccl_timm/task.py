@@ -1,9 +1,11 @@
 """One trainable module of a model and a loss, in the form that timm's training scripts drive."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import group_parameters
+from timm.models import group_parameters, is_model
 from timm.models._input import get_model_input_config
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -63,6 +65,22 @@ def channels_first(model: nn.Module, feature_map: Tensor) -> Tensor:
     return feature_map.permute(0, 3, 1, 2) if channels_last else feature_map
 
 
+def _name_of(model: nn.Module) -> str:
+    return getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+
+
+def _require_timm_model(model: nn.Module, name: str) -> None:
+    missing = [
+        method for method in ('forward_features', 'forward_head', 'get_classifier') if not hasattr(model, method)
+    ]
+    if missing:
+        raise UserError(
+            f"'{name}' is no timm model: it has no {', '.join(missing)}. Use ccl_timm.create_model, or a head and a loss "
+            f'without a task: head = ccl_timm.heads.{HEADS["cam"].__name__}(num_features, num_classes), and '
+            "ccl_timm.create_loss('cc')(head.outputs(pooled), target) in your own loop."
+        )
+
+
 @torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
@@ -74,10 +92,11 @@ def probe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> d
         input_size: channels, height and width of the image; default the model's own.
 
     Raises:
-        UserError: ``model(x)`` is not one tensor equal to what timm's three calls (forward_features, forward_head with
-            ``pre_logits=True``, get_classifier) give one after another.
+        UserError: the model lacks one of timm's three calls (forward_features, forward_head with ``pre_logits=True``,
+            get_classifier), or ``model(x)`` is not one tensor equal to what they give one after another.
     """
-    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+    name = _name_of(model)
+    _require_timm_model(model, name)
     parameter = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -141,7 +160,7 @@ def _facts(available: dict[str, Tensor]) -> dict[str, int]:
 
 def _check_fit(model: nn.Module, loss: Loss, loss_name: str, available: dict[str, Tensor]) -> None:
     missing = [name for name in loss.reads if name not in available]
-    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+    name = _name_of(model)
     if 'feature_map' in loss.reads and available['feature_map'].ndim != 4:
         raise UserError(
             f"loss '{loss_name}' reads a feature map (N, C, H, W); that of {name} is "
@@ -152,14 +171,18 @@ def _check_fit(model: nn.Module, loss: Loss, loss_name: str, available: dict[str
     kind = type(model.get_classifier()).__name__
     kind = 'a linear classifier' if kind in ('Linear', 'NormLinear') else f'the head {kind}'
     backbone = next((name.removesuffix(f'_{head}') for head in HEADS if name.endswith(f'_{head}')), name)
-    way_out = f'use {backbone}_{loss.head}' if loss.head else 'use a model whose head gives it out'
-    raise UserError(f"loss '{loss_name}' reads {' and '.join(missing)}; {name} has {kind}: {way_out}.")
+    fits = loss.head in HEADS and is_model(backbone)  # a plug-in's loss may name a head that only its own models have
+    remedy = f'use {backbone}_{loss.head}' if fits else 'use a model whose head gives it out'
+    raise UserError(f"loss '{loss_name}' reads {' and '.join(missing)}; {name} has {kind}: {remedy}.")
 
 
 class ModelWithLoss(nn.Module):
     """A model and its loss as one module, so that DDP, compile, the optimizer and EMA see both.
 
     ``forward(input, target)`` returns ``loss`` (scalar), ``output`` (logits (N, K)) and the detached named terms.
+
+    Buffers, int64 scalars, so that every trainer saves them and torch.compile traces them: ``epoch`` (0-based),
+    ``batches`` trained in it so far, ``step``, optimizer steps taken.
     """
 
     def __init__(self, model: nn.Module, loss: Loss):
@@ -167,10 +190,13 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.reads_feature_map = 'feature_map' in loss.reads
-        self.epoch = 0
-        self.step = 0
-        self.trained = False  # since the epoch began
+        device = next(model.parameters()).device
+        for name in _COUNTERS:
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        self.register_load_state_dict_pre_hook(_keep_missing_counters)
         self.detects_epochs = True
+        self.min_batches = 2  # of an epoch that train() ends: some trainers call it in every step
+        self._mode: bool | None = None  # that train() was last called with
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         feature_map = self.model.forward_features(input)
@@ -185,20 +211,43 @@ class ModelWithLoss(nn.Module):
         return result | {name: term.detach() for name, term in terms.items() if name not in result}
 
     def train(self, mode: bool = True) -> 'ModelWithLoss':
-        """Set the mode; entering training after at least one training step begins the next epoch."""
+        """Set the mode; entering training after an epoch's batches begins the next epoch, see :class:`LossTask`."""
         super().train(mode)
-        if mode and self.trained and self.detects_epochs:
-            self.begin_epoch(self.epoch + 1)
+        self._mode = mode
+        if mode and self.detects_epochs and (batches := int(self.batches)):
+            if batches >= self.min_batches:
+                self.begin_epoch(int(self.epoch) + 1)
+            else:
+                self._stop_detecting('train() was called after a single batch')
         return self
+
+    def count_batch(self, count_step: bool) -> None:
+        """A batch has been trained, and so, with ``count_step``, an optimizer step."""
+        self.batches += 1
+        if count_step:
+            self.set_step(self.step + 1)
+        if self.detects_epochs and self._mode is not True and not torch.compiler.is_compiling():
+            self._stop_detecting('batches are trained though train() was not called before')
+
+    def _stop_detecting(self, why: str) -> None:
+        self.detects_epochs = False
+        if self.loss.needs_epochs:
+            warnings.warn(
+                f'{type(self.loss).__name__} depends on the epoch, and this training loop does not announce epochs '
+                f'({why}): call task.set_epoch(epoch) at the start of each, or add the callback for your trainer from '
+                'ccl_timm.integrations. Until then the loss stays in this epoch.',
+                stacklevel=3,
+            )
 
     def begin_epoch(self, epoch: int) -> None:
         """Tell the loss that an epoch (0-based) begins."""
-        self.epoch, self.trained = epoch, False
+        self.epoch.fill_(epoch)
+        self.batches.zero_()
         self.loss.set_epoch(epoch)
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int | Tensor) -> None:
         """Tell the loss how many optimizer steps have been taken."""
-        self.step = step
+        self.step.fill_(step)
         self.loss.set_step(step)
 
     def no_weight_decay(self) -> set[str]:
@@ -215,6 +264,15 @@ class ModelWithLoss(nn.Module):
         return lambda name: layers.get(name.removeprefix('model.'), last)
 
 
+_COUNTERS = ('epoch', 'batches', 'step')
+
+
+def _keep_missing_counters(module: ModelWithLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """State dicts of older versions have no counters."""
+    for name in _COUNTERS:
+        state_dict.setdefault(f'{prefix}{name}', getattr(module, name))
+
+
 class _WithFeatureMap:
     """A head's outputs plus the feature map."""
 
@@ -229,9 +287,17 @@ class _WithFeatureMap:
 class LossTask(TrainingTask):
     """timm's TrainingTask for a model and one of our losses. See :func:`create_task` for the arguments.
 
-    Counts epochs and optimizer steps for losses with a schedule: epochs when a script puts the trainable module into
-    training mode again, or as told by :meth:`set_epoch`; steps as :meth:`update_ema` is told them, which timm's
-    scripts call after each, EMA or not, and by forward calls in a loop that does not.
+    Counts epochs and optimizer steps for losses with a schedule, in buffers that ``state_dict`` holds.
+
+    Epochs are those of :meth:`set_epoch`. Without it, one begins when ``train()`` is called, as timm's scripts do,
+    after two training batches or more. Where ``train()`` is called at every step (Hugging Face's Trainer) or never
+    (Lightning), epochs are not counted, and a loss that depends on them warns once. A loop that evaluates and calls
+    ``train()`` within an epoch must call :meth:`set_epoch`.
+
+    Steps are those of :meth:`update_ema`, which timm's scripts call after each optimizer step, EMA or not, or
+    of :meth:`tell_steps`. Without either, each training batch is one: call one of them where gradients accumulate.
+
+    ``ccl_timm.integrations`` has callbacks that do both for Hugging Face's Trainer and for Lightning.
     """
 
     def __init__(
@@ -257,6 +323,8 @@ class LossTask(TrainingTask):
         scale = getattr(model.get_classifier(), 'scale', None)
         if isinstance(scale, Tensor) and hasattr(loss, 'scale'):
             scale.fill_(loss.scale)
+        if caution := loss.caution(available['logits'].shape[1]):
+            warnings.warn(f'{type(loss).__name__}: {caution}', stacklevel=2)
         self.trainable_module = ModelWithLoss(model, loss.to(device))
         self._told_steps = False
 
@@ -281,9 +349,7 @@ class LossTask(TrainingTask):
         result = self.trainable_module(input, target)
         bare = self._bare()
         if bare.training:
-            bare.trained = True
-            if not self._told_steps:
-                bare.set_step(bare.step + 1)
+            bare.count_batch(count_step=not self._told_steps)
         return result
 
     def update_ema(self, step: int | None = None) -> None:
@@ -296,6 +362,24 @@ class LossTask(TrainingTask):
         """Tell that ``step`` optimizer steps have been taken, and that further ones will be told by update_ema."""
         self._told_steps = True
         self._bare().set_step(step)
+
+    def follow_timm_script(self) -> None:
+        """Rely on what timm's scripts do: ``train()`` once an epoch, however short, and update_ema after each step."""
+        self._told_steps = True
+        self._bare().min_batches = 1
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's parameters without weight decay, by their names in the task."""
+        return {self._prefix() + name for name in self._bare().no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], Any] | dict[str, Any]:
+        """The model's layer groups, for parameters by their names in the task."""
+        matcher, prefix = self._bare().group_matcher(coarse), self._prefix()
+        return (lambda name: matcher(name.removeprefix(prefix))) if callable(matcher) else matcher
+
+    def _prefix(self) -> str:
+        bare = self._bare()
+        return next(name for name, module in self.named_modules() if module is bare) + '.'
 
     @torch.no_grad()
     def try_once(self, input_size: tuple[int, int, int], soft_classes: int = 0) -> None:
@@ -315,10 +399,14 @@ class LossTask(TrainingTask):
                 module.training = training
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell that an epoch (0-based) begins; from then on epochs are no longer detected."""
+        """Tell that an epoch (0-based) begins; from then on epochs are no longer detected.
+
+        In an epoch that has begun already, as after a resumption within it, this changes nothing.
+        """
         bare = self._bare()
         bare.detects_epochs = False
-        bare.begin_epoch(epoch)
+        if bare.epoch != epoch or bare.batches == 0:
+            bare.begin_epoch(epoch)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'LossTask':
         """Wrap the trainable module in DistributedDataParallel, which takes no device ids on the CPU."""
@@ -350,8 +438,7 @@ class LossTask(TrainingTask):
         if module is None and self.get_trainable_module(ema=ema) is None:
             return {}
         bare = self._bare(module, ema)
-        counters = {'epoch': bare.epoch, 'step': bare.step, 'trained': bare.trained}
-        return {'loss': bare.loss.state_dict(), **counters}
+        return {'loss': bare.loss.state_dict(), **{name: int(getattr(bare, name)) for name in _COUNTERS}}
 
     def load_task_state(
         self,
@@ -365,5 +452,6 @@ class LossTask(TrainingTask):
             return
         bare = self._bare(module, ema)
         bare.loss.load_state_dict(state.get('loss', {}), strict=strict)
-        bare.epoch, bare.step = state.get('epoch', 0), state.get('step', 0)
-        bare.trained = state.get('trained', False)
+        older = {'batches': bare.min_batches * state.get('trained', False)}
+        for name in _COUNTERS:
+            getattr(bare, name).fill_({**older, **state}.get(name, 0))

@@ -150,3 +150,111 @@ def test_asoftmax_cosine_beyond_one():
         return loss(SimpleNamespace(cosine=cosine, features=features), torch.tensor([0])).item()
 
     assert value(1 + 1e-6) == pytest.approx(value(1.0), rel=1e-9, abs=0)
+
+
+# --- class weights ----------------------------------------------------------------------------------------------------
+
+WEIGHED = {'cc': {'weight': 0.0}, 'center': {'weight': 0.0}, 'cot': {}}
+
+
+@pytest.mark.parametrize('name', WEIGHED)
+def test_a_batch_of_classes_without_weight_has_no_cross_entropy(name):
+    loss = build(name, 3, dtype=torch.float32, smoothing=0.1, class_weight=[1.0, 0.0, 1.0], **WEIGHED[name])
+    outputs = make_outputs(loss, 2, 3, dtype=torch.float32)
+    value = loss(outputs, torch.tensor([1, 1]))
+    value.backward()
+    assert value == 0
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in outputs.leaves.values())
+    outputs.logits = torch.full((2, 3), math.nan)
+    assert loss(outputs, torch.tensor([1, 1])).isnan()
+
+
+@pytest.mark.parametrize('weights', [[1.0, 2.0, 0.5, 0.1, 3.0], [1.0, 0.0, 1.0, 0.0, 0.0]])
+def test_class_weights_mean_the_same_for_indices_and_one_hot_rows(weights):
+    outputs, target = make_outputs(('logits',)), make_target()
+    values, gradients = [], []
+    for each in (target, F.one_hot(target, 5).double()):
+        value = losses.cross_entropy(outputs.logits, each, class_weight=torch.tensor(weights))
+        values.append(value)
+        gradients.append(torch.autograd.grad(value, outputs.leaves['logits'])[0])
+    expected = F.cross_entropy(outputs.logits, target, torch.tensor(weights).double())
+    torch.testing.assert_close(values, [expected, expected], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-15)
+
+
+def test_class_weights_of_mixed_targets_are_those_of_the_parts():
+    """Equal to indices where every sample stands once for each class, with its share as its weight."""
+    outputs, soft = make_outputs(('logits',)), make_target(soft=True)
+    weights = torch.tensor([1.0, 2.0, 0.5, 0.1, 3.0]).double()
+    shares = soft * weights
+    expected = -(shares * outputs.logits.log_softmax(1)).sum() / shares.sum()
+    torch.testing.assert_close(losses.cross_entropy(outputs.logits, soft, class_weight=weights), expected)
+
+
+# --- overflow ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('size', [1e15, 1e20, 1e30])
+@pytest.mark.parametrize('name', ['asoftmax', 'ical', 'fical'])
+def test_features_whose_square_overflows_are_finite(name, size):
+    drawn = make_outputs(name, dtype=torch.float32, change=lambda drawn: drawn['features'].mul_(size))
+    cosine = F.normalize(drawn.features.detach().double(), dim=1).float() @ drawn.weight.detach().T
+    features = drawn.features.detach().requires_grad_()
+    outputs = SimpleNamespace(features=features, cosine=cosine, weight=drawn.weight)
+    exact = SimpleNamespace(features=features.detach().double(), cosine=cosine.double(), weight=drawn.weight.double())
+    value = build(name, dtype=torch.float32)(outputs, make_target())
+    value.backward()
+    assert value.item() == pytest.approx(build(name)(exact, make_target()).item(), rel=1e-4)
+    assert features.grad.isfinite().all()
+
+
+BAD = {'huge': 1e25, 'inf': math.inf, 'nan': math.nan}
+
+
+@pytest.mark.parametrize('bad', BAD)
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [('nac', {}), ('nac', {'norm': 'logits'}), ('pod', {}), ('center', {}), ('fical', {'momentum': 0.9})],
+    ids=str,
+)
+def test_an_overflowing_batch_leaves_a_finite_state(name, options, bad):
+    """Such batches come with float16: the optimizer skips them, and so must the state."""
+    loss = build(name, dtype=torch.float32, **options)
+    for factor in (1.0, BAD[bad], 1.0):
+        outputs = make_outputs(loss, dtype=torch.float32)
+        read = {key: getattr(outputs, key).detach().clone() for key in loss.reads}
+        for key in read.keys() & {'features', 'logits'}:
+            read[key] *= factor
+        value = loss(SimpleNamespace(**{k: v.requires_grad_() for k, v in read.items()}), make_target())
+        if math.isnan(factor):
+            assert value.isnan()
+        assert all(tensor.isfinite().all() for tensor in loss.state_dict().values())
+    loss.set_epoch(1)
+    assert all(tensor.isfinite().all() for tensor in loss.state_dict().values())
+
+
+# --- margins by the number of classes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('name', 'num_classes', 'scale'),
+    [('arcface', 10, 16), ('arcface', 196, 24), ('cm', 1000, 32), ('amsoftmax', 20, 16), ('arcface', 10_000, None)],
+)
+def test_margin_losses_suggest_options_for_few_classes(name, num_classes, scale):
+    options = losses.loss_class(name).options_for(num_classes)
+    assert options.get('scale') == scale
+    assert build(name, num_classes, **options).caution(num_classes) is None
+
+
+def test_a_scale_for_thousands_of_classes_is_a_caution():
+    assert build('arcface').caution(10) == (
+        'scale=64 was tuned for more than 10,000 classes; for 10 classes try scale=16 margin=0.3.'
+    )
+    assert build('arcface').caution(20_000) is build('arcface', scale=30.0).caution(10) is build('cc').caution(10)
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'), [('cc', 'batch of a single class'), ('cot', 'half the updates'), ('mc', 'the network')]
+)
+def test_known_deviations_are_among_the_declared_assumptions(name, words):
+    assert words in losses.loss_class(name).inferred

@@ -98,6 +98,11 @@ class MovesInEvaluation(Good):
             self.mean = self.mean.lerp(features.detach().mean(0), 0.1)
 
 
+class DrawsInEvaluation(Good):
+    def far(self, features):
+        return super().far(features) + torch.rand(())
+
+
 class MovesWithoutGradient(Good):
     def advance(self, features):
         if self.training:
@@ -206,6 +211,7 @@ BROKEN_LOSSES = [
     (Overflows, 'hard_batches_are_finite', 'rows of 1e4.*: the value is (inf|nan)'),
     (RootAtZero, 'hard_batches_are_finite', 'zero rows.*: the gradient on features has 48 of 48 entries'),
     (MovesInEvaluation, 'evaluation_keeps_state', "evaluation mode changes the state 'mean'"),
+    (DrawsInEvaluation, 'evaluation_keeps_state', 'depends on random numbers'),
     (MovesWithoutGradient, 'evaluation_keeps_state', "without gradient changes the state 'mean'"),
     (FalselySoft, 'soft_targets_are_declared', 'value with one-hot probabilities'),
     (SecretlySoft, 'soft_targets_are_declared', 'not refused with a UserError'),

@@ -1,7 +1,6 @@
 """What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ __all__ = [
     'batch_mean',
     'class_weight_buffer',
     'cross_entropy',
+    'finite_or',
     'norm_times_cosine',
     'require',
     'require_smoothing',
+    'row_norms',
     'without_class',
 ]
 
@@ -53,9 +54,24 @@ def without_class(logits: Tensor, index: Tensor) -> Tensor:
     return logits.scatter(1, index[:, None], torch.finfo(logits.dtype).min)
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """Euclidean norm (N, 1) of the rows of (N, D); finite wherever it can be, though its square may overflow."""
+    largest = x.detach().abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 1e15, largest, 1.0)  # 1: ordinary rows keep every bit
+    return torch.linalg.vector_norm(x / scale, dim=1, keepdim=True) * scale
+
+
 def norm_times_cosine(features: Tensor, cosine: Tensor) -> Tensor:
     """Logits of a classifier with unit class vectors, no bias and features as they are: ``||f|| * cos`` (N, K)."""
-    return torch.linalg.vector_norm(features, dim=1, keepdim=True) * cosine
+    return row_norms(features) * cosine
+
+
+def finite_or(new: Tensor, old: Tensor) -> Tensor:
+    """The new state of a loss, or the old one if any entry of the new one is infinite or NaN.
+
+    A batch that overflows (a GradScaler skips its step) must not spoil the state of all later ones.
+    """
+    return torch.where(new.isfinite().all(), new, old)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0, class_weight: Tensor | None = None) -> Tensor:
@@ -66,14 +82,18 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0, class_
         target: class indices (N,), or class probabilities (N, K), which are taken as they are: whoever made them
             (Mixup, CutMix) has smoothed them already.
         smoothing: label smoothing in [0, 1) for class indices.
-        class_weight: (K,) weights of the classes, >= 0. For class indices the mean is the weighted one, as torch
-            takes it: over the weights of the batch, of this process's batch where there are several.
+        class_weight: (K,) weights of the classes, >= 0. The mean is the weighted one, as torch takes it for class
+            indices: the sum is divided by the weights of the batch, ``sum_i w_(y_i)``. For probabilities it is divided
+            by ``sum_ik y_ik w_k``, so that one-hot rows give the value of indices; torch divides by N there. Under DDP
+            the weights are those of each process's own batch. 0 if they sum to 0.
     """
-    weight = None if class_weight is None else class_weight.to(logits)
-    if weight is not None and target.ndim == 1:  # torch divides by the batch's weights: 0 / 0 if all are 0
-        summed = F.cross_entropy(logits, target, weight, reduction='sum', label_smoothing=smoothing)
-        return summed / weight.index_select(0, target).sum().clamp_min(torch.finfo(logits.dtype).tiny)
-    return F.cross_entropy(logits, target, weight, label_smoothing=smoothing if target.ndim == 1 else 0.0)
+    smoothing = smoothing if target.ndim == 1 else 0.0
+    if class_weight is None:
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    weight = class_weight.to(logits)
+    summed = F.cross_entropy(logits, target, weight, reduction='sum', label_smoothing=smoothing)
+    total = weight.index_select(0, target).sum() if target.ndim == 1 else (target @ weight).sum()
+    return summed / torch.where(total > 0, total, torch.inf)
 
 
 def class_weight_buffer(weights: Sequence[float] | None) -> Tensor | None:
@@ -82,6 +102,14 @@ def class_weight_buffer(weights: Sequence[float] | None) -> Tensor | None:
         return None
     require(all(w >= 0 for w in weights), f'class_weight must not be negative, as {min(weights)} is.')
     return torch.tensor(weights, dtype=torch.float32)
+
+
+class _Read:
+    """The tensors that a loss reads, as attributes. Unlike SimpleNamespace, torch.compile can trace it."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
 
 class Loss(nn.Module):
@@ -95,7 +123,7 @@ class Loss(nn.Module):
         soft_targets: True if targets may be class probabilities (N, K), as Mixup and CutMix make them.
         batch_statistics: True if a sample's loss depends on the other samples of the batch.
         paper: where the formula is from.
-        inferred: what in it no source states, in one sentence; empty if nothing.
+        inferred: what in it no source states, and where it differs from its source; empty if nothing.
     """
 
     reads: tuple[str, ...] = ('logits',)
@@ -115,7 +143,7 @@ class Loss(nn.Module):
             outputs: has the tensors of ``reads`` as attributes, float32 or float64.
             target: int64 class indices (N,) in [0, K), or float class probabilities (N, K) if ``soft_targets``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} has no method terms(outputs, target), which every loss needs')
 
     def named_terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
         """Check the target, leave autocast, and return :meth:`terms` of the outputs in full precision.
@@ -127,7 +155,7 @@ class Loss(nn.Module):
         first = next(iter(read.values()))
         target = self._checked(target, first)
         with outside_autocast(first.device):
-            return self.terms(SimpleNamespace(**{k: full_precision(v) for k, v in read.items()}), target)
+            return self.terms(_Read({name: full_precision(tensor) for name, tensor in read.items()}), target)
 
     def forward(self, outputs: Any, target: Tensor) -> Tensor:
         """Return the scalar to minimise: the sum of the named terms.
@@ -138,11 +166,30 @@ class Loss(nn.Module):
         """
         return torch.stack(list(self.named_terms(outputs, target).values())).sum()
 
-    def set_epoch(self, epoch: int) -> None:
-        """A training epoch (0-based) begins. For losses with a schedule; what they keep of it is a buffer."""
+    def set_epoch(self, epoch: int | Tensor) -> None:
+        """A training epoch (0-based) begins. For losses with a schedule; what they keep of it is a buffer.
 
-    def set_step(self, step: int) -> None:
-        """``step`` optimizer steps have been taken. For losses with a schedule; what they keep of it is a buffer."""
+        A loss that overrides this needs an epoch's beginning, which not every trainer announces: see ``LossTask``.
+        """
+
+    def set_step(self, step: int | Tensor) -> None:
+        """``step`` optimizer steps have been taken (a number, or an int64 scalar on the device).
+
+        For losses with a schedule; what they keep of it is a buffer.
+        """
+
+    @property
+    def needs_epochs(self) -> bool:
+        """Whether the loss depends on the epoch: whether it overrides :meth:`set_epoch`."""
+        return type(self).set_epoch is not Loss.set_epoch
+
+    @classmethod
+    def options_for(cls, num_classes: int) -> dict[str, float]:
+        """Options that suit so many classes better than the defaults do [inferred]; empty if there are none."""
+        return {}
+
+    def caution(self, num_classes: int) -> str | None:
+        """What speaks against these options for so many classes, as a sentence; None if nothing does."""
 
     def _checked(self, target: Tensor, read: Tensor) -> Tensor:
         name = type(self).__name__

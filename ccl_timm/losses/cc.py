@@ -122,7 +122,10 @@ class CCLoss(Loss):
     soft_targets = True
     batch_statistics = True
     paper = 'CC-Loss, arXiv 2010.05469, eq. 8'
-    inferred = 'the value of eps; soft targets; the global batch under DDP'
+    inferred = (
+        'the value of eps; no cc term in a batch of a single class, where the ratio would be intra / eps; '
+        'attention also at inference; soft targets; class weights; the global batch under DDP'
+    )
 
     def __init__(
         self,

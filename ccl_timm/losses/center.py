@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, finite_or, require, require_smoothing
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
@@ -99,6 +99,7 @@ class CenterLoss(Loss):
         distance = distances.mean() if self.reduction == 'mean' else all_sum(distances.sum())
         if self.training and torch.is_grad_enabled():
             # new tensor, not in place: a compiled backward pass may read the old centres again
-            self.centers = move_centers(outputs.features, target, self.centers, self.alpha).to(self.centers.dtype)
+            moved = move_centers(outputs.features, target, self.centers, self.alpha).to(self.centers.dtype)
+            self.centers = finite_or(moved, self.centers)
         ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)
         return {'ce': ce, 'center': self.weight / 2 * distance}

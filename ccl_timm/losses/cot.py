@@ -62,7 +62,7 @@ class COTLoss(Loss):
 
     reads = ('logits',)
     paper = 'Complement objective training, ICLR 2019'
-    inferred = 'one optimizer step a batch instead of two'
+    inferred = 'one optimizer step a batch instead of two: half the updates in the same epochs; class weights'
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class COTLoss(Loss):
 
     def set_step(self, step):
         """Take over the number of optimizer steps."""
-        self.step.fill_(step)
+        self.step = torch.zeros_like(self.step) + step  # not in place: a compiled backward pass may read the old one
 
     def terms(self, outputs, target):
         """Return ``ce`` and ``complement``."""

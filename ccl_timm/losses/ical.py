@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, norm_times_cosine, require
+from ccl_timm.losses.base import Loss, cross_entropy, finite_or, norm_times_cosine, require
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['FICALLoss', 'ICALLoss', 'confusion_rates', 'confusion_weighted_cosine', 'mean_class_cosine']
@@ -87,8 +87,7 @@ class ICALLoss(Loss):
     Terms: ``ce``, ``ical``.
 
     Cautions: this is the official code's formula; if the paper weighs the pairs, its code does not. The official code
-        does
-    not differentiate through the normalisation of the class vectors, this does. Build the model with
+    does not differentiate through the normalisation of the class vectors, this does. Build the model with
     ``normalize_features=False`` for the trained logits at evaluation (the classes are the same either way).
 
     Raises:
@@ -185,5 +184,6 @@ class FICALLoss(Loss):
         if self.momentum > 0:
             kept = torch.where(counts > 0, self.momentum, 1.0)[:, None]
             # new tensor, not in place: a compiled backward pass may read the old rates again
-            self.rates = rates = (kept * self.rates + (1 - kept) * rates).to(self.rates.dtype)
+            averaged = (kept * self.rates + (1 - kept) * rates).to(self.rates.dtype)
+            self.rates = rates = finite_or(averaged, self.rates)
         return rates

@@ -1,12 +1,23 @@
 """Margins on the target's cosine: A-Softmax, AM-Softmax, ArcFace and their combination."""
 
+import bisect
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, at_target, batch_mean, cross_entropy, norm_times_cosine, require, without_class
+from ccl_timm.losses.base import (
+    Loss,
+    at_target,
+    batch_mean,
+    cross_entropy,
+    norm_times_cosine,
+    require,
+    row_norms,
+    without_class,
+)
 from ccl_timm.precision import in_full_precision
 
 __all__ = [
@@ -130,8 +141,8 @@ def angular_margin(features: Tensor, cosine: Tensor, target: Tensor, margin: int
     c = at_target(cosine, target).clamp(-1, 1)
     psi = _psi(c, margin)
     # (annealing * c + psi) / (1 + annealing), without a ratio of large numbers
-    norm = torch.linalg.vector_norm(features, dim=1)
-    norm = norm if target.ndim == 1 else norm[:, None]
+    norm = row_norms(features)
+    norm = norm[:, 0] if target.ndim == 1 else norm
     return margin_cross_entropy(logits, norm * (c + (psi - c) / (1 + annealing)), target)
 
 
@@ -143,7 +154,32 @@ def _psi(c: Tensor, margin: int) -> Tensor:
     return (1 - 2 * (k % 2)) * chebyshev - 2 * k
 
 
-class AMSoftmaxLoss(Loss):
+class _ScaledMarginLoss(Loss):
+    """A margin loss whose default scale and margin were tuned for more than 10,000 faces.
+
+    ``suggested`` has the options for few classes (up to 20), some (up to 999) and many (up to 9999) [inferred].
+    """
+
+    reads = ('cosine',)
+    head = 'cosine'
+    soft_targets = True
+    suggested: ClassVar[tuple[dict[str, float], ...]]
+
+    @classmethod
+    def options_for(cls, num_classes):
+        """Options that suit so many classes better than the defaults do [inferred]; empty from 10,000 classes on."""
+        return (*cls.suggested, {})[bisect.bisect_left((20, 999, 9999), num_classes)]
+
+    def caution(self, num_classes):
+        """That the scale is more than twice the suggested one, and what to try."""
+        options = self.options_for(num_classes)
+        if not options or self.scale <= 2 * options['scale']:
+            return None
+        words = ' '.join(f'{name}={value}' for name, value in options.items())
+        return f'scale={self.scale:g} was tuned for more than 10,000 classes; for {num_classes} classes try {words}.'
+
+
+class AMSoftmaxLoss(_ScaledMarginLoss):
     """AM-Softmax (CosFace): a margin subtracted from the target's cosine; see :func:`additive_margin`.
 
     Args:
@@ -157,9 +193,7 @@ class AMSoftmaxLoss(Loss):
         UserError: scale <= 0.
     """
 
-    reads = ('cosine',)
-    head = 'cosine'
-    soft_targets = True
+    suggested = ({'scale': 16, 'margin': 0.2}, {'scale': 24, 'margin': 0.2}, {'scale': 32, 'margin': 0.35})
     paper = 'AM-Softmax, arXiv 1801.05599'
     inferred = 'soft targets'
 
@@ -174,7 +208,7 @@ class AMSoftmaxLoss(Loss):
         return {'amsoftmax': additive_margin(outputs.cosine, target, self.scale, self.margin)}
 
 
-class ArcFaceLoss(Loss):
+class ArcFaceLoss(_ScaledMarginLoss):
     """ArcFace: a margin added to the target's angle; see :func:`combined_margin` with m1 = 1, m3 = 0.
 
     Args:
@@ -186,17 +220,14 @@ class ArcFaceLoss(Loss):
     Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
     Terms: ``arcface``.
 
-    Cautions: scale 64 was tuned for more than 10,000 faces; with 10 to 200 classes 15 to 30 is more plausible
-        [inferred].
-    The POD-Loss paper does not state the values of its comparison.
+    Cautions: scale 64 was tuned for more than 10,000 faces; ``options_for`` has smaller values for fewer classes
+    [inferred]. The POD-Loss paper does not state the values of its comparison.
 
     Raises:
         UserError: an option out of range.
     """
 
-    reads = ('cosine',)
-    head = 'cosine'
-    soft_targets = True
+    suggested = ({'scale': 16, 'margin': 0.3}, {'scale': 24, 'margin': 0.3}, {'scale': 32, 'margin': 0.5})
     paper = 'ArcFace, arXiv 1801.07698'
     inferred = 'soft targets'
 
@@ -213,7 +244,7 @@ class ArcFaceLoss(Loss):
         return {'arcface': loss}
 
 
-class CombinedMarginLoss(Loss):
+class CombinedMarginLoss(_ScaledMarginLoss):
     """CM: multiplicative angular, additive angular and additive cosine margin; see :func:`combined_margin`.
 
     Args:
@@ -228,15 +259,17 @@ class CombinedMarginLoss(Loss):
     Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
     Terms: ``cm``.
 
-    Cautions: as for ArcFace, a smaller scale is more plausible for few classes [inferred].
+    Cautions: as for ArcFace, a smaller scale is more plausible for few classes; see ``options_for``.
 
     Raises:
         UserError: an option out of range.
     """
 
-    reads = ('cosine',)
-    head = 'cosine'
-    soft_targets = True
+    suggested = (
+        {'scale': 16, 'm2': 0.2, 'm3': 0.1},
+        {'scale': 24, 'm2': 0.2, 'm3': 0.1},
+        {'scale': 32, 'm2': 0.3, 'm3': 0.2},
+    )
     paper = 'ArcFace, arXiv 1801.07698, combined margin'
     inferred = 'the continuation beyond the angle up to which the margin falls, for m1 other than 1; soft targets'
 
@@ -278,9 +311,8 @@ class ASoftmaxLoss(Loss):
     State: ``iteration``, optimizer steps taken, as told by :meth:`set_step`.
 
     Cautions: a smaller lambda_min may diverge. The official code rescales the target's gradient on purpose; this is the
-        true
-    one. The model trains ``||f|| cos``: build it with ``normalize_features=False`` for the same logits at evaluation
-    (the classes are the same either way).
+    true one. The model trains ``||f|| cos``: build it with ``normalize_features=False`` for the same logits at
+    evaluation (the classes are the same either way).
 
     Raises:
         UserError: an option out of range.
@@ -313,7 +345,8 @@ class ASoftmaxLoss(Loss):
 
     def set_step(self, step):
         """Take over the number of optimizer steps."""
-        self.iteration.fill_(step)
+        # not in place: a compiled backward pass may read the old one
+        self.iteration = torch.zeros_like(self.iteration) + step
 
     def terms(self, outputs, target):
         """Return ``asoftmax``."""

@@ -91,7 +91,8 @@ class MCLoss(Loss):
     Shapes: logits (N, K), feature_map (N, C, H, W) with more than one place; target (N,) indices.
     Terms: ``ce``, ``discriminality``, ``diversity``.
 
-    The mask of L_dis is drawn from torch's generator at every call, one for the whole batch.
+    The mask of L_dis is drawn from torch's generator at every call in training, one for the whole batch. In evaluation
+    all channels take part, so that the value does not depend on chance [inferred].
 
     Models: ``resnet18_mc`` and ``vgg16_mc`` have a last convolution with xi = 3 channels for each class; on a stock
     convolutional network the channels are divided among the classes, as the paper does with pretrained ones. The
@@ -107,7 +108,11 @@ class MCLoss(Loss):
     reads = ('logits', 'feature_map')
     head = 'mc'
     paper = 'MC-Loss, arXiv 2002.04264, weights of its official code'
-    inferred = 'which classes get one channel more, and their diversity; masking by -inf'
+    inferred = (
+        'the network: a 3x3 convolution without batch norm, average pooling and one linear layer, where the official '
+        'one widens its last block and has max pooling, batch norm and two linear layers; which classes get one '
+        'channel more, and their diversity; masking by -inf; no mask in evaluation'
+    )
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class MCLoss(Loss):
         """Return ``ce``, ``discriminality`` and ``diversity``."""
         maps = outputs.feature_map
         _check_map(maps, self.num_channels)
-        keep = channel_mask(self.num_channels, self.num_classes, maps.device)
+        keep = channel_mask(self.num_channels, self.num_classes, maps.device) if self.training else None
         discriminality = channel_discriminality(maps, target, self.num_classes, keep)
         return {
             'ce': cross_entropy(outputs.logits, target),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ccl_timm.centroids import unit_rows
 from ccl_timm.distributed import all_sum, world_size
-from ccl_timm.losses.base import Loss, batch_mean, require
+from ccl_timm.losses.base import Loss, batch_mean, require, row_norms
 from ccl_timm.precision import in_full_precision
 
 __all__ = ['CosineLoss', 'NaCLoss', 'PODLoss', 'cosine_loss', 'norm_adaptive_cosine', 'self_correlation']
@@ -135,8 +135,7 @@ class NaCLoss(Loss):
     State: ``delta``; ``mean_norm`` and ``count`` of the samples of this epoch so far, advanced in training.
 
     Cautions: with delta at the mean norm the cosine is at most 0.71 and the loss at least 0.086: values of different
-        epochs do
-    not compare.
+    epochs do not compare.
 
     Raises:
         UserError: an option out of range.
@@ -179,10 +178,13 @@ class NaCLoss(Loss):
 
     def _average_norm(self, features: Tensor, centroids: Tensor) -> None:
         vectors = features @ centroids.T if self.norm == 'logits' else features
-        norms = torch.linalg.vector_norm(vectors, dim=1)
+        norms = row_norms(vectors)
         total, number = all_sum(torch.stack([norms.sum(), torch.ones_like(norms).sum()])).unbind()
-        self.count += number
-        self.mean_norm += (total - number * self.mean_norm) / self.count
+        number = torch.where(total.isfinite(), number, 0.0)  # a batch that overflows must not spoil the mean
+        total = torch.where(total.isfinite(), total, 0.0)
+        count = self.count + number
+        mean = self.mean_norm + (total - number * self.mean_norm) / count.clamp_min(1)
+        self.count, self.mean_norm = count.to(self.count.dtype), mean.to(self.mean_norm.dtype)
 
 
 class PODLoss(NaCLoss):

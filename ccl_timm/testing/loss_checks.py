@@ -404,14 +404,18 @@ def seed_decides(case: LossCase) -> None:
 
 
 def evaluation_keeps_state(case: LossCase) -> None:
-    """Neither a forward pass in evaluation mode nor one without gradient changes the state."""
+    """A forward pass in evaluation mode or without gradient changes no state; evaluation draws no random numbers."""
     loss, target = case.build(), make_target()
     outputs = case.example(dtype=torch.float32)
     before = state_of(loss)
     loss.eval()
-    loss(outputs, target)
+    values = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        values.append(loss(outputs, target).detach())
     differs = different_state(before, state_of(loss))
     assert not differs, f"a forward pass in evaluation mode changes the state '{differs}'."
+    assert len(torch.stack(values).unique()) == 1, 'in evaluation mode the value depends on random numbers.'
     loss.train()
     with torch.no_grad():
         loss(outputs, target)

@@ -333,6 +333,7 @@ def _fit(run: Run) -> None:
 
 def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     args, task = run.args, run.task
+    task.set_epoch(epoch)
     task.get_trainable_module().train()
     run.optimizer.zero_grad()
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=run.device))
