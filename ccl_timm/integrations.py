@@ -20,7 +20,7 @@ from torch import nn
 from ccl_timm.errors import UserError
 from ccl_timm.task import LossTask
 
-__all__ = ['LightningCallback', 'TransformersCallback']
+__all__ = ['LightningCallback', 'TransformersCallback']  # noqa: F822 (made by __getattr__)
 
 
 def _task_in(model: nn.Module) -> LossTask:

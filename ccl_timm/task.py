@@ -70,13 +70,12 @@ def _name_of(model: nn.Module) -> str:
 
 
 def _require_timm_model(model: nn.Module, name: str) -> None:
-    missing = [
-        method for method in ('forward_features', 'forward_head', 'get_classifier') if not hasattr(model, method)
-    ]
+    needed = ('forward_features', 'forward_head', 'get_classifier')
+    missing = [method for method in needed if not hasattr(model, method)]
     if missing:
         raise UserError(
-            f"'{name}' is no timm model: it has no {', '.join(missing)}. Use ccl_timm.create_model, or a head and a loss "
-            f'without a task: head = ccl_timm.heads.{HEADS["cam"].__name__}(num_features, num_classes), and '
+            f"'{name}' is no timm model: it has no {', '.join(missing)}. Use ccl_timm.create_model, or a head and a "
+            f'loss without a task: head = ccl_timm.heads.{HEADS["cam"].__name__}(num_features, num_classes), and '
             "ccl_timm.create_loss('cc')(head.outputs(pooled), target) in your own loop."
         )
 
