@@ -3,11 +3,18 @@
 import contextlib
 import fnmatch
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import timm
-from timm.models import is_model, list_models, model_entrypoint, parse_model_name, split_model_name_tag
+from timm.models import (
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    model_entrypoint,
+    parse_model_name,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
 from torch import nn
 
 from ccl_timm import plugins
@@ -19,11 +26,11 @@ from ccl_timm.models.variants import build_variant, register_variant, variant_cf
 __all__ = [
     'MODELS',
     'build_variant',
+    'create_for_input',
     'create_model',
     'ensure_registered',
     'known_to_timm',
     'load_plugins',
-    'loading',
     'overview',
     'register_variant',
     'split_variant',
@@ -73,31 +80,74 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         UnknownNameError: no such model, with the closest name.
         UserError: an option or a checkpoint does not fit the model.
     """
-    with loading(model_name, pretrained, kwargs.get('cache_dir')):
-        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    return create_for_input(model_name, None, pretrained=pretrained, **kwargs)
 
 
-@contextlib.contextmanager
-def loading(model_name: str, pretrained: bool = False, cache_dir: str | None = None) -> Iterator[None]:
-    """Where timm builds a model by any name: registered before, and failures of a repository or folder in sentences.
+def create_for_input(
+    model_name: str, settings: dict[str, Any] | None, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """:func:`create_model` for images of the size and channels that a script's settings ask for.
 
     Args:
         model_name: as for :func:`create_model`.
-        pretrained: weights will be loaded; a repository must have safetensors.
-        cache_dir: of the Hub's downloads.
+        settings: ``input_size``, ``img_size``, ``in_chans`` as of timm's scripts; others are not read.
+        pretrained: as for :func:`create_model`.
+        **kwargs: likewise.
 
     Raises:
         UserError: as :func:`create_model`.
     """
-    ensure_registered(model_name, cache_dir)
-    source, location = parse_model_name(model_name)
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    cache_dir = kwargs.get('cache_dir')
+    source, location = _parse(model_name)
     if not source:
-        yield
-        return
-    if source == 'hf-hub' and pretrained:
-        sources.fetch_weights(location, cache_dir=cache_dir)
+        ensure_registered(model_name, cache_dir)
+        return _create(model_name, settings, kwargs, pretrained=pretrained)
+    found = sources.read_model(source, location, cache_dir)
+    _register(found.architecture, location, found.config)
+    if 'pretrained_cfg' in kwargs:
+        raise UserError(f"'{location}' has a pretrained_cfg of its own: give pretrained_cfg_overlay instead.")
     with sources.explained_load(location):
-        yield
+        overlay = kwargs.pop('pretrained_cfg_overlay', {})
+        if pretrained and not overlay.keys() & {'file', 'hf_hub_id', 'state_dict', 'url'}:
+            hub = source == 'hf-hub'
+            weights = sources.read_hub_weights(location, cache_dir) if hub else sources.read_local_weights(location)
+            sources.check_classes(location, weights, _with_classifier(found))
+            overlay = {**overlay, 'state_dict': weights}
+        options = {'pretrained_model_args': found.model_args, **found.model_args, **kwargs}
+        cfg = {**found.pretrained_cfg, 'architecture': split_model_name_tag(found.architecture)[0]}
+        model = _create(
+            found.architecture,
+            settings,
+            options,
+            pretrained=pretrained,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay=overlay,
+        )
+    model.pretrained_cfg.pop('state_dict', None)
+    return model
+
+
+def _create(model_name: str, settings: dict[str, Any] | None, kwargs: dict[str, Any], **arguments: Any) -> nn.Module:
+    if settings is None:
+        return timm.create_model(model_name, **{**arguments, **kwargs})
+    overlay = arguments.pop('pretrained_cfg_overlay', None)  # may hold weights, which this would copy
+    found = resolve_model_input_args(model_name, settings, **{**arguments, **kwargs})
+    return timm.create_model(pretrained_cfg_overlay=overlay, **found)
+
+
+def _with_classifier(found: sources.ForeignModel) -> dict[str, Any]:
+    """The cfg of a model, with the name of its classifier from the registry where it has none, and 1000 classes."""
+    registered = get_pretrained_cfg(split_model_name_tag(found.architecture)[0])
+    usual = {'classifier': registered.classifier, 'num_classes': registered.num_classes} if registered else {}
+    return {**usual, **found.pretrained_cfg}
+
+
+def _parse(model_name: str) -> tuple[str | None, str]:
+    try:
+        return parse_model_name(model_name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
@@ -111,12 +161,16 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
         UnknownNameError: nobody has it.
         UserError: it is no name, or names a folder without a config, or a backbone that cannot take the head.
     """
-    try:
-        source, location = parse_model_name(model_name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    config = sources.read_config(source, location, cache_dir) if source else {'architecture': location}
-    name, _ = split_model_name_tag(config['architecture'])
+    source, location = _parse(model_name)
+    if source:
+        config = sources.read_config(source, location, cache_dir)
+        _register(config['architecture'], location, config)
+    else:
+        _register(location)
+
+
+def _register(architecture: str, location: str = '', config: dict[str, Any] | None = None) -> None:
+    name, _ = split_model_name_tag(architecture)
     if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
     if is_model(name):
@@ -124,7 +178,7 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
     if variant := split_variant(name):
         register_variant(*variant)
         return
-    if source:
+    if config is not None:
         raise UnknownNameError(sources.missing_architecture(location, config))
     known = [*list_models(), *plugins.plugin_names('model')]
     raise UnknownNameError(

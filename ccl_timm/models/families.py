@@ -24,6 +24,7 @@ __all__ = [
     'build_options',
     'classifier_path',
     'feature_stage_path',
+    'find_feature_stage',
     'flatten_pooled',
     'make_small_input',
     'prepare_feature_stage',
@@ -115,6 +116,11 @@ def flatten_pooled(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, SelectAdaptivePool2d) and module.pool_type:
                 module.flatten = nn.Flatten(1)
+
+
+def find_feature_stage(family: str) -> str | None:
+    """As :func:`feature_stage_path`; None if the family has no place for it."""
+    return _FEATURE_STAGES.get(family)
 
 
 def feature_stage_path(family: str) -> str:

@@ -1,31 +1,191 @@
-"""Models that a repository of the Hub or a folder holds: its config.json, and weights in safetensors only."""
+"""Models that a repository of the Hub or a folder holds: its config.json, and weights in safetensors only.
+
+Both come from other people. A config.json may describe a model and its data; where weights lie, and what is done with
+them, is not its business.
+"""
 
 import contextlib
+import inspect
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm.models
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import load_state_dict_from_hf
+from safetensors.torch import load_file
+from timm.models._builder import build_model_with_cfg
+from timm.models._hub import _parse_model_cfg
 
 from ccl_timm.errors import UserError
 from ccl_timm.hub_errors import check_repository_name, explained
 
-__all__ = ['WEIGHTS', 'explained_load', 'missing_architecture', 'read_config', 'read_hub_weights']
+__all__ = [
+    'WEIGHTS',
+    'ForeignModel',
+    'check_classes',
+    'check_model_args',
+    'explained_load',
+    'missing_architecture',
+    'read_config',
+    'read_hub_weights',
+    'read_local_weights',
+    'read_model',
+]
 
 WEIGHTS = 'model.safetensors'
 
 
-def read_config(source: str, location: str, cache_dir: str | None = None) -> dict[str, Any]:
-    """Read the config.json of a model.
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _list_of(check: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+
+
+def _is_size(value: Any) -> bool:
+    return _list_of(lambda x: _is_int(x) and x > 0)(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_path(value: Any) -> bool:
+    return _is_text(value) or _list_of(_is_text)(value)
+
+
+# what a pretrained_cfg may hold; whatever else it holds is not read
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), lambda x: _is_size(x) and len(x) == 3),
+    **dict.fromkeys(('pool_size', 'test_pool_size'), _is_size),
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), lambda x: _is_number(x) and x > 0),
+    **dict.fromkeys(('mean', 'std'), _list_of(_is_number)),
+    **dict.fromkeys(('first_conv', 'classifier'), _is_path),
+    **dict.fromkeys(('num_classes', 'label_offset'), lambda x: _is_int(x) and x >= 0),
+    'fixed_input_size': lambda x: isinstance(x, bool),
+    'label_names': _list_of(_is_text),
+    'label_descriptions': lambda x: isinstance(x, dict),
+    'crop_mode': lambda x: x in ('center', 'squash', 'border'),
+    'interpolation': lambda x: x in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'hamming', 'box', 'random'),
+    **dict.fromkeys(('license', 'description', 'origin_url', 'tag'), _is_text),
+    **dict.fromkeys(('paper_name', 'paper_ids', 'notes'), _is_path),
+}
+
+# arguments of timm's factories and of our entry points: they are for whoever builds a model, not for its config.json
+_OF_THE_FACTORIES = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(build_model_with_cfg).parameters,
+    *('self', 'device', 'dtype', 'features_only', 'out_indices', 'feature_cls', 'pruned'),
+}
+
+_ARGS: dict[str, Callable[[Any], bool]] = {
+    'in_chans': lambda x: _is_int(x) and x > 0,
+    'img_size': lambda x: _is_size([x]) or (_is_size(x) and len(x) == 2),
+}
+
+
+class ForeignModel(NamedTuple):
+    """What a config.json says, checked.
+
+    Attributes:
+        architecture: with or without a tag; not yet known to exist.
+        pretrained_cfg: fields of timm's ``PretrainedCfg`` that describe data and classes; none that locates weights.
+        model_args: options of the architecture, the number of classes not among them.
+        config: the whole file.
+    """
+
+    architecture: str
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
+    config: dict[str, Any]
+
+
+def read_model(source: str, location: str, cache_dir: str | None = None) -> ForeignModel:
+    """Read and check the config.json of a model.
 
     Args:
         source: ``'hf-hub'`` or ``'local-dir'``.
         location: ``owner/name``, ``owner/name@revision``, or a folder.
         cache_dir: of the Hub's downloads.
+
+    Raises:
+        UserError: there is none, it cannot be fetched, another library wrote it, or it says what it may not.
+    """
+    config = read_config(source, location, cache_dir)
+    fields = {**config.get('pretrained_cfg', config)}
+    fields.setdefault('label_names', fields.get('labels'))
+    for name in ('num_classes', 'label_names', 'label_descriptions'):
+        fields[name] = config.get(name, fields.get(name))
+    cfg = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+    _check_values(location, cfg, _FIELDS)
+    if {'mean', 'std'} & cfg.keys() and not 0 < len(cfg.get('mean', [])) == len(cfg.get('std', [])):
+        raise _wrong_config(location, 'its mean and std are not of equal length')
+    if cfg.get('label_names') and len(cfg['label_names']) != cfg.get('num_classes', 1000):
+        raise _wrong_config(location, f'it has {len(cfg["label_names"])} class names for {cfg.get("num_classes")}')
+    model_args = config.get('model_args') or {}
+    if not isinstance(model_args, dict):
+        raise _wrong_config(location, "its 'model_args' are no object")
+    model_args = {name: value for name, value in model_args.items() if name != 'num_classes'}
+    check_model_args(location, model_args)
+    cfg, architecture, _ = _parse_model_cfg(
+        {'architecture': config['architecture'], 'pretrained_cfg': cfg, 'model_args': model_args}, {}
+    )
+    return ForeignModel(architecture, cfg, model_args, config)
+
+
+def check_model_args(location: str, model_args: dict[str, Any]) -> None:
+    """Refuse arguments of a config.json that are no options of an architecture, such as ``checkpoint_path``.
+
+    Raises:
+        UserError: there is one, or a size is none.
+    """
+    forbidden = sorted(_OF_THE_FACTORIES & model_args.keys())
+    if forbidden:
+        raise _wrong_config(location, f"its model_args set '{forbidden[0]}', which is no option of an architecture")
+    _check_values(location, model_args, _ARGS)
+
+
+def _check_values(location: str, values: dict[str, Any], checks: dict[str, Callable[[Any], bool]]) -> None:
+    for name, check in checks.items():
+        if values.get(name) is not None and not check(values[name]):
+            raise _wrong_config(location, f"its '{name}' is {json.dumps(values[name])[:60]}")
+
+
+def _wrong_config(location: str, what: str) -> UserError:
+    return UserError(f"'{location}' cannot be loaded: {what}. Correct its config.json, or ask its owner to.")
+
+
+def check_classes(location: str, weights: dict[str, Any], cfg: dict[str, Any]) -> None:
+    """Refuse weights whose classifier has another number of classes than their config says.
+
+    Args:
+        location: of both.
+        weights: a state_dict.
+        cfg: a ``pretrained_cfg``.
+
+    Raises:
+        UserError: they disagree; timm would begin with a new classifier, and say nothing.
+    """
+    classifier = cfg.get('classifier')
+    weight = weights.get(f'{classifier if isinstance(classifier, str) else (classifier or [""])[0]}.weight')
+    if weight is None or not weight.ndim or cfg.get('num_classes', -1) < 0:
+        return
+    classes = weight.shape[0] - (cfg.get('label_offset') or 0)
+    if classes != cfg['num_classes']:
+        raise _wrong_config(location, f'its config.json says {cfg["num_classes"]} classes, its weights have {classes}')
+
+
+def read_config(source: str, location: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """Read the config.json of a model, as it stands; arguments as for :func:`read_model`.
 
     Raises:
         UserError: there is none, it cannot be fetched, or another library wrote it.
@@ -37,7 +197,7 @@ def read_config(source: str, location: str, cache_dir: str | None = None) -> dic
         text = path.read_text(encoding='utf-8', errors='replace')
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{location}' holds no model of timm: its config.json is not JSON ({error}).") from error
     right = isinstance(config, dict) and isinstance(config.get('architecture'), str)
     if not right or not isinstance(config.get('pretrained_cfg', {}), dict):
@@ -47,36 +207,38 @@ def read_config(source: str, location: str, cache_dir: str | None = None) -> dic
     return config
 
 
-def read_hub_weights(location: str, filename: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Read the tensors of ``owner/name[@revision]``, from safetensors and nothing else.
+def read_hub_weights(location: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """Read model.safetensors of ``owner/name[@revision]``, and no other file.
 
     Raises:
-        UserError: there are none, they cannot be fetched, or they are damaged.
-    """
-    filename = filename or WEIGHTS
-    fetch_weights(location, filename, cache_dir)
-    with explained(f"'{location}' cannot be loaded"):
-        return load_state_dict_from_hf(location, filename, cache_dir=cache_dir)
-
-
-def fetch_weights(location: str, filename: str = WEIGHTS, cache_dir: str | None = None) -> None:
-    """Bring safetensors into the cache.
-
-    Raises:
-        UserError: there are none: timm would go on to a pickle; or they cannot be fetched.
+        UserError: there is none, it cannot be fetched, or it is damaged.
     """
     with explained(f"'{location}' cannot be loaded"):
         try:
-            if not filename.endswith('.safetensors'):
-                raise EntryNotFoundError(filename)
-            _fetch(location, filename, cache_dir)
+            return load_file(_fetch(location, WEIGHTS, cache_dir))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
-            raise UserError(
-                f"'{location}' has no {WEIGHTS}, and weights in other formats are not read: they can hold code. "
-                'Ask its owner for safetensors.'
-            ) from error
+            raise _no_safetensors(location) from error
+
+
+def read_local_weights(folder: str | Path) -> dict[str, Any]:
+    """Read model.safetensors of a folder, and no other file.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    with explained(f"'{folder}' cannot be loaded"):
+        if not Path(folder, WEIGHTS).is_file():
+            raise _no_safetensors(folder)
+        return load_file(Path(folder, WEIGHTS))
+
+
+def _no_safetensors(location: str | Path) -> UserError:
+    return UserError(
+        f"'{location}' has no {WEIGHTS}, and weights in other formats are not read: they can hold code. "
+        'Ask its owner for safetensors.'
+    )
 
 
 def _fetch(location: str, filename: str, cache_dir: str | None) -> Path:
@@ -91,9 +253,9 @@ def explained_load(location: str) -> Iterator[None]:
     try:
         with explained(f"'{location}' cannot be loaded"):
             yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except (AssertionError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a wrong config can make any line of timm fail
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip('.')
         raise UserError(f"'{location}' cannot be loaded: {reason}.") from error
 
@@ -106,11 +268,12 @@ def missing_architecture(location: str, config: dict[str, Any]) -> str:
     start = f"Unknown model '{name}' in '{location}'"
     if not isinstance(needs, dict):
         return f'{start}: import the package that has it before; its config.json does not name one.'
-    for plugin in needs.get('plugins') or []:
-        if plugin.get('kind') == 'model' and plugin.get('name') == name:
-            distribution, module = plugin['distribution'], plugin['value'].partition(':')[0].strip()
+    plugins = needs.get('plugins')
+    for plugin in plugins if isinstance(plugins, list) else []:
+        if isinstance(plugin, dict) and plugin.get('kind') == 'model' and plugin.get('name') == name:
+            distribution, module = plugin.get('distribution'), str(plugin.get('value')).partition(':')[0].strip()
             return (
-                f'{start}: it belongs to the package {distribution} ({plugin["version"]} when it was trained). '
+                f'{start}: it belongs to the package {distribution} ({plugin.get("version")} when it was trained). '
                 f'`pip install {distribution}`, or import {module} before, if it is yours.'
             )
     return (

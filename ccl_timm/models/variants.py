@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import timm.models
 from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, load_pretrained, register_model
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._hub import load_state_dict_from_path
+from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
@@ -20,12 +21,13 @@ from ccl_timm.models.families import (
     build_options,
     classifier_path,
     feature_stage_path,
+    find_feature_stage,
     make_small_input,
     prepare_feature_stage,
     prepare_for_head,
 )
 from ccl_timm.models.headed import backbone_class, put_head
-from ccl_timm.models.sources import read_hub_weights
+from ccl_timm.models.sources import check_classes, check_model_args, read_hub_weights, read_local_weights
 
 __all__ = ['build_variant', 'register_variant', 'variant_cfg']
 
@@ -108,14 +110,17 @@ def build_variant(
         backbone: timm architecture.
         head_class: its options (such as ``hidden_features``) are picked out of ``kwargs`` by its signature.
         pretrained: load weights. Where the weights hold this head they are a trained checkpoint and go into the whole
-            model, strictly; else they are the backbone's, which timm loads before the head is put in, so that no
-            tensor of its classifier can reach the head. Without weights of the variant's own: the backbone's default.
+            model, strictly. Where they hold another head of ours, the backbone's go into the model, and a warning says
+            that the head starts anew. Else they are the backbone's, which timm loads before the head is put in, so that
+            no tensor of its classifier can reach the head. Without weights of the variant's own: the backbone's.
         pretrained_cfg: see timm's ``create_model``.
         pretrained_cfg_overlay: likewise; ``dict(file=...)`` takes weights from a file.
         pretrained_model_args: how the checkpoint's model was built.
         cache_dir: of the Hub's downloads.
         num_classes: K, default that of the cfg (1000); 0 for no classifier.
-        features_only: return timm's feature extractor of the backbone, which has no head.
+        features_only: return timm's feature extractor of the backbone, with the weights of a trained checkpoint, too.
+            With ``small_input`` and for the head ``mc``, whose feature maps differ from the backbone's, it is timm's
+            ``FeatureGetterNet`` of the whole model.
         small_input: a stem for images of 24 to 64 px, see ``families.make_small_input``.
         **kwargs: the head's options; the rest goes to the backbone.
 
@@ -126,40 +131,88 @@ def build_variant(
         pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     options = {k: kwargs.pop(k) for k in _options_of(head_class) if k in kwargs}
-    path = classifier_path(backbone)
     weights = _read_weights(cfg, cache_dir) if pretrained else None
-    stock_path = get_pretrained_cfg(backbone).classifier
-    trained = weights is not None and _holds_head(weights, path, stock_path, head_class, options)
-    if trained:
+    foreign = pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir')
+    kind = _kind_of(weights, backbone, head_class, options)
+    if foreign:
+        kind = _check_foreign(name, cfg, pretrained_cfg_overlay or {}, pretrained_model_args or {}, weights) or kind
+    if kind != 'stock':
         kwargs.setdefault('in_chans', cfg.input_size[0])
-    from_backbone = pretrained and not trained
+    if features_only and not (small_input or _has_feature_stage(head_class)):
+        stock = weights if kind == 'stock' else _without_head(weights, backbone)
+        size = {} if kind == 'stock' else {'input_size': cfg.input_size}
+        return _build_backbone(backbone, stock, pretrained, cache_dir, size, {**kwargs, 'features_only': True})
 
-    model = timm.create_model(
-        backbone,
-        pretrained=from_backbone,
-        pretrained_cfg_overlay={'state_dict': weights, 'num_classes': -1} if weights and from_backbone else None,
-        cache_dir=cache_dir,
-        features_only=features_only or None,
-        num_classes=None if features_only else 0,
-        **build_options(backbone, from_backbone or features_only, kwargs.get('drop_rate', 0.0)),
-        **kwargs,
+    indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4))
+    own = None if kind == 'stock' else weights
+    model = _build_backbone(
+        backbone, None if own else weights, pretrained and not own, cache_dir, {}, {**kwargs, 'num_classes': 0}
     )
-    if features_only:
-        if small_input:
-            raise UserError(f"'{name}' has small_input=True or features_only=True, not both: choose one.")
-        return model
-    model._model_args = {}  # timm's create_model fills in the variant's
     prepare_for_head(model)
     if small_input:
         make_small_input(model, name)
     if _has_feature_stage(head_class):
-        prepare_feature_stage(model, timm.models.model_entrypoint(backbone).__module__)
-    put_head(model, path, head_class, cfg.num_classes if num_classes is None else num_classes, options)
-    model.pretrained_cfg = model.default_cfg = dataclasses.replace(cfg, state_dict=None).to_dict()
+        prepare_feature_stage(model, _family(backbone))
+    num_classes = cfg.num_classes if num_classes is None else num_classes
+    put_head(model, classifier_path(backbone), head_class, num_classes, options)
+    model.pretrained_cfg = model.default_cfg = _without_weights(cfg)
     model.pretrained_model_args = pretrained_model_args or {}
-    if trained:
-        _load_trained(model, name, cfg, weights)
+    if own:
+        with_head = kind == 'own' and num_classes
+        _load_trained(model, name, cfg, own if with_head else _without_head(own, backbone), backbone)
+    if kind == 'other' and num_classes:
+        warnings.warn(
+            f"The weights have another head than '{name}': its {head_class.__name__} starts anew.", stacklevel=2
+        )
+    return _extractor_of(model, indices) if features_only else model
+
+
+def _extractor_of(model: nn.Module, indices: int | Sequence[int]) -> nn.Module:
+    """timm's feature extractor of a whole model, with what timm's builder gives to one."""
+    cfg, channels = pretrained_cfg_for_features(model.pretrained_cfg), model.in_chans
+    prune = not _has_feature_stage(model._head_class)  # a feature stage goes when the head does
+    extractor = FeatureGetterNet(model, out_indices=indices, prune=prune)
+    extractor.pretrained_cfg = extractor.default_cfg = cfg
+    extractor._traits, extractor.in_chans = dict(model._traits), channels
+    return extractor
+
+
+def _build_backbone(
+    backbone: str,
+    weights: dict[str, Any] | None,
+    pretrained: bool,
+    cache_dir: str | None,
+    overlay: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    overlay = {'state_dict': weights, 'num_classes': -1, **overlay} if weights else None
+    needs_whole = pretrained or 'features_only' in kwargs
+    options = build_options(backbone, needs_whole, kwargs.get('drop_rate', 0.0))
+    model = timm.create_model(
+        backbone, pretrained=pretrained, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **options, **kwargs
+    )
+    model._model_args = {}  # timm's create_model fills in the variant's
+    model.pretrained_cfg.pop('state_dict', None)
     return model
+
+
+def _check_foreign(
+    name: str, cfg: PretrainedCfg, overlay: dict[str, Any], model_args: dict[str, Any], weights: dict[str, Any] | None
+) -> str | None:
+    """Check what somebody's config.json says; ``'own'`` where the weights beside it are loaded, which must fit it."""
+    check_model_args(name, {key: value for key, value in model_args.items() if key != 'num_classes'})
+    if weights is None or overlay.keys() & {'file', 'url'}:
+        return None
+    check_classes(name, weights, _without_weights(cfg))
+    return 'own'
+
+
+def _without_weights(cfg: PretrainedCfg) -> dict[str, Any]:
+    return dataclasses.replace(cfg, state_dict=None).to_dict()
+
+
+def _family(backbone: str) -> str:
+    return timm.models.model_entrypoint(backbone).__module__
 
 
 def _options_of(head_class: type[Head]) -> list[str]:
@@ -167,18 +220,39 @@ def _options_of(head_class: type[Head]) -> list[str]:
     return [name for name in names if name not in ('device', 'dtype')]
 
 
-def _holds_head(
-    weights: dict[str, Any], path: str, stock_path: str, head_class: type[Head], options: dict[str, Any]
-) -> bool:
-    """Whether a state_dict has this kind of head at ``path``, rather than a backbone's classifier.
+def _head_keys(weights: dict[str, Any], backbone: str) -> set[str]:
+    """Names of the tensors in a state_dict that belong to a head or a stock classifier, and to a feature stage."""
+    prefixes = (
+        f'{classifier_path(backbone)}.',
+        f'{find_feature_stage(_family(backbone)) or classifier_path(backbone)}.',
+    )
+    return {key for key in weights if key.startswith(prefixes)}
 
-    The latter is a linear layer at ``stock_path``, which may be within ``path`` and have other layers beside it.
+
+def _kind_of(
+    weights: dict[str, Any] | None, backbone: str, head_class: type[Head], options: dict[str, Any]
+) -> Literal['own', 'other', 'stock']:
+    """Whether a state_dict has this head, another one of ours, or the backbone's own classifier.
+
+    The latter is a linear layer at a path that may be within the head's, and have other layers beside it.
     """
-    found = {key.removeprefix(f'{path}.') for key in weights if key.startswith(f'{path}.')}
-    own = head_class(16, 2, device='meta', **options).state_dict().keys()
+    if weights is None:
+        return 'stock'
+    path, stock_path = classifier_path(backbone), get_pretrained_cfg(backbone).classifier
+    keys = _head_keys(weights, backbone)
+    found = {key.removeprefix(f'{path}.') for key in keys if key.startswith(f'{path}.')}
+    has_stage = any(not key.startswith(f'{path}.') for key in keys)
+    own = set(head_class(16, 2, device='meta', **options).state_dict())
     if path != stock_path and f'{stock_path}.weight' in weights:
-        return own <= found
-    return bool(found - {'weight', 'bias'}) or found == set(own)
+        return 'own' if own <= found else 'stock'
+    if found == own and has_stage == _has_feature_stage(head_class):
+        return 'own'
+    return 'stock' if found <= {'weight', 'bias'} else 'other'
+
+
+def _without_head(weights: dict[str, Any], backbone: str) -> dict[str, Any]:
+    head = _head_keys(weights, backbone)
+    return {key: value for key, value in weights.items() if key not in head}
 
 
 def _has_feature_stage(head_class: type[Head]) -> bool:
@@ -197,21 +271,27 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | None) -> dict[str, Any] |
     if cfg.state_dict:
         return cfg.state_dict
     if cfg.source == 'local-dir':
-        return load_state_dict_from_path(cfg.file)
+        return read_local_weights(cfg.file)
     if cfg.file:
         return timm.models.load_state_dict(cfg.file)
     if cfg.hf_hub_id:
-        return read_hub_weights(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
+        return read_hub_weights(cfg.hf_hub_id, cache_dir)
     return None
 
 
-def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict[str, Any]) -> None:
-    """Load a checkpoint of this variant; only a change of classes or input channels may change a tensor."""
+def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict[str, Any], backbone: str) -> None:
+    """Load a checkpoint of this variant; only a change of classes or input channels may change a tensor.
+
+    Weights without any tensor of a head leave the model's as it is.
+    """
     resize = getattr(sys.modules[backbone_class(model).__module__], 'checkpoint_filter_fn', None)
     wanted = model.state_dict().keys()
     changed = model.num_classes != cfg.num_classes
     by_class = tuple(f'{p}.' for p in ([cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier))
-    missing = [k for k in wanted if k not in weights and not (changed and k.startswith(by_class))]
+    anew = {k for k in wanted if changed and k.startswith(by_class)}
+    if not _head_keys(weights, backbone):
+        anew |= _head_keys(model.state_dict(), backbone)
+    missing = [k for k in wanted if k not in weights and k not in anew]
     unexpected = [k for k in weights if k not in wanted]
     if missing or unexpected:
         raise UserError(
@@ -228,6 +308,7 @@ def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict
             num_classes=model.num_classes,
             in_chans=model.in_chans,
             filter_fn=resize,
+            strict=not anew,
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()

@@ -8,7 +8,7 @@ from typing import Any
 import timm.data
 import timm.models
 import torch
-from timm.models import resolve_model_input_args
+from safetensors import SafetensorError
 from torch import nn
 
 from ccl_timm import models
@@ -63,12 +63,20 @@ def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
         **kwargs,
     }
     try:
-        with models.loading(name, options.get('pretrained', False)):
-            return timm.create_model(**resolve_model_input_args(name, settings, **options))
+        return models.create_for_input(name, settings, **options)
     except UserError:
         raise
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         hint = ''
         if kwargs.get('checkpoint_path'):
             hint = '; --pretrained-path adapts a checkpoint to other classes'
