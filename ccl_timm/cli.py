@@ -292,9 +292,10 @@ def _plugins(argv: list[str], prog: str) -> int:
     args = parser.parse_strictly(argv)
     from ccl_timm import losses, models, plugins
     from ccl_timm.console import table
+    from ccl_timm.testing import try_loss
 
     def check(kind: str, name: str) -> None:
-        models.ensure_registered(name) if kind == 'model' else losses.loss_class(name)
+        models.ensure_registered(name) if kind == 'model' else try_loss(name)
 
     def taken(kind: str, name: str) -> str | None:
         return models.taken(name) if kind == 'model' else losses.taken(name)

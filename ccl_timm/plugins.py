@@ -77,8 +77,8 @@ class Plugin:
 
 
 _loaded: dict[Plugin, Any] = {}
-_failed: dict[Plugin, Exception] = {}
-_failed_modules: dict[str, Exception] = {}
+_failed: dict[Plugin, BaseException] = {}
+_failed_modules: dict[str, BaseException] = {}
 _warned: set[str] = set()
 
 
@@ -185,7 +185,9 @@ def describe(
             try:
                 check(plugin.kind, plugin.name)
                 state = 'loaded' if plugin in _loaded else state
-            except Exception as failure:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as failure:
                 state, error = 'broken', _sentence(failure)
         rows.append({**asdict(plugin), 'state': state, 'error': error})
     return rows
@@ -325,7 +327,9 @@ def _load(plugin: Plugin, verify: _Verify | None, guard: _Guard) -> Any:
         obj = _loaded[plugin] if plugin in _loaded else _import(plugin.value, guard)
         if verify:
             verify(plugin.name, obj)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a plug-in must not end the program
         _failed[plugin] = error
         _loaded.pop(plugin, None)
         raise PluginLoadError(_message(plugin, _sentence(error))) from error
@@ -342,7 +346,9 @@ def _import(value: str, guard: _Guard) -> Any:
     try:
         with guard():
             obj = importlib.import_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         _failed_modules[module] = error
         raise
     return functools.reduce(getattr, match['object'].split('.'), obj)
@@ -355,6 +361,6 @@ def _message(plugin: Plugin, cause: str) -> str:
     )
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     text = str(error).strip().rstrip('.')
     return text if isinstance(error, UserError) and text else f'{type(error).__name__}: {text}'.rstrip(': ')

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.metadata
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from ccl_timm import create_loss, models, plugins
 from ccl_timm.errors import PluginLoadError, UserError
+
+from .conftest import TINY
 
 MODELS = '[ccl_timm.models]\n'
 LOSSES = '[ccl_timm.losses]\n'
@@ -131,11 +134,11 @@ def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
     assert sys.fake_imports == 2
 
 
-def test_only_exceptions_are_caught(install):
-    install('plug-a', LOSSES + 'quits = fake_quits:Loss\n', fake_quits='raise SystemExit(3)\n')
-    with pytest.raises(SystemExit):
-        plugins.load_plugin('loss', 'quits')
-    assert states() == {('loss', 'quits'): 'available'}
+def test_interruption_by_hand_is_no_failure_of_a_plugin(install):
+    install('plug-a', LOSSES + 'slow = fake_slow:Loss\n', fake_slow='raise KeyboardInterrupt\n')
+    with pytest.raises(KeyboardInterrupt):
+        plugins.load_plugin('loss', 'slow')
+    assert states() == {('loss', 'slow'): 'available'}
 
 
 @pytest.mark.parametrize(
@@ -392,7 +395,8 @@ def test_knows_neither_torch_nor_timm():
 
 
 def test_a_loss_without_options_is_no_broken_plugin(install):
-    code = 'from ccl_timm.losses import Loss\n\nclass Plain(Loss):\n    pass\n'
+    code = 'from ccl_timm.losses import Loss\n\nclass Plain(Loss):\n    def terms(self, outputs, target):\n'
+    code += '        return {}\n'
     install('plug-plain', f'{LOSSES}plain = plain_loss:Plain\n', plain_loss=code)
     assert type(create_loss('plain')).__name__ == 'Plain'
 
@@ -407,3 +411,55 @@ def test_a_plugins_second_model_is_verified_too(install):
     assert models.taken('two_b') is None
     models.ensure_registered('two_b')
     assert [plugin['name'] for plugin in plugins.used_plugins()] == ['two_a', 'two_b']
+
+
+LOSS = """
+from ccl_timm.losses import Loss
+class NoTerms(Loss):
+    pass
+class Foreign:
+    pass
+class Vector(Loss):
+    def terms(self, outputs, target):
+        return {'all': outputs.logits.sum(1)}
+class Good(Loss):
+    def terms(self, outputs, target):
+        return {'all': outputs.logits.square().mean()}
+def returns_nothing():
+    return None
+"""
+
+
+def test_check_tries_the_contract(install, words):
+    entries = {
+        'no_terms': 'NoTerms',
+        'foreign': 'Foreign',
+        'vector': 'Vector',
+        'good': 'Good',
+        'none': 'returns_nothing',
+    }
+    install('plug-a', LOSSES + ''.join(f'{name} = fake_loss:{obj}\n' for name, obj in entries.items()), fake_loss=LOSS)
+    code, out, err = words('ccl-timm', 'plugins', '--check', '--json')
+    found = {row['name']: (row['state'], row['error'] or '') for row in json.loads(out)}
+    assert code == 1 and {name: state for name, (state, _) in found.items()} == {
+        'no_terms': 'broken', 'foreign': 'broken', 'vector': 'broken', 'good': 'loaded', 'none': 'broken'
+    }  # fmt: skip
+    assert 'no method terms' in found['no_terms'][1] and 'derive from ccl_timm.Loss' in found['foreign'][1]
+    assert 'returned a NoneType' in found['none'][1]
+
+
+@pytest.mark.parametrize('end', ['raise SystemExit(0)', 'raise BaseException("no")', 'raise GeneratorExit'])
+def test_a_plugin_cannot_end_the_program(end, install, words, folder, place):
+    install('plug-a', LOSSES + 'leaves = fake_end:Loss\n', fake_end=f'{end}\n')
+    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--loss', 'leaves')
+    assert code == 2 and "Cannot load the loss plugin 'leaves'" in err
+    code, out, err = words('ccl-timm', 'plugins', '--check')
+    assert code == 1 and 'broken' in out
+
+
+def test_lists_import_no_plugin(install, words):
+    install('plug-a', LOSSES + 'other = fake_unused:Loss\n', fake_unused='raise BaseException\n')
+    for argv in (['losses'], ['losses', 'cc'], ['models', 'resnet18_*'], ['plugins']):
+        code, out, err = words('ccl-timm', *argv)
+        assert code == 0, err
+        assert 'fake_unused' not in sys.modules and ('plug-in plug-a 1.0' in out) == (argv == ['losses'])

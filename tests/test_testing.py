@@ -444,7 +444,7 @@ BROKEN_MODELS = [
     (counts_strides, 'memory_formats_agree', 'logits with channels last'),
     (needs_storage, 'builds_on_meta', 'is on cpu'),
     (no_pickle, 'copies_are_equal', 'pickle'),
-    (renames, 'saved_is_equal', 'does not come back as it was saved'),
+    (renames, 'saved_is_equal', 'does not fit'),
     (unused_parameter, 'gradients_reach_all', "no gradient reaches 'lonely'"),
     (forgets_an_activation, 'checkpointing_is_exact', 'with gradient checkpointing'),
     (not_scriptable, 'scripted_is_equal', ''),

@@ -1,6 +1,5 @@
 """Losses by name: ours, plugins', and timm's own."""
 
-import contextlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES, create_classification_
 from torch import Tensor
 
 from ccl_timm import plugins
-from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean, require_finite
+from ccl_timm.errors import UnknownNameError, UserError, did_you_mean, require_finite
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
@@ -194,11 +193,18 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
             return LogitsLoss(partial(cross_entropy, smoothing=kwargs.get('smoothing', 0.0), class_weight=weight), name)
         if is_timm_loss(name):
             return LogitsLoss(create_classification_loss(name, **kwargs), name)
-        return loss_class(name)(**kwargs)
+        return _built(name, loss_class(name)(**kwargs))
     except UserError as error:
         raise UserError(f"Loss '{name}': {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"Loss '{name}' cannot be built with {kwargs}: {error}") from error
+
+
+def _built(name: str, loss: Any) -> Loss:
+    """The loss that a plug-in's class or function returned, if it is one."""
+    if not isinstance(loss, Loss):
+        raise UserError(f'its function returned a {type(loss).__name__}, not a ccl_timm.Loss.')
+    return loss
 
 
 def taken(name: str) -> str | None:
@@ -208,26 +214,28 @@ def taken(name: str) -> str | None:
 
 
 def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """Rows and header of the table of losses; a plugin that cannot be loaded is left out."""
-    rows = []
-    for name in list_losses():
-        with contextlib.suppress(PluginLoadError):
-            cls = loss_class(name)
-            facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'reads', ())))
-            soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
-            rows.append((name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'inferred', '') or '-'))
-    return rows, ('name', 'head', 'reads', 'soft targets', 'paper', 'inferred')
+    """Rows and header of the table of losses; those of plug-ins are named and not imported."""
+    rows = [_row(name, loss_class(name)) for name in LOSSES]
+    for plugin in plugins.find_plugins('loss'):
+        if plugin.name in plugins.plugin_names('loss'):
+            by = f'plug-in {plugin.distribution} {plugin.version}'
+            rows.append((plugin.name, '-', '-', '-', by, f'`ccl-timm losses {plugin.name}` tells'))
+    return sorted(rows), _HEADER
+
+
+_HEADER = ('name', 'head', 'reads', 'soft targets', 'paper', 'inferred')
+
+
+def _row(name: str, cls: type[Loss]) -> tuple[str, ...]:
+    facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'reads', ())))
+    soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
+    return (name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'inferred', '') or '-')
 
 
 def losses_for(head: str) -> list[str]:
-    """Names of the losses made for a head; those ending in a linear layer take those for any head."""
+    """Names of our losses made for a head; those ending in a linear layer take those for any head."""
     made_for = {head, None} if head in ('cam', 'linear', 'mc', 'mlp') else {head}
-    found = []
-    for name in list_losses():
-        with contextlib.suppress(PluginLoadError):
-            if getattr(loss_class(name), 'head', None) in made_for:
-                found.append(name)
-    return found
+    return [name for name in LOSSES if loss_class(name).head in made_for]
 
 
 def explain(name: str) -> str:
@@ -235,8 +243,7 @@ def explain(name: str) -> str:
     if is_timm_loss(name):
         return f"{name}: timm's own loss; its options are those of timm.loss.create_classification_loss."
     cls = loss_class(name)
-    rows, header = overview()
-    facts = next(dict(zip(header, row, strict=True)) for row in rows if row[0] == name)
+    facts = dict(zip(_HEADER, _row(name, cls), strict=True))
     options = ', '.join(str(option) for option in loss_options(name).values())
     lines = [f'{name}({options})', '', inspect.getdoc(cls) or '', '']
     return '\n'.join([*lines, *(f'{key}: {value}' for key, value in facts.items() if key != 'name')])
@@ -247,6 +254,10 @@ def _verify_loss(name: str, obj: Any) -> None:
         raise TypeError('the object must be a class or function that returns a loss')
     if taken(name):
         raise TypeError(taken(name))
+    if isinstance(obj, type) and not issubclass(obj, Loss):
+        raise TypeError('the class must derive from ccl_timm.Loss')
+    if isinstance(obj, type) and obj.terms is Loss.terms:
+        raise TypeError('the class has no method terms(outputs, target)')
     kinds = {p.kind for p in inspect.signature(obj).parameters.values()}
     if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
         raise TypeError('its options must be explicit: no *args or **kwargs')

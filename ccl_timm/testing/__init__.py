@@ -15,7 +15,7 @@ Failures are AssertionErrors that name the loss or model, the check, and the fig
 """
 
 from ccl_timm.testing.inputs import make_outputs, make_target
-from ccl_timm.testing.loss_checks import LOSS_CHECKS, LossCase, check_loss
+from ccl_timm.testing.loss_checks import LOSS_CHECKS, LossCase, check_loss, try_loss
 from ccl_timm.testing.model_checks import MODEL_CHECKS, ModelCase, check_model
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     'check_model',
     'make_outputs',
     'make_target',
+    'try_loss',
 ]

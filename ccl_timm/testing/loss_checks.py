@@ -15,13 +15,13 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from ccl_timm import models
 from ccl_timm.errors import UserError
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import HEADS, HeadOutputs
 from ccl_timm.losses import Loss, create_loss, loss_class, loss_options
 from ccl_timm.task import create_task
 from ccl_timm.testing.common import SEED, assert_close, assert_finite, different_state, run_checks, state_of
 from ccl_timm.testing.inputs import BY_CLASS, derive, make_outputs, make_target
 
-__all__ = ['LOSS_CHECKS', 'LossCase', 'check_loss']
+__all__ = ['LOSS_CHECKS', 'LossCase', 'check_loss', 'try_loss']
 
 
 @dataclass
@@ -535,3 +535,20 @@ def check_loss(
     """
     case = LossCase(loss, loss_kwargs, reference, outputs, prepare, model, backend)
     run_checks(f"loss '{case.name}'", case, checks)
+
+
+def try_loss(name: str) -> None:
+    """Build a loss by name with its defaults, and compute it on random tensors if heads of ours give what it reads.
+
+    What ``ccl-timm plugins --check`` asks of every plug-in's loss; :func:`check_loss` asks for much more.
+
+    Raises:
+        UserError: it cannot be built.
+        AssertionError: a term is not a finite scalar.
+    """
+    case = LossCase(name)
+    loss = case.build()
+    if not {*loss.reads} <= {*HeadOutputs._fields, 'feature_map'}:
+        return
+    for term, value in loss.named_terms(case.example(dtype=torch.float32), make_target()).items():
+        assert value.ndim == 0 and value.isfinite(), f"its term '{term}' is {value.detach()}, not a finite scalar"
