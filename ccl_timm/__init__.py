@@ -1,5 +1,11 @@
 """Channel-attention classifiers and discriminative losses for timm. Importing this registers the models with timm."""
 
+import timm
+import timm.loss
+
+if not hasattr(timm.loss, 'LOSS_TYPES'):  # as where a script lies in a clone of an older timm
+    raise ImportError(f'ccl_timm needs timm 1.0.31 or later, and {timm.__path__[0]} is timm {timm.__version__}')
+
 from ccl_timm.centroids import largest_cosine, pedcc
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError
 from ccl_timm.losses import (

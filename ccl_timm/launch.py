@@ -132,8 +132,11 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
         own.model = _typed_model(rest) or recipe.get('model')
         recipe = recipes.split_options(recipe, own.loss, own.model)
         _refuse_builtin_only(recipe, own.config)
+        recipes.check_modules(recipe, _typed(rest, '--device-modules', nargs='*'), own.config)
         copy = scratch / 'recipe.yaml'
         kept = {key: value for key, value in recipe.items() if key not in (*OWN, *_IGNORED)}
+        if kept.get('device') == 'auto':  # the built-in script's
+            del kept['device']
         copy.write_text(dump_yaml(kept), encoding='utf-8')
         rest = ['--config', str(copy), *rest]
     for key in _HONOURED:
@@ -161,9 +164,14 @@ def _register_models(rest: list[str], own: argparse.Namespace) -> None:
 
 
 def _typed_model(words: list[str]) -> str | None:
+    return _typed(words, '--model', '-m')
+
+
+def _typed(words: list[str], *flags: str, **kwargs: Any) -> Any:
+    """The value of one flag of a script's; None without it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument('--model', '-m', default=None)
-    return parser.parse_known_args(words)[0].model
+    parser.add_argument(*flags, dest='value', default=None, **kwargs)
+    return parser.parse_known_args(words)[0].value
 
 
 @contextlib.contextmanager
@@ -256,9 +264,10 @@ def _wrapped_parse_args(script: ModuleType, own: argparse.Namespace, spec: dict[
             spec['smoothing'] = 0.0 if mixes else getattr(args, 'smoothing', 0.0)
         spec.update(own.loss_kwargs or {})
         settings = {'loss': own.loss, 'loss_kwargs': dict(own.loss_kwargs or {})}
+        modules = {'device_modules': recipes.with_autoload(getattr(args, 'device_modules', None))}
         if own.pad_crop:
             settings['pad_crop'] = own.pad_crop
-        text = dump_yaml({**vars(args), **settings})
+        text = dump_yaml({**vars(args), **settings, **modules})
         args.plugin_loss = settings  # the checkpoint keeps it; plain types, since resume unpickles nothing else
         return args, text
 

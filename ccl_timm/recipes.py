@@ -22,6 +22,7 @@ __all__ = [
     'read_recipe',
     'recipe_folder',
     'split_options',
+    'with_autoload',
 ]
 
 # registers our models in a stock script, and stops one that would train with another loss than a recipe says
@@ -68,6 +69,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"Recipe {path} must be a mapping of settings, such as 'batch_size: 32'.")
     return content
+
+
+def with_autoload(modules: Iterable[str] | None) -> list[str]:
+    """``device_modules`` for an args.yaml: a stock script must not train cross-entropy where that names our loss."""
+    return list(dict.fromkeys([AUTOLOAD, *(modules or [])]))
 
 
 def check_modules(recipe: dict[str, Any], typed: Iterable[str] | None, path: str | Path) -> None:

@@ -173,6 +173,28 @@ def test_stock_script_is_stopped_before_it_trains_something_else(script, folder,
     assert not Path('output').exists()
 
 
+@pytest.mark.parametrize('builtin', [True, False])
+def test_args_yaml_of_every_run_stops_a_stock_script(builtin, folder, launch, words):
+    """Also of a run without a recipe, whose loss a stock script would leave out; our launcher repeats it."""
+    if builtin:
+        code, out, err = words('timm', 'train.py', '--data-dir', folder, *WORDS, '--loss', 'cc', '--epochs', '1')
+    else:
+        code, out, err = launch(STAND_IN, *WORDS, '--loss', 'cc', '--epochs', '1')
+    assert code == 0, err
+    (recipe,) = Path('output').rglob('args.yaml')
+    argv = [sys.executable, STAND_IN, '-c', recipe, '--data-dir', folder, '--device', 'cpu']
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 2 and 'would train with cross-entropy' in result.stderr
+    code, out, err = words('timm', STAND_IN, '-c', recipe, '--experiment', 'again')
+    assert code == 0, err
+
+
+def test_a_recipe_imports_no_module_that_was_not_typed(launch):
+    recipe = write_recipe(loss='cc', model='resnet18_cam', device_modules=['this'])
+    code, out, err = launch(STAND_IN, '-c', recipe)
+    assert code == 2 and "wants to import the module 'this'" in err and 'this' not in sys.modules
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_stock_script_trains_our_models_after_autoload(script, folder, place):
     argv = [sys.executable, script, '--data-dir', folder, '--device', 'cpu', *WORDS, '--epochs', '1']

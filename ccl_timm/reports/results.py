@@ -34,7 +34,7 @@ _FREE_IN_GROUP = {'dataset_download', 'seed'}
 # through, and for how long, which the report tells
 _FREE_IN_TABLE = _FREE_IN_GROUP | {
     'amp', 'amp_dtype', 'channels_last', 'cooldown_epochs', 'data_dir', 'decay_epochs', 'decay_milestones',
-    'deterministic', 'device_modules', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch',
+    'deterministic', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch',
     'memory_format', 'opt', 'opt_kwargs', 'pretrained_path', 'torchcompile', 'torchcompile_mode', 'train_fraction',
     'val_interval', 'validation_batch_size', 'warmup_epochs',
 }  # fmt: skip

@@ -22,7 +22,7 @@ import torchvision
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ccl_timm import plugins
+from ccl_timm import plugins, recipes
 from ccl_timm.console import warn
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
@@ -56,9 +56,9 @@ __all__ = [
 
 # settings that may differ between a run and its continuation without changing what is computed
 _FREE = {
-    'checkpoint_hist', 'class_names', 'config', 'device', 'experiment', 'log_interval', 'log_wandb', 'no_resume_opt',
-    'num_classes', 'output', 'patience', 'pin_mem', 'resume', 'tracker', 'wandb_project', 'wandb_resume_id',
-    'wandb_tags', 'workers',
+    'checkpoint_hist', 'class_names', 'config', 'device', 'device_modules', 'experiment', 'log_interval', 'log_wandb',
+    'no_resume_opt', 'num_classes', 'output', 'patience', 'pin_mem', 'resume', 'tracker', 'wandb_project',
+    'wandb_resume_id', 'wandb_tags', 'workers',
 }  # fmt: skip
 
 
@@ -483,6 +483,7 @@ def write_run_files(
     else:
         information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
+        kept['device_modules'] = recipes.with_autoload(kept.get('device_modules'))
         write_whole(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
     write_whole(folder / 'environment.json', json.dumps(information, indent=2) + '\n')
     if held_out:
