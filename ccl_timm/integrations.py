@@ -1,4 +1,4 @@
-"""Callbacks that tell a task epochs and optimizer steps, for trainers that announce neither in a way it could detect.
+"""Callbacks that pass epochs and optimizer steps to a task, for trainers whose epochs it cannot detect.
 
 Hugging Face's Trainer calls ``model.train()`` at every step, Lightning never. For the losses with a schedule (``nac``,
 ``pod``, ``cot``, ``asoftmax``), and for resuming with any loss::
@@ -31,7 +31,7 @@ def _task_in(model: nn.Module) -> LossTask:
 
 
 class _Transformers:
-    """Tells a task in ``transformers.Trainer`` the epoch and the optimizer steps."""
+    """Passes epochs and optimizer steps of ``transformers.Trainer`` to the task."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Find the task; resumed training begins where ``state`` says."""
@@ -50,7 +50,7 @@ class _Transformers:
 
 
 class _Lightning:
-    """Tells a task in a LightningModule the epoch and the optimizer steps."""
+    """Passes epochs and optimizer steps of ``lightning.Trainer`` to the task in the LightningModule."""
 
     def on_train_start(self, trainer, pl_module):
         """Find the task; resumed training begins where ``trainer`` says."""
@@ -66,7 +66,7 @@ class _Lightning:
         self.task.tell_steps(trainer.global_step)
 
 
-# name -> what to do, and where the class is from that knows all other events; the first package that is installed
+# name -> our events, the packages that may have the base class (the first installed one counts), and its name
 _CALLBACKS = {
     'TransformersCallback': (_Transformers, ('transformers',), 'TrainerCallback'),
     'LightningCallback': (_Lightning, ('lightning.pytorch', 'pytorch_lightning'), 'Callback'),
@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
         try:
             parent = getattr(importlib.import_module(package), base)
         except ModuleNotFoundError as error:
-            if error.name != package.partition('.')[0]:
+            if (error.name or '').partition('.')[0] != package.partition('.')[0]:
                 raise
             continue
         made = type(name, (events, parent), {'__module__': __name__, '__doc__': events.__doc__})

@@ -7,9 +7,10 @@ import timm
 import timm.optim
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import ccl_timm
-from ccl_timm.losses import Loss
+from ccl_timm.losses import LOSSES, Loss, loss_class
 from ccl_timm.task import ModelWithLoss, probe
 
 
@@ -68,6 +69,22 @@ def test_loss_without_the_head_it_needs_says_what_to_use():
     with pytest.raises(ccl_timm.UserError) as caught:
         ccl_timm.create_task(timm.create_model('resnet18', num_classes=4), 'cc')
     assert str(caught.value) == "loss 'cc' reads attention; resnet18 has a linear classifier: use resnet18_cam."
+
+
+def test_a_head_that_only_a_plugin_has_suggests_no_model_that_does_not_exist(model):
+    loss = Recorder()
+    loss.reads, loss.head = ('gate',), 'gated'
+    with pytest.raises(ccl_timm.UserError, match='reads gate; resnet18_cam .*: use a model whose head gives it out'):
+        ccl_timm.create_task(model, loss)
+
+
+def test_a_model_that_is_not_timms_is_shown_the_head_and_the_loss(batch):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+    with pytest.raises(ccl_timm.UserError, match=r"'Sequential' is no timm model: .*CamHead\(.*head.outputs\(pooled\)"):
+        ccl_timm.create_task(network, 'cc')
+    head = ccl_timm.heads.CamHead(3072, 4)  # what the message says
+    ccl_timm.create_loss('cc')(head.outputs(batch[0].flatten(1)), batch[1]).backward()
+    assert head.out.weight.grad.any()
 
 
 def test_models_with_several_heads_are_refused():
@@ -130,6 +147,7 @@ def test_set_epoch_turns_detection_off(model, batch):
 
 def test_state_of_the_loss_and_counters_come_back(model, batch):
     task = ccl_timm.create_task(model, Recorder())
+    task.train()
     for _ in range(3):
         task(*batch)
     saved = copy.deepcopy(task.get_checkpoint_state())
@@ -140,6 +158,41 @@ def test_state_of_the_loss_and_counters_come_back(model, batch):
     assert other.loss.seen == 3 and other.get_task_state()['step'] == 3
     other.get_trainable_module().train()
     assert other.loss.told == [('epoch', 1)]
+
+
+def test_counters_are_in_the_state_dict_and_older_ones_load(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.set_epoch(3)
+    for _ in range(2):
+        task(*batch)
+    saved = copy.deepcopy(task.state_dict())
+    other = ccl_timm.create_task(copy.deepcopy(model), Recorder())
+    other.load_state_dict(saved)
+    assert (other.get_task_state()['epoch'], other.get_task_state()['step']) == (3, 2)
+    older = {name: saved[name] for name in saved if not name.endswith(('.epoch', '.batches', '.step'))}
+    assert len(older) == len(saved) - 3
+    other.load_state_dict(older)
+    other.load_task_state({'loss': task.loss.state_dict(), 'epoch': 7, 'step': 5, 'trained': True})
+    other.train()
+    assert other.loss.told[-1] == ('epoch', 8)
+
+
+def test_an_epoch_of_one_batch_counts_in_timms_script(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.follow_timm_script()
+    for step in range(1, 4):
+        task.get_trainable_module().train()
+        task(*batch)
+        task.update_ema(step=step)
+    assert task.loss.told == [('step', 1), ('epoch', 1), ('step', 2), ('epoch', 2), ('step', 3)]
+
+
+def test_set_epoch_within_an_epoch_changes_nothing(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    for epoch in (0, 0, 1):
+        task.set_epoch(epoch)
+        task(*batch)
+    assert [told for told in task.loss.told if told[0] == 'epoch'] == [('epoch', 0), ('epoch', 1)]
 
 
 def test_ema_holds_the_loss_too(model, batch):
@@ -165,6 +218,20 @@ def test_compiled_equals_plain(model, batch):
     assert isinstance(compiled._bare(), ModelWithLoss)
 
 
+@pytest.mark.parametrize('name', [*LOSSES, 'ce'])
+def test_task_and_loss_are_one_graph_for_all_steps(name):
+    head = loss_class(name).head or 'linear' if name in LOSSES else 'linear'
+    task = ccl_timm.create_task(ccl_timm.create_model(f'test_resnet_{head}', num_classes=4), name).train()
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(task, fullgraph=True, backend=counter)
+    for _ in range(3):
+        compiled(images, target)['loss'].backward()
+    assert counter.frame_count == 1
+    assert task.get_task_state()['step'] == 3
+
+
 def test_adaptive_clipping_leaves_the_classifier_out(model):
     task = ccl_timm.create_task(model, 'cc')
     head = {id(p) for p in model.get_classifier().parameters()}
@@ -172,12 +239,20 @@ def test_adaptive_clipping_leaves_the_classifier_out(model):
     assert head <= {id(p) for p in task.get_clip_parameters()}
 
 
-def test_layer_decay_and_weight_decay_see_the_model(model):
+@pytest.mark.parametrize('of', ['task', 'compiled task', 'trainable module'])
+def test_layer_decay_and_weight_decay_see_the_model(of):
     vit = ccl_timm.create_model('vit_tiny_patch16_224_cam', num_classes=3, img_size=32, depth=2)
-    trainable = ccl_timm.create_task(vit, 'cc').get_trainable_module()
-    assert 'model.pos_embed' in trainable.no_weight_decay()
-    groups = timm.optim.create_optimizer_v2(trainable, opt='sgd', lr=1.0, layer_decay=0.5).param_groups
+    task = ccl_timm.create_task(vit, 'cc')
+    if of == 'compiled task':
+        task.compile(backend='eager')
+    trainable = task.get_trainable_module() if of == 'trainable module' else task
+    assert any(name.endswith('model.pos_embed') for name in trainable.no_weight_decay())
+    groups = timm.optim.create_optimizer_v2(
+        trainable, opt='sgd', lr=1.0, weight_decay=0.1, layer_decay=0.5
+    ).param_groups
     scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    assert decay[id(vit.pos_embed)] == decay[id(vit.cls_token)] == 0 < decay[id(vit.patch_embed.proj.weight)]
     assert scale[id(vit.head.out.weight)] == 1.0
     assert scale[id(vit.patch_embed.proj.weight)] < scale[id(vit.blocks[1].mlp.fc1.weight)] < 1.0
 
@@ -204,3 +279,11 @@ def test_targets_of_a_wrong_kind_are_explained(model, batch):
     task = ccl_timm.create_task(model, 'cc')
     with pytest.raises(ccl_timm.UserError, match=r'target of shape \(8,\) and type torch.float32'):
         task(batch[0], batch[1].float())
+
+
+def test_a_scale_for_thousands_of_classes_warns_once():
+    model = ccl_timm.create_model('test_resnet_cosine', num_classes=4)
+    with pytest.warns(UserWarning, match='ArcFaceLoss: scale=64 was tuned .* for 4 classes try scale=16') as caught:
+        ccl_timm.create_task(model, 'arcface')
+        ccl_timm.create_task(model, 'arcface', scale=16, margin=0.3)
+    assert len(caught) == 1
