@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from ccl_timm import cli
+from ccl_timm.experiments import reproduce
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach a network
 # beside others a process with several threads is many times slower, not faster
@@ -71,6 +74,21 @@ def words(capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that reproduce and compare start; they run in this process, which is many times faster."""
+    commands = []
+
+    def run(command, **kwargs):
+        if '-c' in command:
+            return SimpleNamespace(returncode=0)
+        commands.append(command[3:])
+        return SimpleNamespace(returncode=cli.main(command[3:]))
+
+    monkeypatch.setattr(reproduce, 'subprocess', SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    return commands
 
 
 @pytest.fixture(scope='session')

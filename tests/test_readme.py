@@ -50,7 +50,7 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(datasets, 'Digits', FewDigits)
 
 
-@pytest.mark.usefixtures('workshop', 'online', 'few_digits')
+@pytest.mark.usefixtures('workshop', 'online', 'few_digits', 'started')
 def test_readme_runs_from_top_to_bottom(words, subtests):
     """One test, since a command uses what earlier ones made."""
     for kind, block in BLOCKS:

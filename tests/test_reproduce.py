@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from ccl_timm import cli, tables
+from ccl_timm import tables
 from ccl_timm.experiments import compare, reproduce
 from ccl_timm.heads import HEADS
 from ccl_timm.training import runs, train
@@ -39,21 +39,6 @@ def small_table(place, monkeypatch):
     (place / 'tables').mkdir()
     (place / 'tables' / 'small.yaml').write_text(yaml.safe_dump(TABLE, sort_keys=False))
     monkeypatch.setattr(tables, '_folder', lambda: place / 'tables')
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """Commands that were started, which run in this process."""
-    commands = []
-
-    def run(command, **kwargs):
-        if '-c' in command:
-            return SimpleNamespace(returncode=0)
-        commands.append(command[3:])
-        return SimpleNamespace(returncode=cli.main(command[3:]))
-
-    monkeypatch.setattr(reproduce, 'subprocess', SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
-    return commands
 
 
 @pytest.fixture
