@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from argparse import REMAINDER
 from collections.abc import Callable
 
@@ -30,6 +31,11 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as stop:
         return getattr(stop, 'exit_code', 130)
+    except SystemExit as stop:
+        if not (module := _exited_early(stop)):
+            raise
+        say_error(f"The module '{module}' ended the program (SystemExit) before its work was done.")
+        return 2
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -41,6 +47,13 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
             raise
         say_error(sentence)
         return 2
+
+
+def _exited_early(stop: SystemExit) -> str | None:
+    """The module that exits with code 0, as a plug-in might; None if that is a parser's help or a script's own end."""
+    *_, (frame, _) = traceback.walk_tb(stop.__traceback__)
+    module = frame.f_globals.get('__name__', '')
+    return module if not stop.code and module not in ('argparse', '__main__', 'train') else None
 
 
 def _sentence(error: Exception) -> str | None:
@@ -292,10 +305,10 @@ def _plugins(argv: list[str], prog: str) -> int:
     args = parser.parse_strictly(argv)
     from ccl_timm import losses, models, plugins
     from ccl_timm.console import table
-    from ccl_timm.testing import try_loss
+    from ccl_timm.testing import try_loss, try_model
 
     def check(kind: str, name: str) -> None:
-        models.ensure_registered(name) if kind == 'model' else try_loss(name)
+        try_model(name) if kind == 'model' else try_loss(name)
 
     def taken(kind: str, name: str) -> str | None:
         return models.taken(name) if kind == 'model' else losses.taken(name)

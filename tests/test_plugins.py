@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from timm.models import _registry
 
 from ccl_timm import create_loss, models, plugins
 from ccl_timm.errors import PluginLoadError, UserError
@@ -463,3 +464,51 @@ def test_lists_import_no_plugin(install, words):
         code, out, err = words('ccl-timm', *argv)
         assert code == 0, err
         assert 'fake_unused' not in sys.modules and ('plug-in plug-a 1.0' in out) == (argv == ['losses'])
+
+
+ENDS = """
+from timm.models import register_model
+from ccl_timm.losses import Loss
+@register_model
+def ending_net(pretrained=False, **kwargs):
+    raise SystemExit(0)
+class WhenBuilt(Loss):
+    def __init__(self):
+        raise SystemExit
+    def terms(self, outputs, target):
+        return {}
+class WhenCalled(Loss):
+    def terms(self, outputs, target):
+        raise SystemExit(0)
+"""
+
+
+@pytest.fixture
+def ending(install):
+    """A plug-in whose model and losses are imported, and then exit with code 0."""
+    losses = 'when_built = fake_ends:WhenBuilt\nwhen_called = fake_ends:WhenCalled\n'
+    install('plug-a', f'{LOSSES}{losses}{MODELS}ending_net = fake_ends:ending_net\n', fake_ends=ENDS)
+    yield
+    _registry._model_entrypoints.pop('ending_net', None)
+    _registry._module_to_models.pop('fake_ends', None)
+
+
+@pytest.mark.parametrize(
+    'typed', [['--loss', 'when_built'], ['--loss', 'when_called'], ['--model', 'ending_net']], ids=str
+)
+def test_a_plugin_that_exits_ends_no_training_as_if_it_was_done(typed, ending, words, folder, place):
+    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet', *typed)
+    assert code == 2 and "The module 'fake_ends' ended the program" in err
+
+
+def test_models_that_cannot_be_built_are_found_by_the_check_and_left_out_of_the_list(ending, words):
+    code, out, err = words('ccl-timm', 'plugins', '--check', '--json')
+    assert code == 1 and {row['state'] for row in json.loads(out)} == {'broken'}
+    with pytest.warns(UserWarning, match="Left out: 'ending_net'"):
+        code, out, err = words('ccl-timm', 'models')
+    assert code == 0 and 'resnet18_cam' in out and 'ending_net' not in out
+
+
+def test_help_still_ends_with_code_0(words):
+    code, out, err = words('timm', 'train.py', '--help')
+    assert code == 0 and '--loss' in out and 'ended the program' not in err

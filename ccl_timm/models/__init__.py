@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from ccl_timm import plugins
-from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError, did_you_mean
+from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import HEADS
 from ccl_timm.models import sources
 from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
@@ -207,13 +207,21 @@ def load_plugins() -> None:
 
 
 def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
-    """Name, number of parameters at 1000 classes, and head of our named models and plugins' that match a pattern."""
+    """Name, number of parameters at 1000 classes, and head of our named models and plugins' that match a pattern.
+
+    A plug-in's model that cannot be built is left out with a warning.
+    """
     rows = []
     for name in fnmatch.filter([*MODELS, *plugins.plugin_names('model')], pattern):
-        with contextlib.suppress(PluginLoadError):
+        try:
             model = create_model(name, device='meta')
             head = next((key for key, value in HEADS.items() if type(model.get_classifier()) is value), 'any')
-            rows.append((name, sum(p.numel() for p in model.parameters()), head))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too, whatever a plug-in's function raises
+            warnings.warn(f"Left out: '{name}' ({type(error).__name__}: {error})", stacklevel=2)
+            continue
+        rows.append((name, sum(p.numel() for p in model.parameters()), head))
     return rows
 
 

@@ -16,7 +16,7 @@ Failures are AssertionErrors that name the loss or model, the check, and the fig
 
 from ccl_timm.testing.inputs import make_outputs, make_target
 from ccl_timm.testing.loss_checks import LOSS_CHECKS, LossCase, check_loss, try_loss
-from ccl_timm.testing.model_checks import MODEL_CHECKS, ModelCase, check_model
+from ccl_timm.testing.model_checks import MODEL_CHECKS, ModelCase, check_model, try_model
 
 __all__ = [
     'LOSS_CHECKS',
@@ -28,4 +28,5 @@ __all__ = [
     'make_outputs',
     'make_target',
     'try_loss',
+    'try_model',
 ]

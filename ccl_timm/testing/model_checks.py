@@ -15,9 +15,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ccl_timm import models
+from ccl_timm.task import probe
 from ccl_timm.testing.common import SEED, assert_close, different_state, run_checks
 
-__all__ = ['MODEL_CHECKS', 'ModelCase', 'check_model']
+__all__ = ['MODEL_CHECKS', 'ModelCase', 'check_model', 'try_model']
 
 
 @dataclass
@@ -270,3 +271,14 @@ def check_model(
             check_model('my_model', img_size=64)
     """
     run_checks(f"model '{model_name}'", ModelCase(model_name, model_kwargs, img_size), checks)
+
+
+def try_model(name: str) -> None:
+    """Build a model by name without storage, and compute its shapes as a training task does.
+
+    What ``ccl-timm plugins --check`` asks of every plug-in's model; :func:`check_model` asks for much more.
+
+    Raises:
+        UserError: the model does not follow timm's three calls, see :func:`ccl_timm.task.probe`.
+    """
+    probe(models.create_model(name, num_classes=5, device='meta'))
