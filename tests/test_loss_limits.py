@@ -208,6 +208,13 @@ def test_features_whose_square_overflows_are_finite(name, size):
     assert features.grad.isfinite().all()
 
 
+def test_complement_of_huge_logits_is_finite():
+    logits = (torch.randn(4, 5, generator=torch.Generator().manual_seed(0)) * 1e36).requires_grad_()
+    value = losses.complement_entropy(logits, torch.arange(4))
+    value.backward()
+    assert value == 0 and logits.grad.isfinite().all()
+
+
 BAD = {'huge': 1e25, 'inf': math.inf, 'nan': math.nan}
 
 

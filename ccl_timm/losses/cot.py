@@ -31,7 +31,7 @@ def complement_entropy(logits: Tensor, target: Tensor, divisor: str = 'paper') -
         exactly 0.
     """
     number = logits.shape[1] if divisor == 'code' else max(1, logits.shape[1] - 1)
-    log_q = without_class(logits, target).log_softmax(1)
+    log_q = without_class(logits, target).log_softmax(1).clamp_min(torch.finfo(logits.dtype).min)  # 0 * -inf is NaN
     return (log_q.exp() * log_q).sum(1).mean() / number
 
 
