@@ -190,14 +190,50 @@ def test_register_variant_refuses(args, message):
 def test_on_demand_variants_load_from_a_folder(tmp_path):
     source = ccl_timm.create_model('test_resnet_pedcc', num_classes=4).eval()
     timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
-    code = (
-        f"import ccl_timm; m = ccl_timm.create_model('local-dir:{tmp_path}', pretrained=True); "
-        "print(m.pretrained_cfg['architecture'], m.num_classes)"
-    )
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.stdout.split() == ['test_resnet_pedcc', '4'], result.stderr
+    for package in ('ccl_timm', 'timm'):
+        code = (
+            f"import ccl_timm, timm; m = {package}.create_model('local-dir:{tmp_path}', pretrained=True); "
+            "print(m.pretrained_cfg['architecture'], m.num_classes)"
+        )
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert result.stdout.split() == ['test_resnet_pedcc', '4'], result.stderr
     with pytest.raises(ccl_timm.UserError, match='holds no model of timm'):
         ccl_timm.create_model(f'local-dir:{tmp_path / "nothing"}')
+
+
+REGISTRY = """
+import warnings, ccl_timm, timm
+from torch import nn
+before = set(timm.list_models())
+assert timm.is_model('test_convnext_cam') and timm.get_pretrained_cfg('test_convnext_cam').classifier == 'head.fc.out'
+assert timm.get_pretrained_cfg('test_vit_cam').classifier == 'head.out' and timm.is_model('test_vit_cam')
+assert timm.models.model_entrypoint('test_vit2_cam').__name__ == 'test_vit2_cam'
+assert timm.create_model('test_vit3_cam', num_classes=3).num_classes == 3
+assert set(timm.list_models()) - before == {'test_convnext_cam', 'test_vit_cam', 'test_vit2_cam', 'test_vit3_cam'}
+
+def test_mambaout_cam(pretrained=False, **kwargs):
+    return nn.Identity()
+
+warnings.simplefilter('error')
+timm.models.register_model(test_mambaout_cam)  # somebody's own of this name is not in conflict with a variant
+assert type(timm.create_model('test_mambaout_cam')) is nn.Identity
+"""
+
+
+def test_timms_registry_finds_variants_when_asked_for_them():
+    result = subprocess.run([sys.executable, '-c', REGISTRY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    'name', ['nonsense', 'nonsense_cam', 'resnet18_nonsense', 'resnet18_cam_cam', 'crossvit_9_240_cam', '_cam', '']
+)
+def test_names_without_a_model_stay_unknown_to_timm(name):
+    before = timm.list_models()
+    assert not timm.is_model(name) and timm.get_pretrained_cfg(name) is None
+    with pytest.raises(RuntimeError, match='Unknown model'):
+        timm.create_model(name)
+    assert timm.list_models() == before
 
 
 @pytest.mark.parametrize('name', ['resnet18_cam', 'vgg16_cosine', 'densenet121_pedcc', 'vit_tiny_patch16_224_pedcc'])
@@ -216,6 +252,9 @@ def test_torchvision_knows_our_models_when_asked():
     model = torchvision_models.get_model('resnet18_cam', num_classes=6)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 6)
     assert set(MODELS) <= set(torchvision_models.list_models())
+    assert torchvision_models.get_model('test_convnext_cam', num_classes=6).num_classes == 6
+    with pytest.raises(ValueError, match='Unknown model nonsense_cam'):
+        torchvision_models.get_model('nonsense_cam')
     with pytest.raises(ccl_timm.UserError, match='has no weights of torchvision'):
         torchvision_models.get_model('resnet18_cam', weights='DEFAULT')
 

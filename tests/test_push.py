@@ -509,11 +509,11 @@ def test_images_of_a_folder_are_called_by_its_name(words, run, place):
 
 def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
     out = words('ccl-timm', 'card', run)[1]
-    assert re.search(r"= ccl_timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
+    assert re.search(r"= timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
     publish.record(run, place, weights=False)
     config = json.loads(Path('config.json').read_text())
-    Path('config.json').write_text(json.dumps({**config, 'architecture': 'resnet18_cam'}))
-    assert f"= timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
+    Path('config.json').write_text(json.dumps({**config, 'architecture': 'of_a_plugin'}))
+    assert f"= ccl_timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
 
 
 def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeypatch):

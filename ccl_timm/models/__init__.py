@@ -20,7 +20,8 @@ from torch import nn
 from ccl_timm import plugins
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import HEADS
-from ccl_timm.models import sources
+from ccl_timm.models import on_demand, sources
+from ccl_timm.models.on_demand import split_variant
 from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
 
 __all__ = [
@@ -60,6 +61,7 @@ MODELS: dict[str, str] = {}
 for _backbone, _head in _NAMED:
     globals()[f'{_backbone}_{_head}'] = register_variant(_backbone, _head)
     MODELS[f'{_backbone}_{_head}'] = f'{__name__}:{_backbone}_{_head}'
+on_demand.install()
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -187,18 +189,14 @@ def _register(architecture: str, location: str = '', config: dict[str, Any] | No
     )
 
 
-def split_variant(name: str) -> tuple[str, str] | None:
-    """Backbone and head of ``<timm architecture>_<head>``; None if the name is not of this form."""
-    for head in HEADS:
-        backbone = name.removesuffix(f'_{head}')
-        if backbone != name and is_model(backbone):
-            return backbone, head
-    return None
-
-
 def known_to_timm(name: str) -> bool:
     """Whether timm's own ``create_model`` has this architecture as soon as ccl_timm is imported."""
-    return name in MODELS or (is_model(name) and model_entrypoint(name).__module__.startswith('timm.'))
+    if not is_model(name):
+        return False
+    module = model_entrypoint(name).__module__
+    if module == register_variant.__module__:
+        module = model_entrypoint(split_variant(name)[0]).__module__  # a plugin's backbone has to be loaded first
+    return module.startswith('timm.')
 
 
 def load_plugins() -> None:
