@@ -52,6 +52,13 @@ class Head(nn.Module):
         """Replace what depends on the number of classes, keep the rest."""
         raise NotImplementedError
 
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise the tensors of the head itself, but those that transformers has loaded; nothing by default.
+
+        transformers builds models without memory for their tensors, and calls this, by timm's name for it, on every
+        module that has it. It knows by itself how to initialise torch's own layers.
+        """
+
     def feature_stage(self) -> nn.Module | None:
         """A new module that the model is to run at the end of its feature map, shaped by the classes; None for none.
 

@@ -64,13 +64,19 @@ class CosineHead(Head):
         self.in_features = in_features
         self.normalize_features = normalize_features
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-        self.register_buffer('scale', torch.tensor(float(scale), device=device))
+        self.initial_scale = float(scale)
+        self.register_buffer('scale', torch.tensor(self.initial_scale, device=device))
         nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def reset(self, num_classes: int) -> None:
         """Replace the class vectors, keep the scale."""
         self.weight = nn.Parameter(self.weight.new_empty(num_classes, self.in_features))
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialise the class vectors and the scale; transformers lets torch.nn.init pass over what it has loaded."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        nn.init.constant_(self.scale, self.initial_scale)
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Features (N, D) to logits (N, K), features (N, D), cosine (N, K), weight (K, D): unit class vectors."""

@@ -54,6 +54,11 @@ class PedccHead(Head):
         """Make new centroids of the same width, keep the linear layer."""
         self.weight = pedcc(num_classes, self.linear.out_features, self.seed).to(self.weight)
 
+    def init_non_persistent_buffers(self) -> None:
+        """Make the centroids, unless transformers has loaded them."""
+        if not getattr(self.weight, '_is_hf_initialized', False):
+            self.weight.copy_(pedcc(*self.weight.shape, self.seed))
+
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), centroids (K, D)."""
         features = self.linear(pooled)

@@ -72,6 +72,7 @@ def _export_timm(trained: Trained, folder: Path) -> None:
 def _clean_config(path: Path) -> None:
     # model_args hold whatever the model was built with
     config = without_private(json.loads(path.read_text(encoding='utf-8')))
+    config.get('model_args', {}).pop('num_classes', None)  # transformers adds its own, and the config has it anyway
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
