@@ -25,6 +25,8 @@ def exported(tmp_path_factory):
     for head in HEADS:
         options = {'scale': 7.0} if head == 'cosine' else {}
         model = ccl_timm.create_model(f'test_resnet_{head}', num_classes=5, **options)
+        if head == 'cosine':
+            model.fc.scale.fill_(9)
         facts = {'model_config': {'label_names': NAMES}}
         timm.models.save_for_hf(model, str(root / 'saved' / head), safe_serialization=True, **facts)
         export(root / 'saved' / head, root / head)
@@ -74,7 +76,7 @@ def test_other_classes_get_initial_values_and_the_rest_is_kept(exported, head, m
     if head == 'pedcc':
         assert torch.equal(model.fc.weight, ccl_timm.pedcc(3, 512).float())
     if head == 'cosine':
-        assert model.fc.scale == 7 and 0.5 < model.fc.weight.norm(dim=1).mean() < 2
+        assert model.fc.scale == 9 and 0.5 < model.fc.weight.norm(dim=1).mean() < 2
 
 
 @pytest.mark.parametrize('head', HEADS)
