@@ -6,8 +6,8 @@ import timm.loss
 if not hasattr(timm.loss, 'LOSS_TYPES'):  # as where a script lies in a clone of an older timm
     raise ImportError(f'ccl_timm needs timm 1.0.31 or later, and {timm.__path__[0]} is timm {timm.__version__}')
 
-from ccl_timm.centroids import largest_cosine, pedcc
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError
+from ccl_timm.heads.centroids import max_cosine, pedcc_centroids
 from ccl_timm.losses import (
     Loss,
     channel_correlation,
@@ -19,7 +19,7 @@ from ccl_timm.losses import (
     self_correlation,
 )
 from ccl_timm.models import build_variant, create_model, register_variant
-from ccl_timm.models.for_torchvision import register_torchvision
+from ccl_timm.models.torchvision import register_torchvision
 from ccl_timm.task import LossTask, create_task
 
 __version__ = '0.1.0'
@@ -37,10 +37,10 @@ __all__ = [
     'create_model',
     'create_task',
     'focal_loss',
-    'largest_cosine',
+    'max_cosine',
     'list_losses',
     'norm_adaptive_cosine',
-    'pedcc',
+    'pedcc_centroids',
     'register_torchvision',
     'register_variant',
     'self_correlation',

@@ -7,7 +7,8 @@ otherwise: a stock script that is asked for one of our losses is stopped here.
 import shlex
 import sys
 
-from ccl_timm import losses, models, recipes
+from ccl_timm import losses, models
+from ccl_timm.training import recipes
 
 __all__: list[str] = []
 

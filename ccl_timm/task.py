@@ -15,7 +15,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, HeadOutputs
 from ccl_timm.losses import Loss, create_loss, loss_options
 
-__all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'fitting_loss', 'probe', 'read_head']
+__all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'create_loss_for', 'probe_outputs', 'read_head']
 
 
 def create_task(
@@ -81,7 +81,7 @@ def _require_timm_model(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
+def probe_outputs(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
 
     Leaves the model and the random state as they were. On torch's meta device it takes no weights and tells shapes.
@@ -130,7 +130,7 @@ def _same(logits: Any, expected: Tensor) -> bool:
     return isinstance(logits, Tensor) and torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def fitting_loss(model: nn.Module, name: str, available: dict[str, Tensor], **loss_kwargs: Any) -> Loss:
+def create_loss_for(model: nn.Module, name: str, available: dict[str, Tensor], **loss_kwargs: Any) -> Loss:
     """Build a loss by name for a model.
 
     Args:
@@ -294,7 +294,7 @@ class LossTask(TrainingTask):
     ``train()`` within an epoch must call :meth:`set_epoch`.
 
     Steps are those of :meth:`update_ema`, which timm's scripts call after each optimizer step, EMA or not, or
-    of :meth:`tell_steps`. Without either, each training batch is one: call one of them where gradients accumulate.
+    of :meth:`set_num_updates`. Without either, each training batch is one: call one of them where gradients accumulate.
 
     ``ccl_timm.integrations`` has callbacks that do both for Hugging Face's Trainer and for Lightning.
     """
@@ -311,9 +311,9 @@ class LossTask(TrainingTask):
     ):
         device = next(model.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        available = probe(model)
+        available = probe_outputs(model)
         if isinstance(loss, str):
-            loss = fitting_loss(model, loss, available, **loss_kwargs)
+            loss = create_loss_for(model, loss, available, **loss_kwargs)
         else:
             name = type(loss).__name__
             if loss_kwargs:
@@ -325,7 +325,7 @@ class LossTask(TrainingTask):
         if caution := loss.caution(available['logits'].shape[1]):
             warnings.warn(f'{type(loss).__name__}: {caution}', stacklevel=2)
         self.trainable_module = ModelWithLoss(model, loss.to(device))
-        self._told_steps = False
+        self._counts_updates = False
 
     @property
     def loss(self) -> Loss:
@@ -348,23 +348,23 @@ class LossTask(TrainingTask):
         result = self.trainable_module(input, target)
         bare = self._bare()
         if bare.training:
-            bare.count_batch(count_step=not self._told_steps)
+            bare.count_batch(count_step=not self._counts_updates)
         return result
 
     def update_ema(self, step: int | None = None) -> None:
         """Update the EMA, if there is one; ``step`` counts the optimizer steps taken so far."""
         super().update_ema(step)
         if step is not None:
-            self.tell_steps(step)
+            self.set_num_updates(step)
 
-    def tell_steps(self, step: int = 0) -> None:
+    def set_num_updates(self, step: int = 0) -> None:
         """Tell that ``step`` optimizer steps have been taken, and that further ones will be told by update_ema."""
-        self._told_steps = True
+        self._counts_updates = True
         self._bare().set_step(step)
 
     def follow_timm_script(self) -> None:
         """Rely on what timm's scripts do: ``train()`` once an epoch, however short, and update_ema after each step."""
-        self._told_steps = True
+        self._counts_updates = True
         self._bare().min_batches = 1
 
     def no_weight_decay(self) -> set[str]:
@@ -381,7 +381,7 @@ class LossTask(TrainingTask):
         return next(name for name, module in self.named_modules() if module is bare) + '.'
 
     @torch.no_grad()
-    def try_once(self, input_size: tuple[int, int, int], soft_classes: int = 0) -> None:
+    def dry_run_forward(self, input_size: tuple[int, int, int], soft_classes: int = 0) -> None:
         """Evaluate model and loss on two random images of a size, so that what cannot work fails before training.
 
         With soft_classes, the targets are rows of so many probabilities, as Mixup makes them.

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ccl_timm.bench import paper_form, ratios
+from ccl_timm.experiments.bench import paper_form, ratios
 from ccl_timm.losses import channel_correlation
 
 

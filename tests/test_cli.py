@@ -2,7 +2,8 @@
 
 import pytest
 
-from ccl_timm import cli, losses, recipes
+from ccl_timm import cli, losses
+from ccl_timm.training import recipes
 
 
 def test_help_lists_every_command(words):

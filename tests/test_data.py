@@ -20,8 +20,8 @@ def settings(*argv):
     return resolve([str(word) for word in argv])[0]
 
 
-def open_splits(*argv, channels=3):
-    return datasets.open_splits(settings(*argv), channels)
+def create_splits(*argv, channels=3):
+    return datasets.create_splits(settings(*argv), channels)
 
 
 def test_digits_are_whole_and_split_for_good():
@@ -36,7 +36,7 @@ def test_digits_are_whole_and_split_for_good():
 
 def test_digits_as_a_folder_are_the_same_images(tmp_path):
     assert len(prepare.write_digits(tmp_path / 'digits')) == 1797
-    splits = open_splits('--data-dir', tmp_path / 'digits')
+    splits = create_splits('--data-dir', tmp_path / 'digits')
     assert splits.class_names == [str(label) for label in range(10)]
     assert (len(splits.train), len(splits.validation)) == (1442, 355)
     own = datasets.Digits('validation', mode='L')
@@ -50,7 +50,7 @@ def test_digits_as_a_folder_are_the_same_images(tmp_path):
 def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
     root = write_folder(tmp_path)
     shutil.rmtree(root / 'validation' / 'ant')
-    splits = open_splits('--data-dir', root)
+    splits = create_splits('--data-dir', root)
     assert splits.class_names == ['ant', 'bee', 'cat']
     assert set(datasets.targets_of(splits.validation)) == {1, 2}
     assert splits.notes == ["Part 'validation' has no image of 1 of 3 classes: ant."]
@@ -62,20 +62,20 @@ def test_validation_with_an_unknown_class_is_an_error(tmp_path):
     with pytest.raises(
         UserError, match="Part 'validation' has 1 classes that are not among the 3 of training, such as 'dog'"
     ):
-        open_splits('--data-dir', root)
+        create_splits('--data-dir', root)
 
 
 def test_no_validation_part_names_the_ways_out(tmp_path):
     root = write_folder(tmp_path)
     shutil.rmtree(root / 'validation')
     with pytest.raises(UserError, match="no part 'validation'.*--val-fraction 0.2"):
-        open_splits('--data-dir', root)
-    assert open_splits('--data-dir', root, '--val-split', '').validation is None
+        create_splits('--data-dir', root)
+    assert create_splits('--data-dir', root, '--val-split', '').validation is None
 
 
 def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_path, monkeypatch):
     root = write_folder(tmp_path, train=10, validation=0)
-    splits = open_splits('--data-dir', root, '--val-fraction', '0.2')
+    splits = create_splits('--data-dir', root, '--val-fraction', '0.2')
     assert np.bincount(datasets.targets_of(splits.validation)).tolist() == [2, 2, 2]
     assert np.bincount(datasets.targets_of(splits.train)).tolist() == [8, 8, 8]
     held = {name for name, part in splits.held_out if part == 'validation'}
@@ -88,29 +88,29 @@ def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_p
         self.samples.reverse()
 
     monkeypatch.setattr(reader, '__init__', reversed_order)
-    again = open_splits('--data-dir', root, '--val-fraction', '0.2')
+    again = create_splits('--data-dir', root, '--val-fraction', '0.2')
     assert {name for name, part in again.held_out if part == 'validation'} == held
-    other = open_splits('--data-dir', root, '--val-fraction', '0.2', '--seed', '1')
+    other = create_splits('--data-dir', root, '--val-fraction', '0.2', '--seed', '1')
     assert {name for name, part in other.held_out if part == 'validation'} != held
 
 
 def test_each_part_has_its_own_transform(tmp_path):
-    splits = open_splits('--data-dir', write_folder(tmp_path), '--val-fraction', '0.5')
+    splits = create_splits('--data-dir', write_folder(tmp_path), '--val-fraction', '0.5')
     splits.train.transform = lambda image: 'train'
     splits.validation.transform = lambda image: 'validation'
     assert (splits.train[0][0], splits.validation[0][0]) == ('train', 'validation')
 
 
 def test_fingerprint_tells_data_apart(tmp_path):
-    first = open_splits('--data-dir', write_folder(tmp_path / 'a'))
-    copy = open_splits('--data-dir', shutil.copytree(tmp_path / 'a', tmp_path / 'b'))
-    fewer = open_splits('--data-dir', write_folder(tmp_path / 'c', train=7))
+    first = create_splits('--data-dir', write_folder(tmp_path / 'a'))
+    copy = create_splits('--data-dir', shutil.copytree(tmp_path / 'a', tmp_path / 'b'))
+    fewer = create_splits('--data-dir', write_folder(tmp_path / 'c', train=7))
     assert first.fingerprint == copy.fingerprint != fewer.fingerprint
 
 
 def test_label_out_of_range(folder):
     with pytest.raises(UserError, match=r"--num-classes 2 is too small: the data has labels up to 2 \('cat'\)"):
-        open_splits('--data-dir', folder, '--num-classes', '2')
+        create_splits('--data-dir', folder, '--num-classes', '2')
 
 
 @pytest.mark.parametrize(
@@ -124,17 +124,17 @@ def test_label_out_of_range(folder):
 )
 def test_data_that_is_not_there(argv, message, place):
     with pytest.raises(UserError, match=message.replace('?', r'\?')):
-        open_splits(*argv)
+        create_splits(*argv)
 
 
 def test_empty_folder(tmp_path):
     with pytest.raises(UserError, match='Found 0 images'):
-        open_splits('--data-dir', tmp_path, '--val-split', '')
+        create_splits('--data-dir', tmp_path, '--val-split', '')
 
 
 def test_class_map_sets_the_order(folder, tmp_path):
     (tmp_path / 'names.txt').write_text('cat\nbee\nant\n')
-    splits = open_splits('--data-dir', folder, '--class-map', tmp_path / 'names.txt')
+    splits = create_splits('--data-dir', folder, '--class-map', tmp_path / 'names.txt')
     assert splits.class_names == ['cat', 'bee', 'ant']
     brightest = [i for i, target in enumerate(datasets.targets_of(splits.train)) if target == 0]
     assert np.asarray(splits.train[brightest[0]][0]).mean() > 120  # cat is the brightest class
@@ -142,7 +142,7 @@ def test_class_map_sets_the_order(folder, tmp_path):
 
 def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
     args = argparse.Namespace(**vars(settings('--data-dir', folder)))
-    splits = datasets.open_splits(args, 3)
+    splits = datasets.create_splits(args, 3)
     options = dict(batch_size=4, is_training=True, hflip=0.0, color_jitter=None, device=torch.device('cpu'))
     loaders.create_loader(splits.train, input_size=(3, 32, 32), pad_crop=4, **options)
     torch.manual_seed(0)
@@ -155,19 +155,19 @@ def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
 
 def test_share_of_the_training_part_is_stratified_and_seeded(tmp_path):
     root = write_folder(tmp_path, train=10)
-    whole = open_splits('--data-dir', root)
-    share = open_splits('--data-dir', root, '--train-fraction', '0.3')
+    whole = create_splits('--data-dir', root)
+    share = create_splits('--data-dir', root, '--train-fraction', '0.3')
     assert np.bincount(datasets.targets_of(share.train)).tolist() == share.counts == [3, 3, 3]
     assert len(share.validation) == len(whole.validation) and share.fingerprint != whole.fingerprint
-    same, other = (open_splits('--data-dir', root, '--train-fraction', '0.3', '--seed', seed) for seed in ('42', '1'))
+    same, other = (create_splits('--data-dir', root, '--train-fraction', '0.3', '--seed', seed) for seed in ('42', '1'))
     assert same.train.indices == share.train.indices != other.train.indices
 
 
 def test_share_of_what_is_not_held_out(tmp_path):
     root = write_folder(tmp_path, train=10, validation=0)
-    splits = open_splits('--data-dir', root, '--val-fraction', '0.2', '--train-fraction', '0.5')
+    splits = create_splits('--data-dir', root, '--val-fraction', '0.2', '--train-fraction', '0.5')
     assert (len(splits.train), len(splits.validation)) == (12, 6)
     assert not set(splits.train.indices) & set(splits.validation.indices)
     assert Counter(part for _, part in splits.held_out) == {'train': 12, 'unused': 12, 'validation': 6}
-    few = open_splits('--data-dir', write_folder(tmp_path / 'few', train=1), '--train-fraction', '0.1')
+    few = create_splits('--data-dir', write_folder(tmp_path / 'few', train=1), '--train-fraction', '0.1')
     assert few.counts == [1, 1, 1]

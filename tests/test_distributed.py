@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm.training import runs
+from ccl_timm.training import run_dir
 
 from .conftest import results, write_folder
 
@@ -50,11 +50,11 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
         'from ccl_timm import cli\n'
         'from ccl_timm.training import train\n'
         'from ccl_timm.errors import UserError\n'
-        'step = train.take_step\n'
+        'step = train.train_step\n'
         'def fails(*args):\n'
         "    if os.environ['RANK'] == '1': raise UserError('The second process has had enough.')\n"
         '    return step(*args)\n'
-        'train.take_step = fails\n'
+        'train.train_step = fails\n'
         'sys.exit(cli.timm())\n'
     )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(program)]
@@ -105,7 +105,7 @@ def test_killed_runs_end_as_those_that_were_not(kills, place, folder, words):
     whole, cut = (Path('output/train') / name for name in ('whole', 'cut'))
     assert (whole / 'summary.csv').read_text() == (cut / 'summary.csv').read_text()
     for name in ('last.pth.tar', 'model_best.pth.tar'):
-        first, second = (runs.read_checkpoint(run / name) for run in (whole, cut))
+        first, second = (run_dir.read_checkpoint(run / name) for run in (whole, cut))
         assert first['epoch'] == second['epoch']
         assert all(torch.equal(value, second['state_dict'][key]) for key, value in first['state_dict'].items())
     names = [{path.name for path in run.glob('checkpoint-*')} for run in (whole, cut)]

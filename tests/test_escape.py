@@ -8,10 +8,10 @@ import subprocess
 import pytest
 
 from ccl_timm import console
+from ccl_timm.console.escape import csv_text, markdown_code, markdown_text, shell_text, terminal_text
 from ccl_timm.data import check
-from ccl_timm.escape import csv_text, markdown_code, markdown_text, shell_text, terminal_text
-from ccl_timm.reports.rendering import FORMATS, Report, Section
-from ccl_timm.training import predict, validate
+from ccl_timm.experiments.rendering import FORMATS, Report, Section
+from ccl_timm.training import evaluation, prediction
 from ccl_timm.training.records import without_private
 
 HOSTILE = [
@@ -71,9 +71,9 @@ def test_a_terminal_gets_one_line_of_visible_characters(capsys):
         terminal_text('Größe \u4e2d\u6587 \U0001f468\u200d\U0001f469')
         == 'Größe \u4e2d\u6587 \U0001f468\u200d\U0001f469'
     )
-    console.say('a\x1b[31m\nerror: b')
-    console.warn('\x1b')
-    console.say_error('a\nb')
+    console.log_info('a\x1b[31m\nerror: b')
+    console.log_warning('\x1b')
+    console.log_error('a\nb')
     assert capsys.readouterr().err == 'a\\x1b[31m\\nerror: b\nwarning: \\x1b\nerror: a\\nb\n'
     assert console.table([('a\nb', '\x1b')], ('c', 'd')) == 'c     d\na\\nb  \\x1b'
 
@@ -110,10 +110,10 @@ def test_csv_has_no_formulas_and_all_numbers(cell, kept):
 def test_hostile_names_in_tables_csv_and_reports(tmp_path, capsys):
     rows = [{'image': '=a.png', 'predictions': [{'class': '\x1b[2J\nx', 'index': 0, 'probability': 0.5}]}]
     for form in ('table', 'csv', 'json'):
-        predict._write(rows, form)
+        prediction._write(rows, form)
         out = capsys.readouterr().out
         assert '\x1b' not in out and ('=a.png' in out)
-    validate._write_csv(str(tmp_path / 'a.csv'), [['class', 'accuracy'], ['=1+1', -0.5], ['a,"b"\nc', None]])
+    evaluation._write_csv(str(tmp_path / 'a.csv'), [['class', 'accuracy'], ['=1+1', -0.5], ['a,"b"\nc', None]])
     with (tmp_path / 'a.csv').open(newline='') as file:
         assert list(csv.reader(file)) == [['class', 'accuracy'], ["'=1+1", '-0.5'], ['a,"b"\\nc', '']]
     found = check.Report('x', problems={'unreadable': ['a\x1b\nb.png']})

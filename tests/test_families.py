@@ -7,7 +7,7 @@ from torch import nn
 
 import ccl_timm
 from ccl_timm.models import ensure_registered
-from ccl_timm.models.headed import put_head
+from ccl_timm.models.variant import attach_head
 
 LOSSES = {'cam': 'cc', 'pedcc': 'pod'}
 # small architectures, each of another family: timm's for tests, and three that the table of families is about
@@ -190,7 +190,7 @@ def test_refused_where_a_variant_is_registered_and_in_commands(words, place):
 def test_refused_where_the_place_of_the_last_layer_is_taken():
     model = timm.create_model('test_resnet')
     with pytest.raises(ccl_timm.UserError, match="'test_resnet' cannot take a head: .* no free place at 'fc'"):
-        put_head(model, 'fc', ccl_timm.heads.CamHead, 5, {})
+        attach_head(model, 'fc', ccl_timm.heads.CAMHead, 5, {})
 
 
 def test_task_refuses_a_model_whose_parts_do_not_agree():

@@ -13,7 +13,7 @@ from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.metrics.pairwise import cosine_similarity
 
 from ccl_timm import cli
-from ccl_timm.reports import analysis, pictures
+from ccl_timm.experiments import analysis, plots
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 TINY = ['--img-size', '16', '-b', '8', '-j', '0', '--epochs', '2', '--checkpoint-hist', '1']
@@ -83,10 +83,10 @@ def test_gaussian_accuracy_stands_fewer_images_than_dimensions_and_dead_features
 
 def test_two_features_are_drawn_as_they_are_and_more_by_t_sne():
     flat = {'training': blobs(width=2), 'test': blobs(seed=1, width=2, count=9)}
-    assert pictures.in_the_plane(flat, 5) == (flat, 'the two features themselves')
+    assert plots.in_the_plane(flat, 5) == (flat, 'the two features themselves')
     wide = {'training': blobs(width=9), 'test': blobs(seed=1, width=9, count=9)}
-    points, how = pictures.in_the_plane(wide, 30)
-    again, _ = pictures.in_the_plane(wide, 30)
+    points, how = plots.in_the_plane(wide, 30)
+    again, _ = plots.in_the_plane(wide, 30)
     assert [own[0].shape for own in points.values()] == [(30, 2), (27, 2)] and how.startswith('t-SNE of 9 features')
     assert all(np.array_equal(points[part][0], again[part][0]) for part in points)
     (near, labels), (_, known) = points['test'], points['training']
@@ -97,7 +97,7 @@ def test_two_features_are_drawn_as_they_are_and_more_by_t_sne():
 def test_pictures_show_what_they_are_given():
     names = ['ant', 'bee', 'cat']
     points, labels = blobs(width=2)
-    figure = pictures.draw_features({'training': (points, labels), 'test': (points, labels)}, names, 'title', 'caption')
+    figure = plots.draw_features({'training': (points, labels), 'test': (points, labels)}, names, 'title', 'caption')
     first, second = figure.axes
     drawn = np.concatenate([own.get_offsets() for own in first.collections[::2]])
     assert np.allclose(np.sort(drawn, 0), np.sort(points, 0)) and first.get_xlim() == second.get_xlim()
@@ -107,15 +107,15 @@ def test_pictures_show_what_they_are_given():
     assert [text.get_text() for text in first.texts] == names
 
     attention = np.array([[0.1, 0.9, 0.2], [0.3, 0.7, 0.2], [0.8, 0.1, 0.1], [0.2, 0.1, 0.6]])
-    figure = pictures.draw_attention(attention, np.array([0, 0, 1, 2]), names, 'title')
+    figure = plots.draw_attention(attention, np.array([0, 0, 1, 2]), names, 'title')
     assert np.allclose(figure.axes[0].images[0].get_array(), [[0.8, 0.2, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.6]])
 
-    figure = pictures.draw_confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), names, 'title')
+    figure = plots.draw_confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), names, 'title')
     assert np.allclose(figure.axes[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ['1', '2', '3']
 
     curves = {'ce': [[(1, 10.0), (2, 30.0)], [(1, 20.0), (2, 50.0), (3, 60.0)]], 'cc': [[(1, 5.0)]]}
-    axis = pictures.draw_curves('top-1', curves).axes[0]
+    axis = plots.draw_curves('top-1', curves).axes[0]
     assert [list(line.get_ydata()) for line in axis.lines] == [[15.0, 40.0], [5.0]]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ['ce (n=2)', 'cc']
 
@@ -125,11 +125,11 @@ def test_every_number_of_classes_can_be_drawn(classes, tmp_path):
     features, labels = blobs(width=2, classes=classes, count=4)
     names = [f'class {k}' for k in range(classes)]
     for figure in (
-        pictures.draw_features({'test': (features, labels)}, names, '', ''),
-        pictures.draw_confusion(np.eye(classes, dtype=int), names, ''),
-        pictures.draw_attention(features, labels, names, ''),
+        plots.draw_features({'test': (features, labels)}, names, '', ''),
+        plots.draw_confusion(np.eye(classes, dtype=int), names, ''),
+        plots.draw_attention(features, labels, names, ''),
     ):
-        pictures.save(figure, tmp_path / 'picture.png')
+        plots.save(figure, tmp_path / 'picture.png')
         assert np.asarray(Image.open(tmp_path / 'picture.png').convert('L')).std() > 1
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from ccl_timm.data import check, datasets, fingerprint, loaders, prepare
 from ccl_timm.data.files import FolderReader, UnreadableImage, read_image, scan
 from ccl_timm.errors import UserError
+from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.options import resolve
-from ccl_timm.training.predict import find_images, predict
-from ccl_timm.training.trained import Trained
+from ccl_timm.training.prediction import find_images, predict
 
 from .conftest import TINY, results, write_folder
 
@@ -105,7 +105,7 @@ def read_in_every_way(root, size=32):
         args = settings('--data-dir', root, '--in-memory', memory, '-b', 4, '-j', 0, '--img-size', size, '--no-aug')
         args.distributed, args.world_size, args.rank, args.pin_mem = False, 1, 0, False
         args.color_jitter, args.train_interpolation = None, 'bilinear'
-        splits = datasets.open_splits(args, 3)
+        splits = datasets.create_splits(args, 3)
         loader, loader_eval = loaders.make_loaders(args, CPU, config, splits)
         assert sum(len(target) for _, target in loader) > 0
         found[way] = _named(splits.train)
@@ -179,7 +179,7 @@ def test_unreadable_and_vanished_images_are_left_out_of_a_measurement(folder, tm
 
 def test_a_training_folder_that_vanishes_ends_the_run_in_a_sentence(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / 'images')
-    splits = datasets.open_splits(settings('--data-dir', root), 3)
+    splits = datasets.create_splits(settings('--data-dir', root), 3)
     shutil.rmtree(root / 'train')
     with pytest.raises(UserError, match='is the folder of the training images gone'):
         datasets.Replacing(splits.train)[0]
@@ -233,7 +233,7 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
 
 def test_fingerprint_sees_contents_and_the_validation_split(folder, tmp_path):
     def of(root):
-        return datasets.open_splits(settings('--data-dir', root), 3).fingerprint
+        return datasets.create_splits(settings('--data-dir', root), 3).fingerprint
 
     root = shutil.copytree(folder, tmp_path / 'images')
     before = of(root)

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import ccl_timm
-from ccl_timm.training.trained import build_model, load_trained
+from ccl_timm.training.checkpoints import build_model, load_trained
 
 
 @pytest.fixture(scope='module')

@@ -55,21 +55,21 @@ def test_attention_of_models_in_other_precisions(dtype):
 
 @pytest.mark.parametrize('classes', [5, 200, 1000])
 def test_centroids_in_the_plane_are_the_regular_polygon(classes):
-    centroids = ccl_timm.pedcc(classes, 2, seed=1)
+    centroids = ccl_timm.pedcc_centroids(classes, 2, seed=1)
     angles = torch.atan2(*centroids.T).sort().values
     gaps = torch.cat([angles.diff(), angles[:1] + 2 * math.pi - angles[-1:]])
     assert torch.allclose(gaps, torch.full_like(gaps, 2 * math.pi / classes), rtol=1e-9)
     assert torch.allclose(centroids.norm(dim=1), torch.ones(classes, dtype=torch.float64))
-    assert not torch.allclose(centroids, ccl_timm.pedcc(classes, 2, seed=2))
+    assert not torch.allclose(centroids, ccl_timm.pedcc_centroids(classes, 2, seed=2))
 
 
 @pytest.mark.parametrize('classes, dim, neighbours', [(24, 4, 8), (240, 8, 56)])
 def test_centroids_are_root_systems_where_these_are_known(classes, dim, neighbours):
-    cosines = (rows := ccl_timm.pedcc(classes, dim)) @ rows.T
-    assert ccl_timm.largest_cosine(rows) == pytest.approx(0.5, abs=1e-12)
+    cosines = (rows := ccl_timm.pedcc_centroids(classes, dim)) @ rows.T
+    assert ccl_timm.max_cosine(rows) == pytest.approx(0.5, abs=1e-12)
     assert ((cosines - 0.5).abs() < 1e-9).sum(1).eq(neighbours).all()
 
 
 @pytest.mark.parametrize('classes, best', [(7, 0.2101), (8, 0.2612), (9, 1 / 3), (10, 0.4044), (12, 5**-0.5)])
 def test_centroids_by_energy_are_near_the_best_known_in_three_dimensions(classes, best):
-    assert best - 1e-4 < ccl_timm.largest_cosine(ccl_timm.pedcc(classes, 3)) < best + 2e-3
+    assert best - 1e-4 < ccl_timm.max_cosine(ccl_timm.pedcc_centroids(classes, 3)) < best + 2e-3

@@ -13,7 +13,7 @@ from PIL import Image
 
 import ccl_timm
 from ccl_timm.hub.publish import export
-from ccl_timm.training.trained import load_trained
+from ccl_timm.training.checkpoints import load_trained
 
 from .conftest import results
 

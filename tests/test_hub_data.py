@@ -48,7 +48,7 @@ class Reader:
         return len(self.dataset.rows)
 
 
-def open_splits(monkeypatch, reader, *argv):
+def create_splits(monkeypatch, reader, *argv):
     def create_dataset(name, split, **kwargs):
         dataset = timm.data.ImageDataset('', reader=reader)
         assert name == 'hfds/owner/name' and split in ('train', 'validation')
@@ -56,20 +56,20 @@ def open_splits(monkeypatch, reader, *argv):
 
     monkeypatch.setattr(timm.data, 'create_dataset', create_dataset)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
-    return datasets.open_splits(resolve(['--dataset', 'hfds/owner/name', *argv])[0], channels=3)
+    return datasets.create_splits(resolve(['--dataset', 'hfds/owner/name', *argv])[0], channels=3)
 
 
 def test_classes_and_counts_are_told_by_the_data(monkeypatch):
-    splits = open_splits(monkeypatch, Reader([0, 0, 1, 2, 0, 1]))
+    splits = create_splits(monkeypatch, Reader([0, 0, 1, 2, 0, 1]))
     assert (splits.class_names, splits.counts) == (NAMES, [3, 2, 1])
     assert datasets.targets_of(splits.validation) == [0, 0, 1, 2, 0, 1]
-    without_names = open_splits(monkeypatch, Reader([0, 2, 2], names=None))
+    without_names = create_splits(monkeypatch, Reader([0, 2, 2], names=None))
     assert (without_names.class_names, without_names.counts) == (None, [1, 0, 2])
     assert splits.fingerprint != without_names.fingerprint
 
 
 def test_a_share_can_be_held_out(monkeypatch):
-    splits = open_splits(monkeypatch, Reader([0, 1] * 10), '--val-fraction', '0.2')
+    splits = create_splits(monkeypatch, Reader([0, 1] * 10), '--val-fraction', '0.2')
     assert sorted(datasets.targets_of(splits.validation)) == [0, 0, 1, 1] and len(splits.train) == 16
 
 
@@ -86,7 +86,7 @@ def test_a_share_can_be_held_out(monkeypatch):
 )
 def test_columns_that_training_cannot_use(reader, message, monkeypatch):
     with pytest.raises(UserError, match=message):
-        open_splits(monkeypatch, reader)
+        create_splits(monkeypatch, reader)
 
 
 @pytest.mark.parametrize('name', ['hfds/owner/name', 'HFDS/owner/name', 'hfids/owner/name'])

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from ccl_timm.models.kernel_cropping import crop_kernels
+from ccl_timm.training.kernel_cropping import crop_kernels
 
 SHAPES = [  # kernel, stride, padding, groups, size of the image
     (3, 1, 1, 1, (1, 1)),

@@ -36,7 +36,7 @@ def test_script_trains_with_our_loss_and_args_yaml_repeats_it(script, launch):
     code, out, err = launch(script, *WORDS, '--loss', 'cc', '--loss-kwargs', 'weight=0.5', '--experiment', 'first')
     assert code == 0, err
     assert len(results(out)) == 2
-    assert "loss 'cc' {'smoothing': 0.1, 'weight': 0.5} on CamHead" in err
+    assert "loss 'cc' {'smoothing': 0.1, 'weight': 0.5} on CAMHead" in err
     args = yaml.safe_load(Path('output/train/first/args.yaml').read_text())
     assert (args['loss'], args['loss_kwargs']) == ('cc', {'weight': 0.5})
     code, again, err = launch(script, '--config', 'output/train/first/args.yaml', '--experiment', 'second', data=False)
@@ -58,7 +58,7 @@ def test_without_our_loss_the_script_is_left_alone(script, launch):
     device = [] if torch.accelerator.is_available() else ['--device', 'cpu']
     code, out, err = launch(script, *WORDS, '--epochs', '1', *device)
     assert code == 0, err
-    assert 'on CamHead' not in err
+    assert 'on CAMHead' not in err
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ccl_timm.cli.new_plugin import scaffold_plugin
 from ccl_timm.errors import UserError
-from ccl_timm.new_plugin import write_plugin
 
 FILES = [
     'README.md',
@@ -23,7 +23,7 @@ FILES = [
 
 def test_writes_the_package_under_the_folders_name(tmp_path):
     folder = tmp_path / 'deep' / 'My-Loss'
-    assert [path.relative_to(folder).as_posix() for path in write_plugin(folder)] == FILES
+    assert [path.relative_to(folder).as_posix() for path in scaffold_plugin(folder)] == FILES
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()) == FILES
     texts = {name: (folder / name).read_text() for name in FILES}
     assert not [name for name, text in texts.items() if 'example_plugin' in text or 'example-plugin' in text]
@@ -37,32 +37,32 @@ def test_writes_the_package_under_the_folders_name(tmp_path):
 def test_an_empty_folder_and_a_relative_path_will_do(tmp_path, monkeypatch):
     (tmp_path / 'my_loss').mkdir()
     monkeypatch.chdir(tmp_path / 'my_loss')
-    assert len(write_plugin('.')) == len(FILES)
+    assert len(scaffold_plugin('.')) == len(FILES)
 
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / 'note.txt').write_text('mine')
     with pytest.raises(UserError, match='is not empty, and nothing is overwritten; name a new folder'):
-        write_plugin(tmp_path)
+        scaffold_plugin(tmp_path)
     with pytest.raises(UserError, match=r'note\.txt is a file|makes no module name'):
-        write_plugin(tmp_path / 'note.txt')
+        scaffold_plugin(tmp_path / 'note.txt')
     (tmp_path / 'note').write_text('mine')
     with pytest.raises(UserError, match='note is a file; name a new folder'):
-        write_plugin(tmp_path / 'note')
+        scaffold_plugin(tmp_path / 'note')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['note', 'note.txt']
 
 
 @pytest.mark.parametrize('name', ['2nd', '_x', 'a__b', 'trailing-', 'größe', 'a+b'])
 def test_a_name_that_is_no_module_name(tmp_path, name):
     with pytest.raises(UserError, match='makes no module name; name the folder with letters a-z and digits'):
-        write_plugin(tmp_path / name)
+        scaffold_plugin(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('name', ['ccl-timm', 'CCL_timm', 'timm', 'torch', 'class', 'json'])
 def test_a_name_that_is_taken(tmp_path, name):
     with pytest.raises(UserError, match='is taken by Python or a package that plugins need; choose another name'):
-        write_plugin(tmp_path / name)
+        scaffold_plugin(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -71,7 +71,7 @@ def installed(tmp_path_factory):
     """The rendered package, built and installed: its folder, and an environment that finds it beside a broken one."""
     root = tmp_path_factory.mktemp('plugin')
     folder, site = root / 'my-loss', root / 'site'
-    write_plugin(folder)
+    scaffold_plugin(folder)
     pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--no-build-isolation']
     subprocess.run([*pip, '--target', str(site), str(folder)], check=True)
     broken = site / 'broken_plugin-1.dist-info'

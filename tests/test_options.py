@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ccl_timm import UserError, recipes
-from ccl_timm.flags import UPSTREAM_ONLY
+from ccl_timm import UserError
+from ccl_timm.training import recipes
+from ccl_timm.training.arguments import UPSTREAM_ONLY
 from ccl_timm.training.options import OWN, resolve, train_parser
 
 

@@ -8,12 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ccl_timm.training.resources import resource_dir
 
 import ccl_timm
-from ccl_timm import recipes
 from ccl_timm.losses import LOSSES
 from ccl_timm.models import MODELS
-from ccl_timm.packaged import packaged_folder
+from ccl_timm.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +38,7 @@ def test_every_entry_point_leads_somewhere(value):
 def test_a_checkout_finds_its_recipes():
     assert recipes.recipe_folder() == ROOT / 'recipes'
     assert 'digits' in recipes.list_recipes()
-    assert (packaged_folder('hub_cards') / 'template.md').is_file()
+    assert (resource_dir('hub_cards') / 'template.md').is_file()
 
 
 def test_version_is_said_once():

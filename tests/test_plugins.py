@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from timm.models import _registry
 
-from ccl_timm import create_loss, models, plugins
+from ccl_timm import create_loss, models, registry
 from ccl_timm.errors import PluginLoadError, UserError
 
 from .conftest import TINY
@@ -23,8 +23,8 @@ LOSSES = '[ccl_timm.losses]\n'
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Return a function that writes a distribution and its modules into a folder on sys.path."""
-    monkeypatch.delenv(plugins.SWITCH, raising=False)
-    monkeypatch.setattr(plugins, '_loaded', {})
+    monkeypatch.delenv(registry.SWITCH, raising=False)
+    monkeypatch.setattr(registry, '_loaded', {})
     modules_before = set(sys.modules)
 
     def write(name, entry_points, version='1.0', folder='site', metadata=None, **modules):
@@ -41,18 +41,18 @@ def install(tmp_path, monkeypatch):
             (site / f'{module}.py').write_text(code)
         if str(site) not in sys.path:
             monkeypatch.syspath_prepend(site)
-        plugins.refresh()
+        registry.refresh()
 
     yield write
     monkeypatch.undo()
-    plugins.refresh()
+    registry.refresh()
     for module in set(sys.modules) - modules_before:
         if module.startswith('fake_'):
             del sys.modules[module]
 
 
 def rows(**kwargs):
-    return {(row['kind'], row['name']): row for row in plugins.describe(**kwargs)}
+    return {(row['kind'], row['name']): row for row in registry.describe(**kwargs)}
 
 
 def states(**kwargs):
@@ -66,38 +66,38 @@ def test_good_plugins_are_found_sorted_and_loaded(install):
         LOSSES + 'zeta = fake_a : Outer.Inner [extra]\n' + MODELS + 'net_1 = fake_a:net\n[console_scripts]\nx = y:z\n',
         fake_a='class Outer:\n    class Inner:\n        pass\ndef net(): pass\n',
     )
-    found = plugins.find_plugins()
+    found = registry.find_plugins()
     assert [(p.kind, p.name, p.distribution, p.version, p.error) for p in found] == [
         ('loss', 'second', 'plug-b', '1.0', None),
         ('loss', 'zeta', 'plug-a', '1.0', None),
         ('model', 'net_1', 'plug-a', '1.0', None),
     ]
-    assert [p.name for p in plugins.find_plugins('model')] == ['net_1']
-    assert plugins.plugin_names('loss') == ['second', 'zeta']
-    assert plugins.load_plugin('loss', 'zeta').__qualname__ == 'Outer.Inner'
-    assert plugins.load_plugin('loss', 'unknown') is None
-    assert plugins.load_plugin('model', 'zeta') is None
-    assert plugins.load_plugin('loss', '') is None
+    assert [p.name for p in registry.find_plugins('model')] == ['net_1']
+    assert registry.plugin_names('loss') == ['second', 'zeta']
+    assert registry.load_plugin('loss', 'zeta').__qualname__ == 'Outer.Inner'
+    assert registry.load_plugin('loss', 'unknown') is None
+    assert registry.load_plugin('model', 'zeta') is None
+    assert registry.load_plugin('loss', '') is None
 
 
 def test_our_own_distribution_is_skipped(install):
     install('ccl_timm', LOSSES + 'ours = fake_ours:Loss\n')
-    assert plugins.find_plugins() == ()
+    assert registry.find_plugins() == ()
 
 
 def test_found_once_until_refresh(install):
     install('plug-a', LOSSES + 'one = fake_a:x\n')
-    first = plugins.find_plugins()
-    assert plugins.find_plugins()[0] is first[0]
+    first = registry.find_plugins()
+    assert registry.find_plugins()[0] is first[0]
     install('plug-b', LOSSES + 'two = fake_b:x\n')
-    assert plugins.plugin_names('loss') == ['one', 'two']
+    assert registry.plugin_names('loss') == ['one', 'two']
 
 
 def test_missing_module(install):
     install('plug-a', LOSSES + 'gone = fake_gone:Loss\n', version='2.3')
     install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
     with pytest.raises(PluginLoadError) as caught:
-        plugins.load_plugin('loss', 'gone')
+        registry.load_plugin('loss', 'gone')
     assert str(caught.value) == (
         "Cannot load the loss plugin 'gone' of plug-a 2.3 (fake_gone:Loss): ModuleNotFoundError: No module named "
         "'fake_gone'. Uninstall or repair plug-a, or leave it out with CCL_TIMM_PLUGINS='plug-b'."
@@ -110,7 +110,7 @@ def test_missing_object(install):
     with pytest.raises(
         PluginLoadError, match=r"AttributeError: module 'fake_bare' has no attribute 'Loss'\. Uninstall"
     ):
-        plugins.load_plugin('loss', 'bare')
+        registry.load_plugin('loss', 'bare')
 
 
 def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
@@ -119,26 +119,26 @@ def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
     install('plug-a', LOSSES + 'bad = fake_bad:Loss\nworse = fake_bad:Other\n', fake_bad=code)
     install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
     with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as first:
-        plugins.load_plugin('loss', 'bad')
-    assert plugins.load_plugin('loss', 'good') == 1
+        registry.load_plugin('loss', 'bad')
+    assert registry.load_plugin('loss', 'good') == 1
     with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as second:
-        plugins.load_plugin('loss', 'bad')
+        registry.load_plugin('loss', 'bad')
     assert second.value is not first.value and second.value.__cause__ is first.value.__cause__
     with pytest.raises(PluginLoadError, match="'worse' of plug-a 1.0 .*RuntimeError: no licence"):
-        plugins.load_plugin('loss', 'worse')
+        registry.load_plugin('loss', 'worse')
     assert sys.fake_imports == 1
     assert states() == {('loss', 'bad'): 'broken', ('loss', 'good'): 'loaded', ('loss', 'worse'): 'broken'}
     assert rows()['loss', 'bad']['error'] == 'RuntimeError: no licence'
-    plugins.refresh()
+    registry.refresh()
     with pytest.raises(PluginLoadError):
-        plugins.load_plugin('loss', 'bad')
+        registry.load_plugin('loss', 'bad')
     assert sys.fake_imports == 2
 
 
 def test_interruption_by_hand_is_no_failure_of_a_plugin(install):
     install('plug-a', LOSSES + 'slow = fake_slow:Loss\n', fake_slow='raise KeyboardInterrupt\n')
     with pytest.raises(KeyboardInterrupt):
-        plugins.load_plugin('loss', 'slow')
+        registry.load_plugin('loss', 'slow')
     assert states() == {('loss', 'slow'): 'available'}
 
 
@@ -154,12 +154,12 @@ def test_interruption_by_hand_is_no_failure_of_a_plugin(install):
 )
 def test_bad_name_or_value_is_listed_and_raised_at_use(install, entry, sentence):
     install('plug-a', entry)
-    (plugin,) = plugins.find_plugins()
+    (plugin,) = registry.find_plugins()
     assert plugin.error == sentence
-    assert plugins.plugin_names(plugin.kind) == []
-    assert [(row['state'], row['error']) for row in plugins.describe()] == [('broken', sentence)]
+    assert registry.plugin_names(plugin.kind) == []
+    assert [(row['state'], row['error']) for row in registry.describe()] == [('broken', sentence)]
     with pytest.raises(PluginLoadError, match="leave it out with CCL_TIMM_PLUGINS=''") as caught:
-        plugins.load_plugin(plugin.kind, plugin.name)
+        registry.load_plugin(plugin.kind, plugin.name)
     assert sentence in str(caught.value)
 
 
@@ -170,13 +170,13 @@ def test_malformed_file_with_our_group_is_listed(install):
     row = rows()['loss', '']
     assert row['distribution'] == 'plug-a' and row['error'].startswith('its entry_points.txt cannot be read (TypeError')
     with pytest.warns(UserWarning, match=r'Cannot load the loss plugins of plug-a 1\.0: its entry_points\.txt cannot'):
-        assert plugins.load_all('loss') == {'good': 1}
+        assert registry.load_all('loss') == {'good': 1}
 
 
 def test_two_malformed_files_are_not_a_clash(install):
     install('plug-a', LOSSES + 'no equals sign\n')
     install('plug-b', LOSSES + MODELS + 'no equals sign\n')
-    assert [(row['kind'], row['distribution'], row['state']) for row in plugins.describe()] == [
+    assert [(row['kind'], row['distribution'], row['state']) for row in registry.describe()] == [
         ('loss', 'plug-a', 'broken'),
         ('loss', 'plug-b', 'broken'),
         ('model', 'plug-b', 'broken'),
@@ -194,7 +194,7 @@ def test_undecodable_files_are_listed(install):
     install('plug-a', LOSSES.encode() + b'\xff\xfe = x:y\n')
     install('plug-b', LOSSES + 'good = fake_good:Loss\n', metadata=b'Name: \xff\n')
     install('plug-c', LOSSES + 'good = fake_good:Loss\n', metadata=b'Version: 1.0\n')
-    found = plugins.find_plugins()
+    found = registry.find_plugins()
     assert len(found) == 3 and all(p.error and not p.name for p in found)
     assert sorted(p.error.split(' cannot be read')[0] for p in found) == ['its METADATA'] * 2 + ['its entry_points.txt']
     assert any(p.error == 'its METADATA cannot be read (ValueError: no Name in it)' for p in found)
@@ -203,37 +203,37 @@ def test_undecodable_files_are_listed(install):
 def test_same_name_from_two_distributions(install, monkeypatch):
     install('plug-b', LOSSES + 'pod = fake_b:Loss\n', fake_b='Loss = "b"\n')
     install('plug-a', LOSSES + 'pod = fake_a:Loss\n', fake_a='Loss = "a"\n', version='2.0')
-    assert plugins.plugin_names('loss') == []
-    assert [row['state'] for row in plugins.describe()] == ['clash', 'clash']
+    assert registry.plugin_names('loss') == []
+    assert [row['state'] for row in registry.describe()] == ['clash', 'clash']
     with pytest.raises(PluginLoadError) as caught:
-        plugins.load_plugin('loss', 'pod')
+        registry.load_plugin('loss', 'pod')
     assert str(caught.value) == (
         "Cannot choose: the loss 'pod' is declared by plug-a 2.0 (fake_a:Loss) and by plug-b 1.0 (fake_b:Loss): "
         "uninstall one of them, or leave one out, for example with CCL_TIMM_PLUGINS='plug-a'."
     )
     with pytest.warns(UserWarning, match='Cannot choose') as record:
-        assert plugins.load_all('loss') == {}
+        assert registry.load_all('loss') == {}
     assert len(record) == 1
-    monkeypatch.setenv(plugins.SWITCH, 'plug-b')
-    assert plugins.load_plugin('loss', 'pod') == 'b'
-    assert [row['state'] for row in plugins.describe()] == ['disabled', 'loaded']
+    monkeypatch.setenv(registry.SWITCH, 'plug-b')
+    assert registry.load_plugin('loss', 'pod') == 'b'
+    assert [row['state'] for row in registry.describe()] == ['disabled', 'loaded']
 
 
 def test_stale_duplicate_of_a_distribution_is_ignored(install):
     install('plug-a', LOSSES + 'old = fake_old:Loss\nboth = fake_old:Loss\n', version='1.0', folder='behind')
     install('Plug.A', LOSSES + 'both = fake_new:Loss\n', version='2.0', folder='front')
-    assert [(p.name, p.value, p.version) for p in plugins.find_plugins()] == [('both', 'fake_new:Loss', '2.0')]
+    assert [(p.name, p.value, p.version) for p in registry.find_plugins()] == [('both', 'fake_new:Loss', '2.0')]
 
 
 def test_stale_duplicate_stays_ignored_if_the_new_one_has_no_plugins(install):
     install('plug-a', LOSSES + 'old = fake_old:Loss\n', version='1.0', folder='behind')
     install('plug-a', '[console_scripts]\nx = y:z\n', version='2.0', folder='front')
-    assert plugins.find_plugins() == ()
+    assert registry.find_plugins() == ()
 
 
 def test_a_folder_that_is_not_named_after_its_distribution(install):
     install('weird', LOSSES + 'one = fake_a:Loss\n', metadata=b'Name: Plug_X\nVersion: 3\n')
-    assert [(p.name, p.distribution, p.version) for p in plugins.find_plugins()] == [('one', 'plug-x', '3')]
+    assert [(p.name, p.distribution, p.version) for p in registry.find_plugins()] == [('one', 'plug-x', '3')]
 
 
 def test_a_distribution_that_cannot_be_read_at_all_is_ignored(install, monkeypatch):
@@ -248,29 +248,29 @@ def test_a_distribution_that_cannot_be_read_at_all_is_ignored(install, monkeypat
             return path
 
     monkeypatch.setattr(importlib.metadata, 'distributions', lambda: [Unreadable(), *real])
-    plugins.refresh()
+    registry.refresh()
     assert states() == {('loss', 'one'): 'available'}
 
 
 def test_switch_has_three_meanings_and_is_read_at_each_call(install, monkeypatch):
     install('plug-a', LOSSES + 'one = fake_a:Loss\n', fake_a='Loss = "a"\n')
     install('plug-b', LOSSES + 'two = fake_b:Loss\n', fake_b='Loss = "b"\n')
-    assert plugins.plugin_names('loss') == ['one', 'two']
-    monkeypatch.setenv(plugins.SWITCH, '')
-    assert plugins.plugin_names('loss') == []
+    assert registry.plugin_names('loss') == ['one', 'two']
+    monkeypatch.setenv(registry.SWITCH, '')
+    assert registry.plugin_names('loss') == []
     assert states() == {('loss', 'one'): 'disabled', ('loss', 'two'): 'disabled'}
-    assert plugins.load_all('loss') == {}
-    monkeypatch.setenv(plugins.SWITCH, ' Plug_B , plug-z')
-    assert plugins.plugin_names('loss') == ['two']
-    assert plugins.load_plugin('loss', 'two') == 'b'
+    assert registry.load_all('loss') == {}
+    monkeypatch.setenv(registry.SWITCH, ' Plug_B , plug-z')
+    assert registry.plugin_names('loss') == ['two']
+    assert registry.load_plugin('loss', 'two') == 'b'
     with pytest.raises(PluginLoadError) as caught:
-        plugins.load_plugin('loss', 'one')
+        registry.load_plugin('loss', 'one')
     assert str(caught.value) == (
         "The loss plugin 'one' of plug-a 1.0 (fake_a:Loss) is disabled by CCL_TIMM_PLUGINS=' Plug_B , plug-z'. "
         'Unset CCL_TIMM_PLUGINS, or add plug-a to it.'
     )
-    monkeypatch.delenv(plugins.SWITCH)
-    assert plugins.load_plugin('loss', 'one') == 'a'
+    monkeypatch.delenv(registry.SWITCH)
+    assert registry.load_plugin('loss', 'one') == 'a'
 
 
 def test_verify_and_guard(install):
@@ -287,34 +287,34 @@ def test_verify_and_guard(install):
         raise UserError(f'{name} {obj} is not a Loss.')
 
     with pytest.raises(PluginLoadError, match='UserWarning: taken'):
-        plugins.load_plugin('loss', 'one', guard=warnings_are_errors)
-    assert plugins.load_plugin('loss', 'two') == 2
+        registry.load_plugin('loss', 'one', guard=warnings_are_errors)
+    assert registry.load_plugin('loss', 'two') == 2
     with pytest.raises(PluginLoadError, match=r'\(fake_b:Loss\): two 2 is not a Loss\. Uninstall') as caught:
-        plugins.load_plugin('loss', 'two', verify=verify)
+        registry.load_plugin('loss', 'two', verify=verify)
     assert isinstance(caught.value.__cause__, UserError)
-    assert plugins.used_plugins() == []
+    assert registry.used_plugins() == []
     with pytest.raises(PluginLoadError, match='two 2 is not a Loss'):
-        plugins.load_plugin('loss', 'two')
+        registry.load_plugin('loss', 'two')
 
 
 def test_load_all_warns_once_for_each_failure(install):
     install('plug-a', MODELS + 'gone = fake_gone:net\n' + LOSSES + 'one = fake_one:Loss\n', fake_one='Loss = 1\n')
     install('plug-b', MODELS + 'net = fake_net:net\n', fake_net='net = 2\n')
     with pytest.warns(UserWarning, match="model plugin 'gone' of plug-a") as record:
-        assert plugins.load_all('model') == {'net': 2}
+        assert registry.load_all('model') == {'net': 2}
     assert len(record) == 1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert plugins.load_all('model') == {'net': 2}
+        assert registry.load_all('model') == {'net': 2}
     assert 'fake_one' not in sys.modules
 
 
 def test_used_plugins(install):
     install('plug-a', LOSSES + 'one = fake_a:Loss\n' + MODELS + 'net = fake_a:net\n', fake_a='Loss = net = 1\n')
-    assert plugins.used_plugins() == []
-    plugins.load_plugin('model', 'net')
-    plugins.load_plugin('model', 'net')
-    assert plugins.used_plugins() == [
+    assert registry.used_plugins() == []
+    registry.load_plugin('model', 'net')
+    registry.load_plugin('model', 'net')
+    assert registry.used_plugins() == [
         {'kind': 'model', 'name': 'net', 'value': 'fake_a:net', 'distribution': 'plug-a', 'version': '1.0'}
     ]
 
@@ -325,7 +325,7 @@ def test_describe_imports_nothing_and_reports_taken_names(install):
     def reserved(kind, name):
         return 'timm has a model of this name' if (kind, name) == ('model', 'resnet50') else None
 
-    assert plugins.describe(reserved=reserved) == [
+    assert registry.describe(reserved=reserved) == [
         dict(
             kind='loss',
             name='one',
@@ -346,7 +346,7 @@ def test_describe_imports_nothing_and_reports_taken_names(install):
         ),
     ]
     assert 'fake_a' not in sys.modules
-    plugins.load_plugin('model', 'resnet50')
+    registry.load_plugin('model', 'resnet50')
     assert states(reserved=reserved)['model', 'resnet50'] == 'loaded'
 
 
@@ -355,7 +355,7 @@ def test_describe_takes_names_of_an_imported_module_for_its_own(install):
     registered = {'c'}
 
     def check(kind, name):
-        plugins.load_plugin(kind, name)
+        registry.load_plugin(kind, name)
         registered.update({'a', 'b'})
 
     taken = {'reserved': lambda kind, name: 'taken' if name in registered else None}
@@ -366,10 +366,10 @@ def test_describe_takes_names_of_an_imported_module_for_its_own(install):
 def test_describe_checks_what_is_available(install, monkeypatch):
     install('plug-a', LOSSES + 'gone = fake_gone:Loss\nodd = fake_a:Loss\none = fake_a:Loss\n', fake_a='Loss = 1\n')
     install('plug-b', LOSSES + 'off = fake_off:Loss\n')
-    monkeypatch.setenv(plugins.SWITCH, 'plug-a')
+    monkeypatch.setenv(registry.SWITCH, 'plug-a')
 
     def check(kind, name):
-        plugins.load_plugin(kind, name)
+        registry.load_plugin(kind, name)
         if name == 'odd':
             raise UserError('Takes **kwargs.')
 
@@ -383,7 +383,7 @@ def test_describe_checks_what_is_available(install, monkeypatch):
 
 
 def test_knows_neither_torch_nor_timm():
-    tree = ast.parse(Path(plugins.__file__).read_text())
+    tree = ast.parse(Path(registry.__file__).read_text())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -411,7 +411,7 @@ def test_a_plugins_second_model_is_verified_too(install):
     models.ensure_registered('two_a')
     assert models.taken('two_b') is None
     models.ensure_registered('two_b')
-    assert [plugin['name'] for plugin in plugins.used_plugins()] == ['two_a', 'two_b']
+    assert [plugin['name'] for plugin in registry.used_plugins()] == ['two_a', 'two_b']
 
 
 LOSS = """

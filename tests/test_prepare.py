@@ -188,7 +188,7 @@ def test_split_holds_out_what_training_would(folder, place, words):
     )
     assert tree(folder) == before
     argv = ['--data-dir', str(folder / 'train'), '--val-fraction', '0.25', '--seed', '3']
-    record = datasets.open_splits(resolve(argv)[0], channels=3).held_out
+    record = datasets.create_splits(resolve(argv)[0], channels=3).held_out
     assert set(tree(place / 'parts')) == {f'{part}/{name}' for name, part in record}
 
 
@@ -328,7 +328,7 @@ def test_notes_are_not_broken(folder, tmp_path, words):
 
 def test_hold_out_does_not_depend_on_the_order_of_files():
     files, targets = [f'{number:03d}' for number in range(60)], [number % 3 for number in range(60)]
-    held = {files[index] for index in datasets.hold_out(files, targets, 0.2, 42)}
+    held = {files[index] for index in datasets.stratified_holdout(files, targets, 0.2, 42)}
     order = np.random.default_rng(0).permutation(60)
-    again = datasets.hold_out([files[i] for i in order], [targets[i] for i in order], 0.2, 42)
+    again = datasets.stratified_holdout([files[i] for i in order], [targets[i] for i in order], 0.2, 42)
     assert len(held) == 12 and {files[order[index]] for index in again} == held

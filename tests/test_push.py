@@ -21,14 +21,14 @@ from PIL import Image
 from safetensors.torch import load, save
 
 import ccl_timm
-from ccl_timm import cli, models, recipes
+from ccl_timm import cli, models
 from ccl_timm.hub import card, publish
-from ccl_timm.models import checkpoints, variants
-from ccl_timm.training import parts
-from ccl_timm.training.trained import load_trained
+from ccl_timm.models import builder, checkpoints
+from ccl_timm.training import parts, recipes
+from ccl_timm.training.checkpoints import load_trained
 
 from .conftest import TINY
-from .standin_hub import Fault, StandInHub, short_patience, take_for_the_hub
+from .fake_hub import FakeHub, Fault, short_patience, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
@@ -61,7 +61,7 @@ def baseline(run, tmp_path_factory):
 @pytest.fixture
 def online(monkeypatch, tmp_path):
     """A stand-in Hub that this process, logged in as 'me', takes for the Hub."""
-    with StandInHub() as standin:
+    with FakeHub() as standin:
         yield from take_for_the_hub(standin, monkeypatch, tmp_path / 'cache')
 
 
@@ -137,7 +137,7 @@ def test_loads_by_both_ways_in_a_fresh_process_and_offline(pushed, run, tmp_path
     images = torch.randn(2, 3, 32, 32)
     torch.save(images, tmp_path / 'images.pt')
     code = f"""
-from tests.standin_hub import left_loopback, stay_on_loopback
+from tests.fake_hub import left_loopback, stay_on_loopback
 stay_on_loopback()
 import ccl_timm, timm, torch
 torch.set_num_threads({torch.get_num_threads()})
@@ -362,8 +362,8 @@ def test_published_checkpoints_are_tags_and_others_are_not(pushed, run, monkeypa
 
 
 def _register_again():
-    if hasattr(variants, 'test_resnet_cam'):
-        del variants.test_resnet_cam
+    if hasattr(builder, 'test_resnet_cam'):
+        del builder.test_resnet_cam
         timm.models._registry._clear_model_entries('test_resnet_cam')
         del timm.models._registry._model_entrypoints['test_resnet_cam']
     models.register_variant('test_resnet', 'cam')

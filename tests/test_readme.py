@@ -12,7 +12,7 @@ from ccl_timm.heads import HEADS
 from ccl_timm.losses import LOSSES
 
 from .conftest import write_folder
-from .standin_hub import StandInHub, take_for_the_hub
+from .fake_hub import FakeHub, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / 'README.md').read_text()
@@ -34,7 +34,7 @@ def workshop(tmp_path, monkeypatch):
 @pytest.fixture
 def online(monkeypatch, tmp_path_factory):
     """What one command sends to the Hub, another finds there."""
-    with StandInHub() as hub:
+    with FakeHub() as hub:
         yield from take_for_the_hub(hub, monkeypatch, tmp_path_factory.mktemp('hub'))
 
 

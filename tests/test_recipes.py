@@ -12,10 +12,11 @@ from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from ccl_timm import UserError, create_model, launch, recipes, tables
+from ccl_timm import UserError, create_model
+from ccl_timm.cli import launch
 from ccl_timm.data import datasets, loaders
-from ccl_timm.experiments import estimate
-from ccl_timm.training import options, settings
+from ccl_timm.experiments import estimate, tables
+from ccl_timm.training import options, recipes, settings
 
 # of the same family, for what takes long on a laptop
 SMALLER = {'resnet50': 'resnet18', 'vit_base_patch16_224': 'test_vit'}
@@ -164,7 +165,7 @@ def test_no_training_from_scratch_without_a_hint(words, few_images, place):
 
 def test_pad_crop_resizes_as_evaluation_does(few_images):
     args = options.resolve(['--data-dir', str(few_images)])[0]
-    dataset = datasets.open_part(args, 'train', 3, None)
+    dataset = datasets.create_split(args, 'train', 3, None)
     loader = dict(batch_size=4, is_training=True, device=torch.device('cpu'))
     loaders.create_loader(dataset, input_size=(3, 32, 32), pad_crop=4, **loader)
     assert dataset.transform.transforms[0](Image.new('RGB', (90, 70))).size == (41, 32)

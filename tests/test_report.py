@@ -10,8 +10,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm import tables
-from ccl_timm.reports import report, results, statistics
+from ccl_timm.experiments import report, results, statistics, tables
 from ccl_timm.training import options, parts
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')

@@ -15,10 +15,9 @@ import torch
 import yaml
 from torch import nn
 
-from ccl_timm import tables
-from ccl_timm.experiments import compare, reproduce
+from ccl_timm.experiments import compare, reproduce, tables
 from ccl_timm.heads import HEADS
-from ccl_timm.training import runs, train
+from ccl_timm.training import run_dir, trainer
 
 TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']
 TABLE = {
@@ -61,7 +60,7 @@ def figures_in(out):
 def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
     code, whole, err = small('--output', 'whole')
     assert code == 0, err
-    step, seen = train.take_step, []
+    step, seen = trainer.train_step, []
 
     def dies(run, epoch, *rest):
         seen.append(epoch)
@@ -70,7 +69,7 @@ def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
         return step(run, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
-        patch.setattr(train, 'take_step', dies)
+        patch.setattr(trainer, 'train_step', dies)
         small('--output', 'cut')
     assert len(started) == 6
     code, resumed, err = small('--output', 'cut')
@@ -90,7 +89,7 @@ def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
 def test_table_has_our_figures_and_the_papers(small):
     code, out, err = small('--seeds', '1')
     row = figures_in(out)['own tiny:cc']
-    ours = runs.Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
+    ours = run_dir.Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
     assert code == 0, err
     assert re.fullmatch(r'own tiny:cc +(\d+\.\d\d) +1 +2 +all +91\.25 ± 0\.50 +15', row)
     assert f'{float(ours[5]):.2f}' in row

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ccl_timm import tables
-from ccl_timm.reports import results
-from ccl_timm.training import runs
+from ccl_timm.experiments import results, tables
+from ccl_timm.training import run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(path.parent for path in (ROOT / 'hub_cards' / 'results').rglob('args.yaml'))
@@ -50,11 +49,11 @@ def test_readme_has_table_1_and_every_record_is_in_a_table():
 
 @pytest.mark.parametrize('folder', RECORDS, ids=lambda path: path.name)
 def test_record_tells_how_it_was_made_and_nothing_of_the_machine(folder):
-    environment = runs.read_environment(folder)
+    environment = run_dir.read_environment(folder)
     assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= environment.keys()
     assert (
-        isinstance(runs.read_args(folder)['seed'], int)
-        and f'--seed {runs.read_args(folder)["seed"]}' in (environment['command'])
+        isinstance(run_dir.read_args(folder)['seed'], int)
+        and f'--seed {run_dir.read_args(folder)["seed"]}' in (environment['command'])
     )
     assert not [word for word in shlex.split(environment['command']) if Path(word).is_absolute()]
     assert {path.name for path in folder.iterdir()} <= {'args.yaml', 'summary.csv', 'environment.json', 'parts.csv'}
@@ -67,8 +66,8 @@ def test_first_epoch_again(folder, tmp_path):
     root = os.environ.get('CCL_TIMM_DATA')
     if not root:
         pytest.skip('CCL_TIMM_DATA names no folder of data')
-    recorded = runs.read_environment(folder)
-    here = runs.environment([], 'cpu', '')['versions']
+    recorded = run_dir.read_environment(folder)
+    here = run_dir.environment([], 'cpu', '')['versions']
     if here != recorded['versions']:
         pytest.skip(f'recorded with {recorded["versions"]}, here are {here}')
     for path in Path(root).resolve().iterdir():
@@ -76,5 +75,5 @@ def test_first_epoch_again(folder, tmp_path):
     words = [*shlex.split(recorded['command'])[2:], '--epochs', '1', '--output', 'again', '--experiment', 'one']
     environment = {**os.environ, 'OMP_NUM_THREADS': str(recorded['threads'])}
     subprocess.run([sys.executable, '-m', 'ccl_timm', 'train', *words], cwd=tmp_path, env=environment, check=True)
-    (first, *_), (again,) = runs.whole_rows(folder), runs.whole_rows(tmp_path / 'again' / 'one')
+    (first, *_), (again,) = run_dir.complete_rows(folder), run_dir.complete_rows(tmp_path / 'again' / 'one')
     assert again == first

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from scipy.optimize import minimize
 
-from ccl_timm.reports import statistics
+from ccl_timm.experiments import statistics
 
 
 @pytest.mark.parametrize(

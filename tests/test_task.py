@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import ccl_timm
 from ccl_timm.losses import LOSSES, Loss, loss_class
-from ccl_timm.task import ModelWithLoss, probe
+from ccl_timm.task import ModelWithLoss, probe_outputs
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ def test_a_head_that_only_a_plugin_has_suggests_no_model_that_does_not_exist(mod
 
 def test_a_model_that_is_not_timms_is_shown_the_head_and_the_loss(batch):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
-    with pytest.raises(ccl_timm.UserError, match=r"'Sequential' is no timm model: .*CamHead\(.*head.outputs\(pooled\)"):
+    with pytest.raises(ccl_timm.UserError, match=r"'Sequential' is no timm model: .*CAMHead\(.*head.outputs\(pooled\)"):
         ccl_timm.create_task(network, 'cc')
-    head = ccl_timm.heads.CamHead(3072, 4)  # what the message says
+    head = ccl_timm.heads.CAMHead(3072, 4)  # what the message says
     ccl_timm.create_loss('cc')(head.outputs(batch[0].flatten(1)), batch[1]).backward()
     assert head.out.weight.grad.any()
 
@@ -107,7 +107,7 @@ def test_probe_leaves_model_and_random_state_alone(model):
     model.train()
     model.layer1.eval()
     before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-    found = probe(model)
+    found = probe_outputs(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     assert model.training and not model.layer1.training and not model.layer1[0].training
@@ -129,7 +129,7 @@ def test_epochs_are_detected_and_steps_counted_in_a_plain_loop(model, batch):
 
 def test_steps_are_those_of_the_optimizer_when_a_script_tells_them(model, batch):
     task = ccl_timm.create_task(model, Recorder())
-    task.tell_steps()
+    task.set_num_updates()
     for step in (1, 2):
         task(*batch)
         task(*batch)  # gradient accumulation

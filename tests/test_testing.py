@@ -11,15 +11,7 @@ from torch import nn
 from ccl_timm.heads import HEADS
 from ccl_timm.losses import Loss
 from ccl_timm.models import register_variant
-from ccl_timm.testing import (
-    LOSS_CHECKS,
-    MODEL_CHECKS,
-    ModelCase,
-    check_loss,
-    check_model,
-    make_outputs,
-    make_target,
-)
+from ccl_timm.testing import LOSS_CHECKS, MODEL_CHECKS, ModelCase, check_loss, check_model, make_outputs, make_target
 
 
 class Good(Loss):
@@ -74,7 +66,7 @@ class Detached(Good):
 
 
 class NanAtOne(Good):
-    batch_statistics = True
+    uses_batch_statistics = True
 
     def far(self, features):
         return features.std(0).square().sum()
@@ -127,7 +119,7 @@ class FalselyAlone(Good):
 
 
 class FalselyTogether(Good):
-    batch_statistics = True
+    uses_batch_statistics = True
 
 
 class ReadsInVain(Good):

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ccl_timm.losses import LOSSES, loss_class
-from ccl_timm.training import runs, train
+from ccl_timm.training import run_dir, trainer
 from ccl_timm.training.folder_lock import FolderLock
 
 from .conftest import TINY, results, write_folder
@@ -46,7 +46,7 @@ def test_choices_are_said_in_one_block_with_their_source(tiny):
     code, out, err = tiny('--lr', '0.01')
     lines = {line.split()[0]: line for line in err.splitlines() if line.endswith(']')}
     assert lines['model'].split('model')[1].strip().startswith('test_resnet_cam, 0.4 M parameters  [typed]')
-    assert 'CamHead' in lines['head']
+    assert 'CAMHead' in lines['head']
     assert 'channels last, kernels cropped to small images' in lines['layout']
     assert 'from scratch  [default]' in lines['start']
     assert 'cc (weight=1.0, eps=1e-08, smoothing=0.1)  [typed]' in lines['loss']
@@ -78,7 +78,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     assert information['command'].startswith('timm train.py --model test_resnet_cam --loss cc')
     assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
     assert (information['git_commit'] is not None) == (Path(__file__).parents[1] / '.git').exists()
-    checkpoint = runs.read_checkpoint(run / 'last.pth.tar')
+    checkpoint = run_dir.read_checkpoint(run / 'last.pth.tar')
     assert checkpoint['args'].class_names == ['ant', 'bee', 'cat']
     assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())
 
@@ -94,7 +94,7 @@ def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, words):
 def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     words = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
     assert tiny(*words, '--experiment', 'whole')[0] == 0
-    step, seen = train.take_step, []
+    step, seen = trainer.train_step, []
 
     def dies(run, epoch, *rest):
         seen.append(epoch)
@@ -103,7 +103,7 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
         return step(run, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='went away'):
-        patch.setattr(train, 'take_step', dies)
+        patch.setattr(trainer, 'train_step', dies)
         tiny(*words, '--experiment', 'cut')
     code, out, err = tiny(*words, '--experiment', 'cut', '--resume', 'auto')
     assert code == 0, err
@@ -111,7 +111,7 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     assert summary('output/train/whole') == summary('output/train/cut')
     information = json.loads(Path('output/train/cut/environment.json').read_text())
     assert '--resume' not in information['command'] and '--resume auto' in information['resumed'][0]['command']
-    whole, cut = (runs.read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
+    whole, cut = (run_dir.read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
     for key in ('state_dict', 'state_dict_ema'):
         assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
 
@@ -121,7 +121,7 @@ def test_damaged_last_checkpoint_does_not_lose_the_run(tiny):
     last = Path('output/train/a/last.pth.tar')
     last.unlink()
     last.write_bytes(b'cut off in the middle')
-    assert runs.newest_checkpoint(last.parent).name == 'checkpoint-1.pth.tar'
+    assert run_dir.newest_checkpoint(last.parent).name == 'checkpoint-1.pth.tar'
 
 
 def test_a_run_is_never_written_over(tiny):
@@ -226,7 +226,7 @@ def test_finishing_time_is_said(words, place):
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
         (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
         (['--loss', 'mc', '--model', 'vit_tiny_patch16_224'], 'use a convolutional network'),
-        (['--loss', 'arcface'], 'test_resnet_cam has the head CamHead: use test_resnet_cosine'),
+        (['--loss', 'arcface'], 'test_resnet_cam has the head CAMHead: use test_resnet_cosine'),
         (['--loss', 'jsd'], "Unknown loss 'jsd'"),
     ],
 )
@@ -277,7 +277,7 @@ def test_out_of_memory_says_what_helps(error, tiny, monkeypatch):
     def step(*args):
         raise error
 
-    monkeypatch.setattr(train, 'take_step', step)
+    monkeypatch.setattr(trainer, 'train_step', step)
     code, out, err = tiny()
     assert code == 2
     assert '--batch-size 4 --grad-accum-steps 2' in err and '--grad-checkpointing' in err
@@ -289,14 +289,14 @@ def test_loss_that_is_not_finite_stops_the_run(tiny):
 
 
 def test_stopped_by_hand_keeps_what_was_done(tiny, monkeypatch):
-    fit_epoch = train._train_epoch
+    fit_epoch = trainer._train_epoch
 
     def interrupted(run, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
         return fit_epoch(run, epoch)
 
-    monkeypatch.setattr(train, '_train_epoch', interrupted)
+    monkeypatch.setattr(trainer, '_train_epoch', interrupted)
     code, out, err = tiny('--epochs', '3', '--experiment', 'a')
     assert code == 130 and 'stopped by hand' in err
     assert len(summary('output/train/a')) == 1
@@ -321,12 +321,12 @@ def test_real_folder_without_validation_part(words, place):
 
 def test_runs_that_begin_together_get_folders_of_their_own(place):
     locks = [FolderLock() for _ in range(3)]
-    folders = {runs.create_folder(Path('output/train/same'), lock, named=False) for lock in locks}
+    folders = {run_dir.create_folder(Path('output/train/same'), lock, named=False) for lock in locks}
     assert len(folders) == 3
     for lock, folder in zip(locks, list(folders), strict=True):
         (folder / 'args.yaml').touch()
         lock.release()
-    assert runs.create_folder(Path('output/train/same'), FolderLock(), named=False) not in folders
+    assert run_dir.create_folder(Path('output/train/same'), FolderLock(), named=False) not in folders
 
 
 def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):

@@ -74,7 +74,7 @@ def test_other_classes_get_initial_values_and_the_rest_is_kept(exported, head, m
     assert all(torch.equal(before[name], after[name]) for name in same)
     assert before.keys() - same
     if head == 'pedcc':
-        assert torch.equal(model.fc.weight, ccl_timm.pedcc(3, 512).float())
+        assert torch.equal(model.fc.weight, ccl_timm.pedcc_centroids(3, 512).float())
     if head == 'cosine':
         assert model.fc.scale == 9 and 0.5 < model.fc.weight.norm(dim=1).mean() < 2
 

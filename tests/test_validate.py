@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
-from ccl_timm.training import options, parts, runs
+from ccl_timm.training import options, parts, run_dir
+from ccl_timm.training.evaluation import data_settings, evaluate, open_for
 from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
-from ccl_timm.training.validate import data_settings, evaluate, open_for
 
 from .conftest import results, write_folder
 
@@ -82,7 +82,7 @@ def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     rows = parts.read_parts(run)
     assert [row['part'] for row in rows] == ['validation', 'train']
     assert (rows[-1]['top1'], rows[-1]['images']) == (results(out)['top1'], results(out)['images'])
-    assert rows[-1]['epoch'] + 1 == len(runs.whole_rows(run)) and 'reports show' not in err
+    assert rows[-1]['epoch'] + 1 == len(run_dir.complete_rows(run)) and 'reports show' not in err
     (run / 'last.pth.tar').rename(run / 'newer.pth.tar')
     shutil.copy(run / 'checkpoint-0.pth.tar', run / 'last.pth.tar')
     code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--record')
@@ -122,5 +122,5 @@ def test_neighbours_are_sought_among_the_images_trained_on(place):
     typed = argparse.Namespace(data_dir=None, dataset=None, split='validation', batch_size=8)
     settings = data_settings(typed, trained_on)
     known = open_for(settings, 'train', 3, None, training=True)
-    assert known.indices == datasets.open_splits(argparse.Namespace(**trained_on), 3).train.indices
+    assert known.indices == datasets.create_splits(argparse.Namespace(**trained_on), 3).train.indices
     assert len(open_for(settings, 'validation', 3, None)) == 12  # the part of that name, not what was held out

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ccl_timm import UserError
-from ccl_timm.yaml_files import dump_yaml, read_yaml
+from ccl_timm.training.yaml_files import dump_yaml, read_yaml
 
 
 def read(tmp_path, content):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ccl_timm.console import say
+from ccl_timm.console import log_info
 from ccl_timm.data.files import list_images, read_lines
 from ccl_timm.errors import UserError
-from ccl_timm.flags import COUNT, Parser
+from ccl_timm.training.arguments import COUNT, Parser
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 
@@ -92,7 +92,7 @@ def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
     if args.classes:
         names = list(dict.fromkeys(line.strip() for line in read_lines(args.classes)))
     elif args.num_classes:
-        say('No source tells which classes the paper took: these are the first by name, others with --classes FILE.')
+        log_info("No source names the paper's classes: these are the first by name; --classes FILE takes others.")
         names = known[: args.num_classes]
         if len(names) < args.num_classes:
             raise UserError(f"'{root}' has {len(known)} classes, fewer than --num-classes {args.num_classes}.")

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
-from ccl_timm.console import first_few, warn
+from ccl_timm.console import first_few, log_warning
 from ccl_timm.data.files import (
     DataError,
     FolderReader,
@@ -37,10 +37,10 @@ __all__ = [
     'Replacing',
     'Splits',
     'file_names',
-    'hold_out',
+    'stratified_holdout',
     'is_folder',
-    'open_part',
-    'open_splits',
+    'create_split',
+    'create_splits',
     'targets_of',
 ]
 
@@ -110,7 +110,8 @@ class ImageFiles(Dataset):
         except UnreadableImage as error:
             if not self.named[index]:
                 self.named[index] = True
-                warn(f"'{self.reader.filename(index)}' cannot be read, and is left out: {error}", by_any_process=True)
+                name = self.reader.filename(index)
+                log_warning(f"'{name}' cannot be read, and is left out: {error}", by_any_process=True)
             image, target = Image.new(self.mode, (1, 1)), -1
         return (self.transform(image) if self.transform else image), target
 
@@ -183,14 +184,14 @@ class Splits:
         return fingerprint(*(own and _content(own) for own in (self.train, self.validation)))
 
 
-def open_splits(args: argparse.Namespace, channels: int) -> Splits:
+def create_splits(args: argparse.Namespace, channels: int) -> Splits:
     """Open the training and validation part that the settings name, with the training part's numbering of classes.
 
     Raises:
         UserError: there is no such data, no image in it, no validation part, or a class that training lacks.
     """
     names = _class_names_from(args)
-    train = open_part(args, args.train_split, channels, names)
+    train = create_split(args, args.train_split, channels, names)
     train_names = names or _names(train)
     targets = targets_of(train)
     notes, held_out, validation = _missing_classes(args.train_split, train, train_names), None, None
@@ -198,10 +199,10 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
         train, validation, held_out = _hold_out(args, train, targets, channels, train_names)
         targets = targets_of(train)
     elif args.val_split:
-        validation = open_part(args, args.val_split, channels, train_names, needs_part=True)
+        validation = create_split(args, args.val_split, channels, train_names, needs_part=True)
         notes += _missing_classes(args.val_split, validation, train_names)
     if args.train_fraction is not None:
-        train, left = _share(args, train, targets)
+        train, left = _subsample(args, train, targets)
         targets = targets_of(train)
         held_out = [(name, 'unused' if name in left else part) for name, part in held_out] if held_out else None
     _check_labels(args, targets, train_names)
@@ -212,7 +213,7 @@ def open_splits(args: argparse.Namespace, channels: int) -> Splits:
     return Splits(train, validation, train_names, counts, held_out, notes)
 
 
-def open_part(
+def create_split(
     args: argparse.Namespace, split: str, channels: int, names: list[str] | None, needs_part: bool = False
 ) -> Dataset:
     """Open one part of the data.
@@ -428,7 +429,7 @@ def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: li
         )
 
 
-def hold_out(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:
+def stratified_holdout(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:
     """Choose a share of each class: stratified, seeded, and independent of the order of files.
 
     Args:
@@ -458,15 +459,15 @@ def _hold_out(args, dataset, targets, channels, names):
             f"--val-fraction cannot split '{args.dataset}', whose images cannot be listed: use --val-split."
         )
     files = file_names(dataset)
-    held = hold_out(files, targets, args.val_fraction, args.seed)
-    again = open_part(args, args.train_split, channels, names)  # a second one, since each part has its own transform
+    held = stratified_holdout(files, targets, args.val_fraction, args.seed)
+    again = create_split(args, args.train_split, channels, names)  # a second one, since each part has its own transform
     train = _Part(dataset, [index for index in range(len(files)) if index not in held])
     validation = _Part(again, sorted(held))
     record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
     return train, validation, record
 
 
-def _share(args, dataset, targets):
+def _subsample(args, dataset, targets):
     """A share of each class of the training part, in its order, and the names of those left out; seeded."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
@@ -474,7 +475,7 @@ def _share(args, dataset, targets):
         )
     base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, range(len(dataset)))
     files = file_names(base)
-    left = hold_out([files[index] for index in indices], targets, 1 - args.train_fraction, args.seed)
+    left = stratified_holdout([files[index] for index in indices], targets, 1 - args.train_fraction, args.seed)
     kept = _Part(base, [index for place, index in enumerate(indices) if place not in left])
     return kept, {files[indices[place]] for place in left}
 

@@ -13,7 +13,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from ccl_timm.console import first_few, warn
+from ccl_timm.console import first_few, log_warning
 from ccl_timm.errors import UserError
 
 __all__ = [
@@ -150,10 +150,10 @@ def list_images(root: str | os.PathLike, suffixes: set[str] | None = None) -> li
     tree = scan(root)
     if tree.repeated:
         names = first_few([valid_text(name) for name in tree.repeated])
-        warn(f'{len(tree.repeated)} folders are left out, since they lead to folders that are read already: {names}')
+        log_warning(f'{len(tree.repeated)} folders are left out, since they lead to folders already read: {names}')
     if tree.closed:
         names = first_few([valid_text(name) for name in tree.closed])
-        warn(f'{len(tree.closed)} folders are left out, since they cannot be listed: {names}')
+        log_warning(f'{len(tree.closed)} folders are left out, since they cannot be listed: {names}')
     return sorted(
         os.path.join(folder, name)
         for folder, _, files in tree.folders

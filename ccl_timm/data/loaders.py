@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 
-from ccl_timm.console import say
+from ccl_timm.console import log_info
 from ccl_timm.data.datasets import Replacing, Splits, targets_of
 from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
 from ccl_timm.data.samplers import ClassBalancedSampler
@@ -178,7 +178,7 @@ def _memory_loader(
     if obstacle and args.in_memory == 'on':
         raise UserError(f'--in-memory on does not work here: {obstacle}; give --in-memory off.')
     if obstacle:
-        say(f'images are read by {args.workers} workers, not from memory: {obstacle}')
+        log_info(f'images are read by {args.workers} workers, not from memory: {obstacle}')
         return None
     images, labels = read[0].to(device), read[1]
     crops = not (args.no_aug or args.pad_crop)
@@ -191,7 +191,7 @@ def _memory_loader(
         hflip=0.0 if args.no_aug else args.hflip,
         vflip=0.0 if args.no_aug else args.vflip,
     )
-    say(f'{len(labels)} training images in memory, {augment.images.numel() / 2**20:.0f} MiB')
+    log_info(f'{len(labels)} training images in memory, {augment.images.numel() / 2**20:.0f} MiB')
     config = {**data_config, 'batch_size': args.batch_size}
     erasing = None
     if args.reprob and not args.no_aug:
@@ -246,7 +246,7 @@ def _storing(args: argparse.Namespace, data_config: dict[str, Any], dataset: Dat
     if height <= size[0] and width <= size[1]:
         return transforms.PILToTensor()
     large = tuple(round(_MARGIN * length) for length in size)
-    say(f'images are kept at {large[1]} x {large[0]}, shorter side resized and centre cropped: random crops see less')
+    log_info(f'images are kept at {large[1]} x {large[0]}, resized and centre cropped: random crops see less')
     return transforms.Compose([transforms.Resize(max(large)), transforms.CenterCrop(large), transforms.PILToTensor()])
 
 

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ccl_timm.console import first_few, warn
+from ccl_timm.console import first_few, log_warning
+from ccl_timm.console.escape import shell_text
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.data.files import FolderReader, valid_text
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.escape import shell_text
-from ccl_timm.flags import SHARE, Parser, integer
+from ccl_timm.training.arguments import SHARE, Parser, integer
 
 __all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
 
@@ -172,7 +172,7 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     outside = [name for name in files if '/' not in name]
     if outside:
         raise UserError(f"{len(outside)} images in '{source}' lie outside of any class folder, such as '{outside[0]}'.")
-    held = datasets.hold_out(files, targets, fraction, seed)
+    held = datasets.stratified_holdout(files, targets, fraction, seed)
     if not held:
         raise UserError(f"No class in '{source}' has two images: there is nothing to validate on.")
     names = {label: name for name, label in reader.class_to_idx.items()}
@@ -212,7 +212,7 @@ def _prepare(name: str, argv: list[str], prog: str) -> int:
     images = _images_of_parts(layout)
     for part, number in source.official.items():
         if images[part] != number:
-            warn(f"'{args.source}' has {images[part]} images for {part}, the official set {number}.")
+            log_warning(f"'{args.source}' has {images[part]} images for {part}, the official set {number}.")
     _write(layout, args.folder, args.source)
     return 0
 
@@ -231,7 +231,7 @@ def _split(argv: list[str], prog: str) -> int:
     args = parser.parse_strictly(argv)
     layout, single = split_folder(args.source, args.val_fraction, args.seed)
     if single:
-        warn(f'{len(single)} classes have one image, which is for training: {first_few(single)}')
+        log_warning(f'{len(single)} classes have one image, which is for training: {first_few(single)}')
     _write(layout, args.folder, args.source)
     return 0
 

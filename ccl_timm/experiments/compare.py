@@ -8,11 +8,11 @@ from pathlib import Path
 from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import Plan, add_common, carry_out, common_words, figures, plan_of, split_words
-from ccl_timm.flags import RATE, Parser
-from ccl_timm.reports.statistics import LEVEL, difference, show_figures, welch
-from ccl_timm.tables import Row, Table, as_words
-from ccl_timm.training import runs
+from ccl_timm.experiments.reproduce import Plan, add_common, common_words, figures, plan_of, run_plan, split_words
+from ccl_timm.experiments.statistics import LEVEL, difference, show_figures, welch
+from ccl_timm.experiments.tables import Row, Table, to_cli_args
+from ccl_timm.training import run_dir
+from ccl_timm.training.arguments import RATE, Parser
 
 __all__ = ['main', 'rows_of']
 
@@ -28,7 +28,7 @@ def main(argv: list[str], prog: str) -> int:
     rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, words)
     chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
     plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_words)
-    return carry_out(plan, args, _write_result)
+    return run_plan(plan, args, _write_result)
 
 
 def _parser(prog: str) -> Parser:
@@ -74,7 +74,7 @@ def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str
         pairs += [(head, 'ce'), (head, name)]
     rows = []
     for (head, name), rate in itertools.product(dict.fromkeys(pairs), rates or [None]):
-        own = as_words({'model': f'{backbone}_{head}', 'loss': name} | ({'lr': rate} if rate else {}))
+        own = to_cli_args({'model': f'{backbone}_{head}', 'loss': name} | ({'lr': rate} if rate else {}))
         rows.append(Row(f'{head}:{name}' + (f':lr{rate:g}' if rate else ''), '', (*words, *own)))
     return tuple(rows)
 
@@ -84,8 +84,8 @@ def _write_result(plan: Plan) -> str:
     best, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].folder.parent
     text = _result(plan.table.title, best)
     values = [{'loss': name, 'head': head, 'lr': rate, 'top1': values} for (head, name), (rate, values) in best.items()]
-    runs.write_whole(folder / 'compare.txt', text + '\n')
-    runs.write_whole(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
+    run_dir.atomic_write(folder / 'compare.txt', text + '\n')
+    run_dir.atomic_write(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
     return text
 
 

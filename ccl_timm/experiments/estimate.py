@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ccl_timm.training.evaluation import evaluate
 from ccl_timm.training.settings import check_settings
-from ccl_timm.training.train import Run, set_up, take_step
-from ccl_timm.training.validate import evaluate
+from ccl_timm.training.trainer import Run, build_run, train_step
 
 __all__ = ['Cost', 'time_run']
 
@@ -57,7 +57,7 @@ def time_run(args: argparse.Namespace, sources: dict[str, str], folder: Path) ->
     """
     started = time.perf_counter()
     check_settings(args)
-    run, _ = set_up(args, sources, folder)
+    run, _ = build_run(args, sources, folder)
     start = time.perf_counter() - started
     run.task.get_trainable_module().train()
     training = _whole(_train_steps(run), len(run.loader))
@@ -75,7 +75,7 @@ def _whole(ends: Iterator[float], steps: int) -> float:
 
 def _train_steps(run: Run) -> Iterator[float]:
     for index, (images, target) in enumerate(islice(run.loader, _WARM + _STEPS)):
-        take_step(run, 0, index, images, target)
+        train_step(run, 0, index, images, target)
         yield _now(run.device)
 
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccl_timm import recipes, tables
-from ccl_timm.console import say, show_share, table, warn
+from ccl_timm.console import log_info, log_warning, show_share, table
 from ccl_timm.errors import UserError
-from ccl_timm.flags import COUNT, Parser
-from ccl_timm.reports.statistics import show_figures, show_printed
-from ccl_timm.tables import Row, Table, run_name
-from ccl_timm.training import options, runs, settings
+from ccl_timm.experiments import tables
+from ccl_timm.experiments.statistics import show_figures, show_printed
+from ccl_timm.experiments.tables import Row, Table, run_name
+from ccl_timm.training import options, recipes, run_dir, settings
+from ccl_timm.training.arguments import COUNT, Parser
 
-__all__ = ['Job', 'Plan', 'add_common', 'carry_out', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
+__all__ = ['Job', 'Plan', 'add_common', 'run_plan', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Job:
     @property
     def epochs(self) -> int:
         """Epochs that it has when it is done."""
-        return runs.planned_epochs(vars(self.resolved[0]))
+        return run_dir.planned_epochs(vars(self.resolved[0]))
 
     def top1(self) -> list[float]:
         """Top-1 in % on the validation part after each epoch that it was measured in; of the last if it is done."""
-        rows = runs.whole_rows(self.folder)
-        done = runs.is_done(rows, vars(self.resolved[0]))
+        rows = run_dir.complete_rows(self.folder)
+        done = run_dir.is_done(rows, vars(self.resolved[0]))
         return [row['eval_top1'] for row in rows if 'eval_top1' in row] if done else []
 
     def done(self) -> bool:
@@ -59,10 +59,10 @@ class Job:
         Raises:
             UserError: its folder holds a run of other settings.
         """
-        if not runs.holds_run(self.folder):
+        if not run_dir.is_run_dir(self.folder):
             return False
         try:
-            runs.check_same_settings(self.resolved[0], self.folder)
+            run_dir.check_same_settings(self.resolved[0], self.folder)
         except UserError as error:
             raise UserError(f'{str(error).partition(": give")[0]}: give another --output.') from error
         return bool(self.top1())
@@ -95,7 +95,7 @@ def main(argv: list[str], prog: str) -> int:
         raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
     seeds = chosen.seeds if args.seeds is None else args.seeds
     plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*common_words(args), *train_words])
-    return carry_out(plan, args, _result)
+    return run_plan(plan, args, _result)
 
 
 def _parser(prog: str) -> Parser:
@@ -126,7 +126,7 @@ def add_common(parser: Parser, output: str) -> None:
 
 def common_words(args: argparse.Namespace) -> list[str]:
     """The training script's words that follow from the flags of every such command."""
-    return tables.as_words({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
+    return tables.to_cli_args({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -149,12 +149,12 @@ def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
         jobs[row] = []
         for seed in range(seeds):
             run = {'seed': seed, 'output': str(output), 'experiment': run_name(row, seed), 'resume': 'auto'}
-            own = tables.as_words(run)
+            own = tables.to_cli_args(run)
             jobs[row].append(Job(row, (*row.words, *words, *own), output / run['experiment']))
     return Plan(chosen, jobs)
 
 
-def carry_out(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]) -> int:
+def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]) -> int:
     """Check every row, and then run all jobs and print what came out, or only print the commands, or only time them.
 
     Args:
@@ -173,7 +173,7 @@ def carry_out(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str
     if args.dry_run:
         for job in plan.all_jobs:
             print(shlex.join(['ccl-timm', 'train', *job.words]))
-        say(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
+        log_info(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
         return 0
     if args.estimate:
         return int(_estimate(plan))
@@ -204,22 +204,22 @@ def _run(job: Job) -> bool:
     name = job.folder.name
     with _locked(job.folder) as lock:
         if lock is None:
-            warn(f'{name} is being trained by another process: left out')
+            log_warning(f'{name} is being trained by another process: left out')
             return False
         try:
             if job.done():
-                say(f'{name}: done already, top-1 {job.top1()[-1]:.2f}%')
+                log_info(f'{name}: done already, top-1 {job.top1()[-1]:.2f}%')
                 return True
         except UserError as error:
-            warn(f'{name} failed: {error}')
+            log_warning(f'{name} failed: {error}')
             return False
-        say()
-        say(f'{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
+        log_info()
+        log_info(f'{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
         command = [sys.executable, '-m', 'ccl_timm', 'train', *job.words]
         # the child keeps the lock: it may outlive us
         code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=lock, check=False).returncode
     if code:
-        warn(f'{name} failed with code {code}; what it said stands above')
+        log_warning(f'{name} failed with code {code}; what it said stands above')
     return code == 0
 
 
@@ -244,7 +244,7 @@ def _locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
 
 def figures(jobs: list[Job]) -> list[float]:
     """Top-1 in % after the last epoch, of the jobs that are done."""
-    found = [job.top1() for job in jobs if runs.holds_run(job.folder)]
+    found = [job.top1() for job in jobs if run_dir.is_run_dir(job.folder)]
     return [values[-1] for values in found if values]
 
 
@@ -275,7 +275,7 @@ def _estimate(plan: Plan) -> bool:
     from ccl_timm.experiments.estimate import time_run
 
     started = time.perf_counter()
-    subprocess.run([sys.executable, '-c', 'import ccl_timm.training.train'], check=True)
+    subprocess.run([sys.executable, '-c', 'import ccl_timm.training.trainer'], check=True)
     outset = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
     rows, total, failed = [], 0.0, False
     for row, jobs in plan.jobs.items():
@@ -283,7 +283,7 @@ def _estimate(plan: Plan) -> bool:
         try:
             cost = time_run(argparse.Namespace(**vars(args)), dict(sources), jobs[0].folder)
         except UserError as error:
-            warn(f'{_label(row)} failed: {error}')
+            log_warning(f'{_label(row)} failed: {error}')
             failed = True
             continue
         hours = len(jobs) * (outset + cost.hours)

@@ -37,12 +37,12 @@ class Head(nn.Module):
 
     Attributes:
         in_features: width of the pooled features.
-        class_tensors: names, within the head, of the layers shaped by the number of classes ('' for the head itself):
-            the only ones that a change of classes replaces.
+        classifier_layers: names, within the head, of the layers shaped by the number of classes ('' for the head
+            itself): the only ones that a change of classes replaces.
     """
 
     in_features: int
-    class_tensors: tuple[str, ...] = ('',)
+    classifier_layers: tuple[str, ...] = ('',)
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Compute all that a loss may read from pooled features (N, in_features)."""

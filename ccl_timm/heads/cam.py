@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ccl_timm.heads.base import HeadOutputs
 from ccl_timm.heads.linear import HeadWithLinear
-from ccl_timm.precision import full_precision, outside_autocast
+from ccl_timm.ops import full_precision, outside_autocast
 
-__all__ = ['CamHead', 'SqueezeExcite']
+__all__ = ['CAMHead', 'SqueezeExcite']
 
 torch.fx.wrap('full_precision')  # it asks for the dtype, which a traced tensor does not have
 
@@ -46,7 +46,7 @@ class SqueezeExcite(nn.Module):
         return full_precision(self.expand(self.reduce(pooled).relu())).sigmoid()
 
 
-class CamHead(HeadWithLinear):
+class CAMHead(HeadWithLinear):
     """``P = f2(ReLU(f1(F) * f_se(F)))``: the classifier of CC-Loss (section 2, P2), from pooled features F.
 
     The attention f_se(F) is what CC-Loss compares between samples. It stays on at inference: our assumption, since the

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.centroids import unit_rows
 from ccl_timm.heads.base import Head, HeadOutputs
-from ccl_timm.precision import outside_autocast
+from ccl_timm.ops import l2_normalize, outside_autocast
 
 __all__ = ['CosineHead', 'cosine_logits']
 
@@ -30,8 +29,8 @@ def cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    unit_vectors = unit_rows(vectors.to(dtype))
-    return unit_rows(features.to(dtype)) @ unit_vectors.T, unit_vectors
+    unit_vectors = l2_normalize(vectors.to(dtype))
+    return l2_normalize(features.to(dtype)) @ unit_vectors.T, unit_vectors
 
 
 class CosineHead(Head):

@@ -10,7 +10,7 @@ __all__ = ['HeadWithLinear', 'LinearHead']
 class HeadWithLinear(Head):
     """A head that ends in a linear layer, ``out``, the only one that is shaped by the classes."""
 
-    class_tensors = ('out',)
+    classifier_layers = ('out',)
 
     @property
     def weight(self) -> Tensor:
@@ -53,6 +53,6 @@ class LinearHead(HeadWithLinear):
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), weight (K, D)."""
-        weight = self.out.weight  # before the logits, see CamHead
+        weight = self.out.weight  # before the logits, see CAMHead
         features = self.hidden(pooled)
         return HeadOutputs(self.out(features), features, weight=weight)

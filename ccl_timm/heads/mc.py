@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ccl_timm.heads.linear import LinearHead
 
-__all__ = ['ChannelStage', 'McHead']
+__all__ = ['ChannelStage', 'MCHead']
 
 
 class ChannelStage(nn.Conv2d):
@@ -25,7 +25,7 @@ class ChannelStage(nn.Conv2d):
         return F.relu(self._conv_forward(x, self.weight, self.bias))
 
 
-class McHead(LinearHead):
+class MCHead(LinearHead):
     """A linear classifier behind a :class:`ChannelStage`, which the model puts at the end of its feature map.
 
     Inference uses this classifier alone; the channels' grouping matters to MC-Loss only.

@@ -34,6 +34,6 @@ class MLPHead(HeadWithLinear):
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D) not negative, weight (K, D)."""
-        weight = self.out.weight  # before the logits, see CamHead
+        weight = self.out.weight  # before the logits, see CAMHead
         features = self.hidden(pooled)
         return HeadOutputs(self.out(features), features, weight=weight)

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.centroids import pedcc
 from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.centroids import pedcc_centroids
 from ccl_timm.heads.cosine import cosine_logits
 
-__all__ = ['PedccHead']
+__all__ = ['PEDCCHead']
 
 torch.fx.wrap('cosine_logits')
 
 
-class PedccHead(Head):
+class PEDCCHead(Head):
     """``f = Linear(F)``; logits are the scaled cosines of f and K fixed, evenly distributed centroids.
 
     The class is that of the nearest centroid, as POD-Loss has it. The losses made for this head read the features, so
@@ -48,16 +48,16 @@ class PedccHead(Head):
         self.scale = scale
         feature_dim = feature_dim or max(512, 1 << (2 * num_classes - 1).bit_length())
         self.linear = nn.Linear(in_features, feature_dim, device=device, dtype=dtype)
-        self.register_buffer('weight', pedcc(num_classes, feature_dim, seed).to(device, torch.float32))
+        self.register_buffer('weight', pedcc_centroids(num_classes, feature_dim, seed).to(device, torch.float32))
 
     def reset(self, num_classes: int) -> None:
         """Make new centroids of the same width, keep the linear layer."""
-        self.weight = pedcc(num_classes, self.linear.out_features, self.seed).to(self.weight)
+        self.weight = pedcc_centroids(num_classes, self.linear.out_features, self.seed).to(self.weight)
 
     def init_non_persistent_buffers(self) -> None:
         """Make the centroids, unless transformers has loaded them."""
         if not getattr(self.weight, '_is_hf_initialized', False):
-            self.weight.copy_(pedcc(*self.weight.shape, self.seed))
+            self.weight.copy_(pedcc_centroids(*self.weight.shape, self.seed))
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), centroids (K, D)."""

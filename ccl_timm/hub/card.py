@@ -12,17 +12,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ccl_timm import losses, models
 from ccl_timm.console import show_share
+from ccl_timm.console.escape import markdown_code, markdown_text, shell_text
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
-from ccl_timm.escape import markdown_code, markdown_text, shell_text
+from ccl_timm.experiments import results
+from ccl_timm.experiments.statistics import show_printed
 from ccl_timm.heads import HeadOutputs
-from ccl_timm.hub_errors import check_repository_name
 from ccl_timm.models.checkpoints import ORGANISATION
-from ccl_timm.packaged import packaged_folder
-from ccl_timm.reports import results
-from ccl_timm.reports.statistics import show_printed
-from ccl_timm.training import parts, runs
+from ccl_timm.models.hub_errors import check_repository_name
+from ccl_timm.training import parts, run_dir
 from ccl_timm.training.origin import origin_of_settings
+from ccl_timm.training.recipes import resource_dir
 from ccl_timm.training.records import without_private
 
 __all__ = ['RECORD', 'default_repository', 'is_unedited', 'render']
@@ -76,11 +76,11 @@ def render(folder: Path, repo_id: str, baseline: Path | None = None, license: st
     """
     check_repository_name(repo_id)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    settings, rows = runs.read_args(folder), runs.read_summary(folder)
-    environment = runs.read_environment(folder)
+    settings, rows = run_dir.read_args(folder), run_dir.read_summary(folder)
+    environment = run_dir.read_environment(folder)
     measured = next((row for row in rows if row['epoch'] == config['ccl_timm']['epoch']), {})
     origin = environment.get('origin') or origin_of_settings(settings)
-    template = (packaged_folder('hub_cards') / 'template.md').read_text(encoding='utf-8')
+    template = (resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8')
     content = jinja2.Environment(finalize=_finalize, autoescape=False).from_string(template)  # not HTML
     card = content.render(
         card_data=Markdown(_front_matter(settings, measured, repo_id, license, origin).to_yaml()),
@@ -105,7 +105,7 @@ def _digest(text: str) -> str:
 def default_repository(folder: Path) -> str:
     """``organisation/architecture.loss_data``, the name that our own checkpoint of such a run has."""
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    settings = runs.read_args(folder)
+    settings = run_dir.read_args(folder)
     dataset = settings.get('dataset')
     data = (_data(settings).name if is_folder(dataset) else dataset).rpartition('/')[2].lower()
     name = f'{config["architecture"]}.{_loss(settings)}_{re.sub("[^a-z0-9]", "_", data)}'
@@ -283,7 +283,7 @@ def _results(settings, environment, rows, measured, baseline: Path | None, furth
         return {'results': figures, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
     metric, epoch, data = settings.get('eval_metric', 'top1'), int(measured['epoch']), _data(settings)
     what = 'the moving average of the weights' if settings.get('model_ema') else 'the weights'
-    chosen = len(rows) > 1 and measured == runs.best_row(rows, metric)
+    chosen = len(rows) > 1 and measured == run_dir.best_row(rows, metric)
     return {
         'results': figures,
         'measured': f'Measured on "{data.split}" of {data.name}, with {what} after epoch {epoch + 1}.',
@@ -292,13 +292,13 @@ def _results(settings, environment, rows, measured, baseline: Path | None, furth
 
 
 def _baseline_figure(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
-    other = without_private(runs.read_args(folder))
+    other = without_private(run_dir.read_args(folder))
     if _loss(other) != 'ce':
         raise UserError(f"The baseline '{folder}' was trained with '{_loss(other)}': name a run with --loss ce.")
-    changed = runs.differences(_compared(other), _compared(settings), free=_FREE_IN_BASELINE)
+    changed = run_dir.diff_settings(_compared(other), _compared(settings), free=_FREE_IN_BASELINE)
     if changed:
         raise UserError(f"The baseline '{folder}' is of another recipe: {', '.join(changed[:3])}.")
-    best = runs.best_row(runs.read_summary(folder), other.get('eval_metric', 'top1'))
+    best = run_dir.best_row(run_dir.read_summary(folder), other.get('eval_metric', 'top1'))
     if 'eval_top1' not in best:
         raise UserError(f"The baseline '{folder}' was never measured: its summary.csv has no eval_top1.")
     name = f'cross-entropy, same recipe: {markdown_code(other["model"])}, seed {markdown_text(other["seed"])}'

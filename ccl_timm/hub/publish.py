@@ -16,14 +16,14 @@ import torch
 from huggingface_hub import HfApi, constants, get_session
 from timm.models._hub import save_config_for_hf
 
-from ccl_timm import plugins
-from ccl_timm.console import say
+from ccl_timm import registry
+from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
 from ccl_timm.hub import card
-from ccl_timm.hub_errors import check_repository_name, explained_push
-from ccl_timm.training import runs
+from ccl_timm.models.hub_errors import check_repository_name, explained_push
+from ccl_timm.training import run_dir
+from ccl_timm.training.checkpoints import Trained, check_outputs, load_trained
 from ccl_timm.training.records import without_private, write_record
-from ccl_timm.training.trained import Trained, check_outputs, load_trained
 
 __all__ = ['export', 'push', 'record', 'write_card']
 
@@ -37,7 +37,7 @@ def export(
     """Write a trained model for use elsewhere.
 
     Args:
-        source: as of :func:`ccl_timm.training.trained.load_trained`.
+        source: as of :func:`ccl_timm.training.checkpoints.load_trained`.
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm (``local-dir:FOLDER``) and transformers load; it
@@ -84,7 +84,7 @@ def _description(trained: Trained) -> dict[str, Any]:
     needs = {
         'package': 'ccl-timm',
         'version': ccl_timm.__version__,
-        'plugins': plugins.used_plugins(),
+        'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
     }
     return {
@@ -127,10 +127,10 @@ def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weigh
         UserError: the source is no run, or its figures were measured with other weights than those asked for.
     """
     trained = load_trained(source, use_ema)
-    run = runs.folder_of(Path(source))
+    run = run_dir.folder_of(Path(source))
     if not trained.settings:
         raise UserError(f"'{source}' is an exported model: name the folder of its run, which tells how it was trained.")
-    settings = runs.read_args(run)
+    settings = run_dir.read_args(run)
     if bool(settings.get('model_ema')) != use_ema:
         raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
     check_outputs(trained)
@@ -182,7 +182,7 @@ def write_card(
                 (folder / 'baseline').mkdir()
                 write_record(Path(baseline), folder / 'baseline')
             shutil.copytree(folder, output)
-            say(f'written: {output}')
+            log_info(f'written: {output}')
     return text
 
 
@@ -229,9 +229,9 @@ def push(
         (folder / 'README.md').write_text(text, encoding='utf-8')
         (folder / 'environment.json').unlink(missing_ok=True)
         for path in sorted(folder.iterdir()):
-            say(f'{path.name:>18}  {path.stat().st_size / 1e6:9.3f} MB')
+            log_info(f'{path.name:>18}  {path.stat().st_size / 1e6:9.3f} MB')
         if dry_run:
-            say(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
+            log_info(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
             return ''
         with explained_push(repo_id), _limited_patience():
             return _upload(folder, repo_id, private, revision, replace_card)
@@ -251,7 +251,7 @@ def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, rep
     if 'README.md' in {file.rfilename for file in info.siblings or []} and not replace_card:
         present = Path(api.hf_hub_download(repo_id, 'README.md', revision=info.sha)).read_text(encoding='utf-8')
         if not card.is_unedited(present):
-            say(f"the card of '{repo_id}' was written or edited by hand and stays; --replace-card writes over it")
+            log_info(f"the card of '{repo_id}' was written or edited by hand and stays; --replace-card writes over it")
             (folder / 'README.md').unlink()
     try:
         commit = api.upload_folder(
@@ -264,7 +264,7 @@ def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, rep
     except BaseException:
         print(file=sys.stderr)  # huggingface_hub leaves its progress bar without an end of line
         raise
-    say('nothing to send: all of it is there already' if commit.oid == info.sha else f"pushed to '{repo_id}'")
+    log_info('nothing to send: all of it is there already' if commit.oid == info.sha else f"pushed to '{repo_id}'")
     return str(commit.commit_url)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm.loss import LOSS_TYPES, MULTI_LABEL_LOSS_TYPES, create_classification_loss
 from torch import Tensor
 
-from ccl_timm import plugins
+from ccl_timm import registry
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean, require_finite
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
@@ -29,7 +29,7 @@ from ccl_timm.losses.margin import (
 from ccl_timm.losses.mc import MCLoss, channel_discriminality, channel_diversity
 from ccl_timm.losses.pedcc import PEDCCLoss
 from ccl_timm.losses.pod import CosineLoss, NaCLoss, PODLoss, cosine_loss, norm_adaptive_cosine, self_correlation
-from ccl_timm.precision import full_precision, in_full_precision
+from ccl_timm.ops import force_fp32, full_precision
 
 __all__ = [
     'LOSSES',
@@ -64,7 +64,7 @@ __all__ = [
     'explain',
     'focal_loss',
     'full_precision',
-    'in_full_precision',
+    'force_fp32',
     'is_timm_loss',
     'list_losses',
     'loss_class',
@@ -120,7 +120,7 @@ class LogitsLoss(Loss):
 
 def list_losses(timm: bool = False) -> list[str]:
     """Names that :func:`create_loss` knows: ours and those of available plugins, with ``timm`` timm's too."""
-    names = {*LOSSES, *plugins.plugin_names('loss')}
+    names = {*LOSSES, *registry.plugin_names('loss')}
     return sorted(names | {t for t in LOSS_TYPES if is_timm_loss(t)} if timm else names)
 
 
@@ -138,7 +138,7 @@ def loss_class(name: str) -> type[Loss]:
     if name in LOSSES:
         module, _, attribute = LOSSES[name].partition(':')
         return getattr(importlib.import_module(module), attribute)
-    found = plugins.load_plugin('loss', name, verify=_verify_loss)
+    found = registry.load_plugin('loss', name, verify=_verify_loss)
     if found is None:
         raise UnknownNameError(
             f"Unknown loss '{name}'{did_you_mean(name, list_losses(timm=True))} "
@@ -216,8 +216,8 @@ def taken(name: str) -> str | None:
 def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Rows and header of the table of losses; those of plug-ins are named and not imported."""
     rows = [_row(name, loss_class(name)) for name in LOSSES]
-    for plugin in plugins.find_plugins('loss'):
-        if plugin.name in plugins.plugin_names('loss'):
+    for plugin in registry.find_plugins('loss'):
+        if plugin.name in registry.plugin_names('loss'):
             by = f'plug-in {plugin.distribution} {plugin.version}'
             rows.append((plugin.name, '-', '-', '-', by, f'`ccl-timm losses {plugin.name}` tells'))
     return sorted(rows), _HEADER

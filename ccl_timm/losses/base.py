@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccl_timm.errors import UserError
-from ccl_timm.precision import full_precision, outside_autocast
+from ccl_timm.ops import full_precision, outside_autocast
 
 __all__ = [
     'Loss',
-    'at_target',
+    'gather_target',
     'batch_mean',
     'class_weight_buffer',
     'cross_entropy',
     'finite_or',
-    'norm_times_cosine',
+    'unnormalized_cosine_logits',
     'require',
     'require_smoothing',
     'row_norms',
-    'without_class',
+    'mask_class',
 ]
 
 
@@ -36,7 +36,7 @@ def require_smoothing(smoothing: float) -> None:
     require(0 <= smoothing < 1, f'smoothing must be at least 0 and below 1, not {smoothing}.')
 
 
-def at_target(x: Tensor, target: Tensor) -> Tensor:
+def gather_target(x: Tensor, target: Tensor) -> Tensor:
     """What of (N, K) concerns the target: the entries (N,) at class indices (N,), or all for probabilities (N, K)."""
     return x if target.ndim == 2 else x.gather(1, target[:, None])[:, 0]
 
@@ -46,7 +46,7 @@ def batch_mean(values: Tensor, target: Tensor) -> Tensor:
     return values.mean() if target.ndim == 1 else (target * values).sum(1).mean()
 
 
-def without_class(logits: Tensor, index: Tensor) -> Tensor:
+def mask_class(logits: Tensor, index: Tensor) -> Tensor:
     """Take the class ``index`` (N,) out of a softmax over logits (N, K): no share of the sum, no gradient.
 
     Its logit becomes the lowest finite number: with -inf, 0 * -inf would be NaN.
@@ -61,7 +61,7 @@ def row_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x / scale, dim=1, keepdim=True) * scale
 
 
-def norm_times_cosine(features: Tensor, cosine: Tensor) -> Tensor:
+def unnormalized_cosine_logits(features: Tensor, cosine: Tensor) -> Tensor:
     """Logits of a classifier with unit class vectors, no bias and features as they are: ``||f|| * cos`` (N, K)."""
     return row_norms(features) * cosine
 
@@ -121,7 +121,7 @@ class Loss(nn.Module):
             ``weight`` (K, D), or any name that a plugin's head gives out.
         head: the head it is made for (``'cam'``, ``'cosine'``, ``'mc'``, ``'pedcc'``), or None if every head will do.
         soft_targets: True if targets may be class probabilities (N, K), as Mixup and CutMix make them.
-        batch_statistics: True if a sample's loss depends on the other samples of the batch.
+        uses_batch_statistics: True if a sample's loss depends on the other samples of the batch.
         paper: where the formula is from.
         inferred: what in it no source states, and where it differs from its source; empty if nothing.
     """
@@ -129,7 +129,7 @@ class Loss(nn.Module):
     reads: tuple[str, ...] = ('logits',)
     head: str | None = None
     soft_targets: bool = False
-    batch_statistics: bool = False
+    uses_batch_statistics: bool = False
     paper: str = ''
     inferred: str = ''
 

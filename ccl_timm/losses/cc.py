@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ccl_timm.distributed import all_sum, sum_over_processes
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import all_reduce_sum, all_reduce_sum_no_grad, force_fp32
 
 __all__ = ['CCLoss', 'channel_correlation']
 
 
-@in_full_precision
+@force_fp32
 def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | None = None, eps: float = 1e-8) -> Tensor:
     """Intra-class over inter-class squared distance of attention vectors (CC-Loss paper, eq. 8, second term).
 
@@ -58,7 +57,7 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c: Tensor, target: Tensor, num_classes: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.sum = sum_over_processes if shared else lambda x: x
+        ctx.sum = all_reduce_sum_no_grad if shared else lambda x: x
         n = ctx.sum(c.new_tensor(float(len(c))))
         c = c - ctx.sum(c.sum(0)) / n  # distances stay, rounding errors do not
         counts = ctx.sum(c.new_zeros(num_classes).index_add_(0, target, c.new_ones(len(target))))  # (K,)
@@ -85,14 +84,14 @@ class _PairSums(torch.autograd.Function):
 
 
 def _soft_pair_sums(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n = all_sum(c.new_tensor(float(len(c))))
-    c = c - all_sum(c.sum(0)) / n  # distances stay, rounding errors do not
-    counts = all_sum(y.sum(0))  # (K,)
+    n = all_reduce_sum(c.new_tensor(float(len(c))))
+    c = c - all_reduce_sum(c.sum(0)) / n  # distances stay, rounding errors do not
+    counts = all_reduce_sum(y.sum(0))  # (K,)
     # a class without weight has a zero sum: any positive divisor will do
-    means = all_sum(y.T @ c) / torch.where(counts > 0, counts, 1.0)[:, None]  # (K, D)
+    means = all_reduce_sum(y.T @ c) / torch.where(counts > 0, counts, 1.0)[:, None]  # (K, D)
     # not by ||c||^2 + ||m||^2 - 2 c.m: that subtracts nearly equal numbers
     distance = torch.cdist(c, means, compute_mode='donot_use_mm_for_euclid_dist').square()  # (N, K)
-    scatter = all_sum((y * distance).sum(0))  # (K,)
+    scatter = all_reduce_sum((y * distance).sum(0))  # (K,)
     intra = (counts * scatter).sum()
     inter = ((n - counts).clamp_min(0) * scatter).sum() + n * (counts * means.square().sum(1)).sum()
     return intra, inter, (counts > 0).sum()
@@ -120,7 +119,7 @@ class CCLoss(Loss):
     reads = ('logits', 'attention')
     head = 'cam'
     soft_targets = True
-    batch_statistics = True
+    uses_batch_statistics = True
     paper = 'CC-Loss, arXiv 2010.05469, eq. 8'
     inferred = (
         'the value of eps; no cc term in a batch of a single class, where the ratio would be intra / eps; '

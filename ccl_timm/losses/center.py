@@ -5,21 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.distributed import all_sum
 from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, finite_or, require, require_smoothing
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import all_reduce_sum, force_fp32
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
 
 
-@in_full_precision
+@force_fp32
 def center_distances(features: Tensor, target: Tensor, centers: Tensor) -> Tensor:
     """Squared distance (N,) of features (N, D) to the centre, a row of (K, D), of their class (N,)."""
     # by gather and subtraction: ||f||^2 + ||c||^2 - 2 f.c cancels
     return (features - centers.index_select(0, target)).square().sum(1)
 
 
-@in_full_precision
+@force_fp32
 def move_centers(features: Tensor, target: Tensor, centers: Tensor, alpha: float) -> Tensor:
     """Return the centres (K, D) after one update (Center loss paper, eq. 4).
 
@@ -34,7 +33,7 @@ def move_centers(features: Tensor, target: Tensor, centers: Tensor, alpha: float
     """
     features = features.detach()
     samples = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-    sums = all_sum(samples.new_zeros(len(centers), samples.shape[1]).index_add(0, target, samples))
+    sums = all_reduce_sum(samples.new_zeros(len(centers), samples.shape[1]).index_add(0, target, samples))
     sums, counts = sums[:, :-1], sums[:, -1:]
     return centers - alpha * (counts * centers - sums) / (1 + counts)
 
@@ -96,7 +95,7 @@ class CenterLoss(Loss):
     def terms(self, outputs, target):
         """Return ``ce`` and ``center``."""
         distances = center_distances(outputs.features, target, self.centers)
-        distance = distances.mean() if self.reduction == 'mean' else all_sum(distances.sum())
+        distance = distances.mean() if self.reduction == 'mean' else all_reduce_sum(distances.sum())
         if self.training and torch.is_grad_enabled():
             # new tensor, not in place: a compiled backward pass may read the old centres again
             moved = move_centers(outputs.features, target, self.centers, self.alpha).to(self.centers.dtype)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing, without_class
-from ccl_timm.precision import in_full_precision
+from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, mask_class, require, require_smoothing
+from ccl_timm.ops import force_fp32
 
 __all__ = ['COTLoss', 'complement_entropy']
 
 
-@in_full_precision
+@force_fp32
 def complement_entropy(logits: Tensor, target: Tensor, divisor: str = 'paper') -> Tensor:
     """Negative entropy of the softmax over the classes other than the target, balanced by their number.
 
@@ -31,7 +31,7 @@ def complement_entropy(logits: Tensor, target: Tensor, divisor: str = 'paper') -
         exactly 0.
     """
     number = logits.shape[1] if divisor == 'code' else max(1, logits.shape[1] - 1)
-    log_q = without_class(logits, target).log_softmax(1).clamp_min(torch.finfo(logits.dtype).min)  # 0 * -inf is NaN
+    log_q = mask_class(logits, target).log_softmax(1).clamp_min(torch.finfo(logits.dtype).min)  # 0 * -inf is NaN
     return (log_q.exp() * log_q).sum(1).mean() / number
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, at_target, batch_mean, require
-from ccl_timm.precision import in_full_precision
+from ccl_timm.losses.base import Loss, batch_mean, gather_target, require
+from ccl_timm.ops import force_fp32
 
 __all__ = ['FocalLoss', 'focal_loss']
 
 
-@in_full_precision
+@force_fp32
 def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: Tensor | float | None = None) -> Tensor:
     """Cross-entropy that weighs well-classified samples down (Focal loss paper, eq. 4 and 5, with softmax).
 
@@ -32,7 +32,7 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: Tensor
     Returns:
         Scalar >= 0.
     """
-    log_p = at_target(logits.log_softmax(1), target)
+    log_p = gather_target(logits.log_softmax(1), target)
     # the floor keeps the gradient finite where p is 1, for gamma < 1
     missing = -torch.expm1(log_p).clamp_max(-torch.finfo(log_p.dtype).tiny)
     loss = -(missing**gamma) * log_p

@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.centroids import unit_rows
-from ccl_timm.distributed import all_sum
-from ccl_timm.losses.base import Loss, cross_entropy, finite_or, norm_times_cosine, require
-from ccl_timm.precision import in_full_precision
+from ccl_timm.losses.base import Loss, cross_entropy, finite_or, require, unnormalized_cosine_logits
+from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize
 
 __all__ = ['FICALLoss', 'ICALLoss', 'confusion_rates', 'confusion_weighted_cosine', 'mean_class_cosine']
 
 
-@in_full_precision
+@force_fp32
 def mean_class_cosine(weight: Tensor) -> Tensor:
     """Mean cosine between all pairs of class vectors, a vector with itself included (ICAL, official code).
 
@@ -23,10 +21,10 @@ def mean_class_cosine(weight: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1]. 0 for any class vectors whose directions sum to zero, the regular simplex among them.
     """
-    return unit_rows(weight).mean(0).square().sum()
+    return l2_normalize(weight).mean(0).square().sum()
 
 
-@in_full_precision
+@force_fp32
 def confusion_rates(logits: Tensor, target: Tensor, hard: bool = False) -> tuple[Tensor, Tensor]:
     """Which class the samples of each class are taken for, in the global batch [inferred].
 
@@ -44,12 +42,12 @@ def confusion_rates(logits: Tensor, target: Tensor, hard: bool = False) -> tuple
         chosen = torch.nn.functional.one_hot(logits.argmax(1), number).to(logits.dtype) if hard else logits.softmax(1)
         sums = logits.new_zeros(number, number + 1)
         sums = sums.index_add(0, target, torch.cat([chosen, torch.ones_like(chosen[:, :1])], 1))
-    sums = all_sum(sums)
+    sums = all_reduce_sum(sums)
     counts = sums[:, -1]
     return sums[:, :-1] / counts.clamp_min(1)[:, None], counts
 
 
-@in_full_precision
+@force_fp32
 def confusion_weighted_cosine(weight: Tensor, rates: Tensor, exponent: float, eps: float, normalize: str) -> Tensor:
     """Cosine between class vectors, averaged over pairs of classes by how often they are confused [inferred].
 
@@ -67,7 +65,7 @@ def confusion_weighted_cosine(weight: Tensor, rates: Tensor, exponent: float, ep
     Returns:
         Scalar in [-1, 1].
     """
-    vectors, rates = unit_rows(weight), rates.detach()
+    vectors, rates = l2_normalize(weight), rates.detach()
     shares = ((rates + rates.T) / 2) ** exponent
     shares = shares - torch.diag(shares.diagonal())
     divisor = shares.sum().clamp_min(eps) if normalize == 'weights' else weight.shape[0] ** 2
@@ -107,7 +105,7 @@ class ICALLoss(Loss):
 
     def terms(self, outputs, target):
         """Return ``ce`` and ``ical``."""
-        ce = cross_entropy(norm_times_cosine(outputs.features, outputs.cosine), target)
+        ce = cross_entropy(unnormalized_cosine_logits(outputs.features, outputs.cosine), target)
         return {'ce': ce, 'ical': self.weight * mean_class_cosine(outputs.weight)}
 
 
@@ -140,7 +138,7 @@ class FICALLoss(Loss):
 
     reads = ('cosine', 'features', 'weight')
     head = 'cosine'
-    batch_statistics = True
+    uses_batch_statistics = True
     paper = 'FICAL, VCIP 2019, doi 10.1109/VCIP47243.2019.8965889, abstract only'
     inferred = 'the whole formula and its constants'
 
@@ -172,7 +170,7 @@ class FICALLoss(Loss):
 
     def terms(self, outputs, target):
         """Return ``ce`` and ``fical``."""
-        logits = norm_times_cosine(outputs.features, outputs.cosine)
+        logits = unnormalized_cosine_logits(outputs.features, outputs.cosine)
         rates = self._rates(logits, target)
         fical = confusion_weighted_cosine(outputs.weight, rates, self.exponent, self.eps, self.normalize)
         return {'ce': cross_entropy(logits, target), 'fical': self.weight * fical}

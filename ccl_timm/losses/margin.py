@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ccl_timm.losses.base import (
     Loss,
-    at_target,
     batch_mean,
     cross_entropy,
-    norm_times_cosine,
+    gather_target,
+    mask_class,
     require,
     row_norms,
-    without_class,
+    unnormalized_cosine_logits,
 )
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import force_fp32
 
 __all__ = [
     'AMSoftmaxLoss',
@@ -58,13 +58,13 @@ def _others(logits: Tensor) -> Tensor:
     first in rank, whose sum is made without it.
     """
     first = logits.detach().argmax(1)
-    rest = without_class(logits, first).logsumexp(1)  # (N,)
-    whole = torch.logaddexp(rest, at_target(logits, first))[:, None]
+    rest = mask_class(logits, first).logsumexp(1)  # (N,)
+    whole = torch.logaddexp(rest, gather_target(logits, first))[:, None]
     p = (logits - whole).exp().scatter(1, first[:, None], 0.0)
     return (whole + torch.log1p(-p)).scatter(1, first[:, None], rest[:, None])
 
 
-@in_full_precision
+@force_fp32
 def additive_margin(cosine: Tensor, target: Tensor, scale: float, margin: float) -> Tensor:
     """AM-Softmax: cross-entropy of ``scale * (cos - margin)`` for the target, ``scale * cos`` for the other classes.
 
@@ -77,10 +77,10 @@ def additive_margin(cosine: Tensor, target: Tensor, scale: float, margin: float)
     Returns:
         Scalar >= 0.
     """
-    return margin_cross_entropy(scale * cosine, scale * (at_target(cosine, target) - margin), target)
+    return margin_cross_entropy(scale * cosine, scale * (gather_target(cosine, target) - margin), target)
 
 
-@in_full_precision
+@force_fp32
 def combined_margin(
     cosine: Tensor,
     target: Tensor,
@@ -110,7 +110,7 @@ def combined_margin(
     Returns:
         Scalar >= 0. The gradient is the true one; the latest official code passes that of the plain cosine instead.
     """
-    c = at_target(cosine, target).clamp(-_COSINE_LIMIT, _COSINE_LIMIT)
+    c = gather_target(cosine, target).clamp(-_COSINE_LIMIT, _COSINE_LIMIT)
     with_margin = torch.cos(m1 * torch.acos(c) + m2)
     beyond = math.pi - (math.pi - m2) / m1  # pi - limit; not positive if the limit is never reached
     if threshold and beyond > 0:
@@ -118,7 +118,7 @@ def combined_margin(
     return margin_cross_entropy(scale * cosine, scale * (with_margin - m3), target)
 
 
-@in_full_precision
+@force_fp32
 def angular_margin(features: Tensor, cosine: Tensor, target: Tensor, margin: int, annealing: Tensor | float) -> Tensor:
     """A-Softmax (SphereFace): cross-entropy of ``||f|| cos(theta_j)`` with a multiplied angle for the target.
 
@@ -137,8 +137,8 @@ def angular_margin(features: Tensor, cosine: Tensor, target: Tensor, margin: int
     Returns:
         Scalar >= 0.
     """
-    logits = norm_times_cosine(features, cosine)
-    c = at_target(cosine, target).clamp(-1, 1)
+    logits = unnormalized_cosine_logits(features, cosine)
+    c = gather_target(cosine, target).clamp(-1, 1)
     psi = _psi(c, margin)
     # (annealing * c + psi) / (1 + annealing), without a ratio of large numbers
     norm = row_norms(features)

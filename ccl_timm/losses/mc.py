@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ccl_timm.losses.base import Loss, cross_entropy, require
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import force_fp32
 
 __all__ = ['MCLoss', 'channel_discriminality', 'channel_diversity', 'channel_mask']
 
 
-@in_full_precision
+@force_fp32
 def channel_discriminality(feature_map: Tensor, target: Tensor, num_classes: int, keep: Tensor | None = None) -> Tensor:
     """Cross-entropy of class scores that come from each class's own channels alone (MC-Loss, L_dis).
 
@@ -35,7 +35,7 @@ def channel_discriminality(feature_map: Tensor, target: Tensor, num_classes: int
     return cross_entropy(scores, target)
 
 
-@in_full_precision
+@force_fp32
 def channel_diversity(feature_map: Tensor, num_classes: int) -> Tensor:
     """How far the channels of a class look at different places, averaged over classes and batch (MC-Loss, L_div / xi).
 

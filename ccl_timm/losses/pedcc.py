@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.centroids import unit_rows
-from ccl_timm.distributed import all_sum
 from ccl_timm.losses.base import Loss, batch_mean, require
 from ccl_timm.losses.margin import additive_margin
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize
 
 __all__ = ['PEDCCLoss', 'centroid_distances']
 
 
-@in_full_precision
+@force_fp32
 def centroid_distances(features: Tensor, centroids: Tensor, target: Tensor) -> Tensor:
     """Squared distance of normalised features to centroids, ``|| f / ||f|| - a ||^2 = 2 - 2 cos``.
 
@@ -24,7 +22,7 @@ def centroid_distances(features: Tensor, centroids: Tensor, target: Tensor) -> T
     Returns:
         (N,) to the target's centroid, or (N, K) to every one for probabilities. In [0, 4]; 1 for a zero feature.
     """
-    unit = unit_rows(features)
+    unit = l2_normalize(features)
     if target.ndim == 1:
         return (unit - centroids.index_select(0, target)).square().sum(1)
     # not by 2 - 2 cos: that subtracts nearly equal numbers
@@ -81,10 +79,11 @@ class PEDCCLoss(Loss):
     def terms(self, outputs, target):
         """Return ``amsoftmax`` and ``mse``."""
         features, centroids = outputs.features, outputs.centroids.to(outputs.features.dtype)
-        amsoftmax = additive_margin(unit_rows(features) @ centroids.T, target, self.scale, self.margin)
+        amsoftmax = additive_margin(l2_normalize(features) @ centroids.T, target, self.scale, self.margin)
         distance = batch_mean(centroid_distances(features, centroids, target), target)
         number = torch.ones_like(features[:, 0]).sum()
-        total, number = all_sum(torch.stack([distance * number, number])).unbind()  # of the global batch, for the root
+        # of the global batch, for the root
+        total, number = all_reduce_sum(torch.stack([distance * number, number])).unbind()
         mse = total if self.reduction == 'sum' else total / number
         if self.root != 1:
             mse = mse.clamp_min(1e-12) ** (1 / self.root)  # a root's slope is infinite at 0

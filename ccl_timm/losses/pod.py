@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.centroids import unit_rows
-from ccl_timm.distributed import all_sum, world_size
 from ccl_timm.losses.base import Loss, batch_mean, require, row_norms
-from ccl_timm.precision import in_full_precision
+from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize, world_size
 
 __all__ = ['CosineLoss', 'NaCLoss', 'PODLoss', 'cosine_loss', 'norm_adaptive_cosine', 'self_correlation']
 
 
-@in_full_precision
+@force_fp32
 def norm_adaptive_cosine(
     features: Tensor, centroids: Tensor, target: Tensor, delta: Tensor | float, denominator: str = 'root'
 ) -> Tensor:
@@ -59,7 +57,7 @@ def cosine_loss(features: Tensor, centroids: Tensor, target: Tensor) -> Tensor:
     return norm_adaptive_cosine(features, centroids, target, 0.0)
 
 
-@in_full_precision
+@force_fp32
 def self_correlation(features: Tensor, centroids: Tensor, target: Tensor) -> Tensor:
     """Self-correlation constraint (POD-Loss paper, eq. 18 and 19): features' errors should not go together.
 
@@ -78,11 +76,11 @@ def self_correlation(features: Tensor, centroids: Tensor, target: Tensor) -> Ten
     Returns:
         Scalar >= 0. 0 for a single sample, where the official code divides by zero, and for D = 1.
     """
-    errors = unit_rows(features) - centroids.index_select(0, target)
+    errors = l2_normalize(features) - centroids.index_select(0, target)
     number, dim = errors.shape
     if dim <= number or world_size() > 1:
-        total = all_sum(torch.ones_like(errors[:, 0]).sum())
-        gram = all_sum(errors.T @ errors)
+        total = all_reduce_sum(torch.ones_like(errors[:, 0]).sum())
+        gram = all_reduce_sum(errors.T @ errors)
         squares = (gram - torch.diag(gram.diagonal())).square().sum()
     else:
         total = torch.ones_like(errors[:, 0]).sum()
@@ -179,7 +177,7 @@ class NaCLoss(Loss):
     def _average_norm(self, features: Tensor, centroids: Tensor) -> None:
         vectors = features @ centroids.T if self.norm == 'logits' else features
         norms = row_norms(vectors)
-        total, number = all_sum(torch.stack([norms.sum(), torch.ones_like(norms).sum()])).unbind()
+        total, number = all_reduce_sum(torch.stack([norms.sum(), torch.ones_like(norms).sum()])).unbind()
         number = torch.where(total.isfinite(), number, 0.0)  # a batch that overflows must not spoil the mean
         total = torch.where(total.isfinite(), total, 0.0)
         count = self.count + number
@@ -208,7 +206,7 @@ class PODLoss(NaCLoss):
     """
 
     soft_targets = False
-    batch_statistics = True
+    uses_batch_statistics = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 20, official code'
     inferred = 'the global batch under DDP; 0 for a batch of one'
 

@@ -17,12 +17,12 @@ from timm.models import (
 )
 from torch import nn
 
-from ccl_timm import plugins
+from ccl_timm import registry
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import HEADS
-from ccl_timm.models import on_demand, sources
+from ccl_timm.models import on_demand, weights
+from ccl_timm.models.builder import build_variant, register_variant, variant_cfg
 from ccl_timm.models.on_demand import split_variant
-from ccl_timm.models.variants import build_variant, register_variant, variant_cfg
 
 __all__ = [
     'MODELS',
@@ -105,17 +105,17 @@ def create_for_input(
     if not source:
         ensure_registered(model_name, cache_dir)
         return _create(model_name, settings, kwargs, pretrained=pretrained)
-    found = sources.read_model(source, location, cache_dir)
+    found = weights.read_model(source, location, cache_dir)
     _register(found.architecture, location, found.config)
     if 'pretrained_cfg' in kwargs:
         raise UserError(f"'{location}' has a pretrained_cfg of its own: give pretrained_cfg_overlay instead.")
-    with sources.explained_load(location):
+    with weights.explained_load(location):
         overlay = kwargs.pop('pretrained_cfg_overlay', {})
         if pretrained and not overlay.keys() & {'file', 'hf_hub_id', 'state_dict', 'url'}:
             hub = source == 'hf-hub'
-            weights = sources.read_hub_weights(location, cache_dir) if hub else sources.read_local_weights(location)
-            sources.check_classes(location, weights, _with_classifier(found))
-            overlay = {**overlay, 'state_dict': weights}
+            state_dict = weights.read_hub_weights(location, cache_dir) if hub else weights.read_local_weights(location)
+            weights.check_classes(location, state_dict, _with_classifier(found))
+            overlay = {**overlay, 'state_dict': state_dict}
         options = {'pretrained_model_args': found.model_args, **found.model_args, **kwargs}
         cfg = {**found.pretrained_cfg, 'architecture': split_model_name_tag(found.architecture)[0]}
         model = _create(
@@ -138,7 +138,7 @@ def _create(model_name: str, settings: dict[str, Any] | None, kwargs: dict[str, 
     return timm.create_model(pretrained_cfg_overlay=overlay, **found)
 
 
-def _with_classifier(found: sources.ForeignModel) -> dict[str, Any]:
+def _with_classifier(found: weights.ForeignModel) -> dict[str, Any]:
     """The cfg of a model, with the name of its classifier from the registry where it has none, and 1000 classes."""
     registered = get_pretrained_cfg(split_model_name_tag(found.architecture)[0])
     usual = {'classifier': registered.classifier, 'num_classes': registered.num_classes} if registered else {}
@@ -165,7 +165,7 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
     """
     source, location = _parse(model_name)
     if source:
-        config = sources.read_config(source, location, cache_dir)
+        config = weights.read_config(source, location, cache_dir)
         _register(config['architecture'], location, config)
     else:
         _register(location)
@@ -173,7 +173,7 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
 
 def _register(architecture: str, location: str = '', config: dict[str, Any] | None = None) -> None:
     name, _ = split_model_name_tag(architecture)
-    if taken(name) or plugins.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
+    if taken(name) or registry.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
     if is_model(name):
         return
@@ -181,8 +181,8 @@ def _register(architecture: str, location: str = '', config: dict[str, Any] | No
         register_variant(*variant)
         return
     if config is not None:
-        raise UnknownNameError(sources.missing_architecture(location, config))
-    known = [*list_models(), *plugins.plugin_names('model')]
+        raise UnknownNameError(weights.missing_architecture(location, config))
+    known = [*list_models(), *registry.plugin_names('model')]
     raise UnknownNameError(
         f"Unknown model '{name}'{did_you_mean(name, known)} `ccl-timm plugins` lists models of plugins, "
         'timm.list_models() all others.'
@@ -201,7 +201,7 @@ def known_to_timm(name: str) -> bool:
 
 def load_plugins() -> None:
     """Register the models of all plugins; one that fails is warned of and left out."""
-    plugins.load_all('model', verify=_verify_model, guard=_no_overwriting)
+    registry.load_all('model', verify=_verify_model, guard=_no_overwriting)
 
 
 def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
@@ -210,7 +210,7 @@ def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
     A plug-in's model that cannot be built is left out with a warning.
     """
     rows = []
-    for name in fnmatch.filter([*MODELS, *plugins.plugin_names('model')], pattern):
+    for name in fnmatch.filter([*MODELS, *registry.plugin_names('model')], pattern):
         try:
             model = create_model(name, device='meta')
             head = next((key for key, value in HEADS.items() if type(model.get_classifier()) is value), 'any')

@@ -12,10 +12,10 @@ import contextlib
 
 from timm.models import _registry, is_model, split_model_name_tag
 
-from ccl_timm import plugins
+from ccl_timm import registry
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS
-from ccl_timm.models.variants import register_variant
+from ccl_timm.models.builder import register_variant
 
 __all__ = ['install', 'split_variant']
 
@@ -38,7 +38,7 @@ def _register(name: str) -> None:
     if name in _registry._model_entrypoints:
         return
     variant = split_variant(name)
-    if variant and all(plugin.name != name for plugin in plugins.find_plugins('model')):
+    if variant and all(plugin.name != name for plugin in registry.find_plugins('model')):
         with contextlib.suppress(UserError):
             register_variant(*variant)
 

@@ -85,7 +85,7 @@ def _value_and_gradients(loss: Callable, outputs: Any, target: Tensor, leaves: d
 
 
 def facts_are_declared(case: LossCase) -> None:
-    """``reads``, ``head``, ``soft_targets`` and ``batch_statistics`` are there, of the right type, and known."""
+    """``reads``, ``head``, ``soft_targets`` and ``uses_batch_statistics`` are there, of the right type, and known."""
     loss = case.build()
     reads = loss.reads
     assert isinstance(reads, tuple) and reads and all(isinstance(name, str) for name in reads), (
@@ -96,7 +96,7 @@ def facts_are_declared(case: LossCase) -> None:
         assert loss.head in (None, *HEADS), (
             f"head '{loss.head}' is none of {', '.join(HEADS)}: give a model= that has it."
         )
-    for name in ('soft_targets', 'batch_statistics'):
+    for name in ('soft_targets', 'uses_batch_statistics'):
         assert isinstance(getattr(loss, name), bool), f'{name} must be True or False, it is {getattr(loss, name)!r}.'
     cls = case.loss if callable(case.loss) else loss_class(case.loss)
     if getattr(cls, '__init__', None) is nn.Module.__init__:
@@ -129,7 +129,7 @@ def reads_what_it_declares(case: LossCase) -> None:
 
 
 def batch_statistics_are_declared(case: LossCase) -> None:
-    """``batch_statistics`` is True exactly if the loss is no sum over samples: then two samples interact."""
+    """``uses_batch_statistics`` is True exactly if the loss is no sum over samples: then two samples interact."""
     loss = case.build(torch.float64)
     first, second = case.example(seed=0), case.example(seed=1)
     targets = make_target(seed=0), make_target(seed=1)
@@ -151,9 +151,9 @@ def batch_statistics_are_declared(case: LossCase) -> None:
     mixed = (values[0] - values[1] - values[2] + values[3]).abs().item()
     scale = max(v.abs().item() for v in values)
     interacts = mixed > 1e-9 * max(scale, 1e-3)
-    assert interacts == loss.batch_statistics, (
-        f'batch_statistics is {loss.batch_statistics}, but samples {"do" if interacts else "do not"} interact: '
-        f'the mixed second difference is {mixed:.3g} at values of {scale:.3g}.'
+    assert interacts == loss.uses_batch_statistics, (
+        f'uses_batch_statistics is {loss.uses_batch_statistics}, but samples {"do" if interacts else "do not"} '
+        f'interact: the mixed second difference is {mixed:.3g} at values of {scale:.3g}.'
     )
 
 

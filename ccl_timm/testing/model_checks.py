@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ccl_timm import models
-from ccl_timm.task import probe
+from ccl_timm.task import probe_outputs
 from ccl_timm.testing.common import SEED, assert_close, different_state, run_checks
 
 __all__ = ['MODEL_CHECKS', 'ModelCase', 'check_model', 'try_model']
@@ -279,6 +279,6 @@ def try_model(name: str) -> None:
     What ``ccl-timm plugins --check`` asks of every plug-in's model; :func:`check_model` asks for much more.
 
     Raises:
-        UserError: the model does not follow timm's three calls, see :func:`ccl_timm.task.probe`.
+        UserError: the model does not follow timm's three calls, see :func:`ccl_timm.task.probe_outputs`.
     """
-    probe(models.create_model(name, num_classes=5, device='meta'))
+    probe_outputs(models.create_model(name, num_classes=5, device='meta'))

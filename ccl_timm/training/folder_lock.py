@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ccl_timm.console import is_primary, warn
+from ccl_timm.console import is_primary, log_warning
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ class FolderLock:
         """
         self.release()
         if is_primary() and fcntl is None:
-            warn(f"there are no locks on this system: start no second process on '{folder}'.")
+            log_warning(f"there are no locks on this system: start no second process on '{folder}'.")
         elif is_primary() and not self._lock(folder):
             return False
         self.folder = folder
@@ -67,7 +67,7 @@ class FolderLock:
             os.close(file)
             return False
         except OSError as error:
-            warn(f"'{folder}' cannot be locked ({error.strerror}): start no second process on it.")
+            log_warning(f"'{folder}' cannot be locked ({error.strerror}): start no second process on it.")
         _held.add(file)
         self._file = file
         return True

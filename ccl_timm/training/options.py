@@ -5,9 +5,9 @@ import shlex
 from argparse import SUPPRESS
 from typing import Any
 
-from ccl_timm import recipes
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.flags import (
+from ccl_timm.training import recipes
+from ccl_timm.training.arguments import (
     COUNT,
     FRACTION,
     PROBABILITY,

@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 
 from ccl_timm import models
 from ccl_timm.errors import UserError
-from ccl_timm.training import runs
+from ccl_timm.training import run_dir
 
 __all__ = ['origin', 'origin_of_settings']
 
@@ -84,6 +84,6 @@ def _architecture(path: Path) -> str | None:
     try:
         if config.is_file():
             return json.loads(config.read_text(encoding='utf-8')).get('architecture')
-        return runs.read_checkpoint(path).get('arch')
+        return run_dir.read_checkpoint(path).get('arch')
     except (UserError, ValueError, AttributeError):
         return None

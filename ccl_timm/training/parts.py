@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ccl_timm.errors import UserError
-from ccl_timm.training import runs
+from ccl_timm.training import run_dir
 
 __all__ = ['add_part', 'read_parts']
 
@@ -51,5 +51,5 @@ def add_part(folder: Path, row: dict[str, Any]) -> Path:
     writer = csv.DictWriter(text, _NAMES, lineterminator='\n')
     writer.writeheader()
     writer.writerows([*others, row])
-    runs.write_whole(folder / 'parts.csv', text.getvalue())
+    run_dir.atomic_write(folder / 'parts.csv', text.getvalue())
     return folder / 'parts.csv'

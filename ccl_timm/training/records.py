@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.training import parts, runs
-from ccl_timm.yaml_files import dump_yaml
+from ccl_timm.training import parts, run_dir
+from ccl_timm.training.yaml_files import dump_yaml
 
 __all__ = ['without_private', 'write_record']
 
@@ -77,8 +77,8 @@ def write_record(run: Path, folder: Path) -> None:
     Raises:
         UserError: the run's files cannot be read; nothing is written.
     """
-    settings = without_private(runs.read_args(run))
-    environment, measured = runs.read_environment(run), parts.read_parts(run)
+    settings = without_private(run_dir.read_args(run))
+    environment, measured = run_dir.read_environment(run), parts.read_parts(run)
     (folder / 'args.yaml').write_text(dump_yaml(settings), encoding='utf-8')
     if (run / 'summary.csv').is_file():
         shutil.copyfile(run / 'summary.csv', folder / 'summary.csv')

@@ -19,8 +19,8 @@ from timm.optim import list_optimizers
 from ccl_timm import losses, models
 from ccl_timm.data.loaders import mixes
 from ccl_timm.errors import UserError, did_you_mean, require_finite
-from ccl_timm.task import fitting_loss, probe
-from ccl_timm.training.trained import build_model
+from ccl_timm.task import create_loss_for, probe_outputs
+from ccl_timm.training.checkpoints import build_model
 
 __all__ = [
     'check_fit',
@@ -100,7 +100,7 @@ def check_fit(args: argparse.Namespace) -> None:
     options = json.dumps(args.model_kwargs, sort_keys=True)
     size = (args.input_size and tuple(args.input_size), args.img_size, args.in_chans)
     model, available = _shapes(args.model, options, args.num_classes or 10, *size)
-    loss = fitting_loss(model, args.loss, available, **loss_settings(args)).to('meta')
+    loss = create_loss_for(model, args.loss, available, **loss_settings(args)).to('meta')
     with explained(f"The loss '{args.loss}' cannot take what '{args.model}' gives"):
         loss(SimpleNamespace(**available), torch.zeros(1, dtype=torch.long, device='meta'))
 
@@ -112,7 +112,7 @@ def _shapes(name, options, num_classes, input_size, img_size, in_chans):
     settings |= {'input_size': input_size, 'img_size': img_size, 'in_chans': in_chans}
     model = build_model(settings, device='meta')
     size = resolve_data_config(settings, model=model)['input_size']
-    return model, probe(model, size)
+    return model, probe_outputs(model, size)
 
 
 def _check_mixing(args: argparse.Namespace) -> None:

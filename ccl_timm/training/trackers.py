@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.console import warn
+from ccl_timm.console import log_warning
 
 __all__ = ['Tracker']
 
@@ -44,7 +44,7 @@ class Tracker:
             action()
         except Exception as error:  # a library of others, a network: nothing in it is worth a run
             self._log = None
-            warn(f'tracker {self.name} failed, and gets no further numbers: {type(error).__name__}: {error}')
+            log_warning(f'tracker {self.name} failed, and gets no further numbers: {type(error).__name__}: {error}')
 
     def _tensorboard(self, folder: Path, args: argparse.Namespace) -> None:
         from torch.utils.tensorboard import SummaryWriter

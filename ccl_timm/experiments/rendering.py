@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.escape import csv_text, markdown_text, terminal_text
+from ccl_timm.console.escape import csv_text, markdown_text, terminal_text
 
 __all__ = ['FORMATS', 'Report', 'Section']
 
@@ -33,7 +33,7 @@ class Report:
         sections: for people. Captions, headers and cells are plain text: names in them may hold anything.
         notes: sentences below, in Markdown.
         records: for programs, one a figure, with the same keys in all.
-        curves: for each data set the curves to draw, see ``pictures.draw_curves``.
+        curves: for each data set the curves to draw, see ``plots.draw_curves``.
         pictures: files to show in HTML.
     """
 
@@ -107,10 +107,10 @@ def _html(report: Report) -> str:
         parts += [f'<h2>{_plain(section.caption)}</h2>', _html_table(section)]
     parts += [f'<p>{_plain(note)}</p>' for note in report.notes]
     if report.curves:
-        from ccl_timm.reports import pictures
+        from ccl_timm.experiments import plots
 
         parts.append('<h2>Top-1 over the epochs</h2>')
-        parts += [_figure(pictures.as_svg(pictures.draw_curves(*item)), item[0]) for item in report.curves.items()]
+        parts += [_figure(plots.as_svg(plots.draw_curves(*item)), item[0]) for item in report.curves.items()]
     if report.pictures:
         parts.append('<h2>Pictures</h2>')
         parts += [_figure(_image(path), f'{path.parent.parent.name}: {path.stem}') for path in report.pictures]

@@ -22,13 +22,14 @@ import torchvision
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ccl_timm import plugins, recipes
-from ccl_timm.console import warn
+from ccl_timm import registry
+from ccl_timm.console import log_warning
+from ccl_timm.console.escape import csv_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
-from ccl_timm.escape import csv_text
+from ccl_timm.training import recipes
 from ccl_timm.training.folder_lock import FolderLock
-from ccl_timm.yaml_files import dump_yaml, read_yaml
+from ccl_timm.training.yaml_files import dump_yaml, read_yaml
 
 __all__ = [
     'best_row',
@@ -36,22 +37,22 @@ __all__ = [
     'check_same_data',
     'check_same_settings',
     'checkpoint_of',
-    'continue_saver',
+    'restore_saver',
     'create_folder',
-    'differences',
+    'diff_settings',
     'environment',
     'folder_of',
     'is_done',
-    'plan_folder',
+    'resolve_run_dir',
     'planned_epochs',
     'read_args',
     'read_checkpoint',
     'read_environment',
     'read_summary',
     'trim_summary',
-    'whole_rows',
+    'complete_rows',
     'write_run_files',
-    'write_whole',
+    'atomic_write',
 ]
 
 # settings that may differ between a run and its continuation without changing what is computed
@@ -62,7 +63,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def plan_folder(
+def resolve_run_dir(
     args: argparse.Namespace, sources: dict[str, str], name: str, lock: FolderLock
 ) -> tuple[Path, Path | None]:
     """Choose the run's folder and the checkpoint to go on from; creates nothing.
@@ -88,7 +89,7 @@ def plan_folder(
         checkpoint = Path(args.resume)
         read_checkpoint(checkpoint)
         check_intact(checkpoint)
-    if not holds_run(folder):
+    if not is_run_dir(folder):
         return folder, checkpoint
     if checkpoint and args.experiment and checkpoint.resolve().parent != folder.resolve():
         raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
@@ -127,7 +128,7 @@ def _lock(lock: FolderLock, folder: Path) -> None:
         )
 
 
-def holds_run(folder: Path) -> bool:
+def is_run_dir(folder: Path) -> bool:
     """Whether a folder holds (part of) a run."""
     names = ('args.yaml', 'summary.csv', 'environment.json')
     return any((folder / name).exists() for name in names) or any(folder.glob('*.pth.tar'))
@@ -142,7 +143,7 @@ def _free_folder(folder: Path) -> Path:
 
 def check_same_settings(args: argparse.Namespace, folder: Path) -> None:
     """Raise a UserError unless a run's folder was made with these settings, as far as they change what is computed."""
-    changed = differences({'train_fraction': None, **read_args(folder)}, vars(args))
+    changed = diff_settings({'train_fraction': None, **read_args(folder)}, vars(args))
     if changed:
         raise UserError(
             f"'{folder}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to go on "
@@ -150,7 +151,7 @@ def check_same_settings(args: argparse.Namespace, folder: Path) -> None:
         )
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()) -> list[str]:
+def diff_settings(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()) -> list[str]:
     """Settings that both runs have and that change what is computed, in words, where they differ.
 
     Args:
@@ -182,7 +183,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             check_intact(path)
         except UserError as error:
-            warn(f'{error} An older one is used.')
+            log_warning(f'{error} An older one is used.')
             continue
         return path
     return None
@@ -201,7 +202,7 @@ def check_intact(path: Path) -> None:
         raise UserError(f"'{path}' is damaged ({damaged}): take another checkpoint, or a copy of this one.")
 
 
-def continue_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
+def restore_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
     """Let a saver go on where that of a checkpoint stopped, also if it was stopped while it saved.
 
     timm's saver writes a checkpoint, then its numbered copy, then the copy that is the best. A run killed in between
@@ -339,10 +340,10 @@ def trim_summary(folder: Path, epochs: int) -> None:
     writer = csv.DictWriter(text, reader.fieldnames)
     writer.writeheader()
     writer.writerows(rows.values())
-    write_whole(path, text.getvalue())
+    atomic_write(path, text.getvalue())
 
 
-def whole_rows(folder: Path) -> list[dict[str, float]]:
+def complete_rows(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's summary.csv without one that was cut while it was written, which has no end."""
     return [row for row in read_summary(folder) if 'lr' in row]
 
@@ -379,7 +380,7 @@ def is_done(rows: list[dict[str, float]], settings: dict[str, Any]) -> bool:
     """Whether rows of a summary are those of all epochs, or of those that the setting ``patience`` left.
 
     Args:
-        rows: of :func:`whole_rows`.
+        rows: of :func:`complete_rows`.
         settings: the run's.
     """
     if not rows:
@@ -409,7 +410,7 @@ def create_folder(folder: Path, lock: FolderLock, named: bool) -> Path:
     """Create a new run's folder and lock it; other files may lie there, but no run.
 
     Args:
-        folder: from :func:`plan_folder`.
+        folder: from :func:`resolve_run_dir`.
         lock: that locks it.
         named: as :func:`is_named` tells; else, if another run has taken the folder meanwhile, the next free name is
             taken.
@@ -421,7 +422,7 @@ def create_folder(folder: Path, lock: FolderLock, named: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if named:
             _lock(lock, folder)
-        if (named or lock.take(folder)) and not holds_run(folder):
+        if (named or lock.take(folder)) and not is_run_dir(folder):
             return folder
         if named:
             raise UserError(f"'{folder}' was filled by another run meanwhile: give --resume auto to go on with that.")
@@ -484,16 +485,16 @@ def write_run_files(
         information = {'recipe': settings.get('config'), **information}
         kept = {key: value for key, value in settings.items() if key != 'config'}
         kept['device_modules'] = recipes.with_autoload(kept.get('device_modules'))
-        write_whole(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
-    write_whole(folder / 'environment.json', json.dumps(information, indent=2) + '\n')
+        atomic_write(folder / 'args.yaml', dump_yaml({**kept, 'resume': ''}))
+    atomic_write(folder / 'environment.json', json.dumps(information, indent=2) + '\n')
     if held_out:
         text = io.StringIO(newline='')
         rows = [('file', 'part'), *held_out]
         csv.writer(text, lineterminator='\n').writerows(map(csv_text, row) for row in rows)
-        write_whole(folder / 'split.csv', text.getvalue())
+        atomic_write(folder / 'split.csv', text.getvalue())
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a whole file or none: a kill leaves no half of one."""
     beside = path.with_name(f'{path.name}.tmp')
     beside.write_text(text, encoding='utf-8')
@@ -523,7 +524,7 @@ def environment(argv: list[str], device: str, fingerprint: str) -> dict[str, Any
         'threads': torch.get_num_threads(),
         'processes': int(os.environ.get('WORLD_SIZE', 1)),
         'device': _device_name(device),
-        'plugins': plugins.used_plugins(),
+        'plugins': registry.used_plugins(),
         'data_fingerprint': fingerprint,
     }
 

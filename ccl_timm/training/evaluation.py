@@ -14,15 +14,15 @@ import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm.console import Progress, say, warn
+from ccl_timm.console import Progress, log_info, log_warning
+from ccl_timm.console.escape import csv_text
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.escape import csv_text
-from ccl_timm.flags import COUNT, WORKERS, Parser
-from ccl_timm.training import parts, retrieval, runs
+from ccl_timm.training import parts, retrieval, run_dir
+from ccl_timm.training.arguments import COUNT, WORKERS, Parser
+from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.interrupts import WholeBatches
-from ccl_timm.training.trained import Trained, load_trained
 
 __all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
@@ -138,14 +138,14 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     check_labels(dataset, trained)
     loader = loader_of(dataset, config, device, args.workers)
     model = trained.model.to(device)
-    say(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
+    log_info(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
     found = evaluate(model, loader, device)
     metrics = found.metrics
     if not math.isfinite(metrics['loss']):
         raise UserError(f"The model's loss on this data is {metrics['loss']}: its accuracy would mean nothing.")
-    say(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
+    log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
     if found.unreadable:
-        warn(f'{found.unreadable} images could not be read, and are in none of these figures')
+        log_warning(f'{found.unreadable} images could not be read, and are in none of these figures')
     if args.recall or args.knn:
         metrics |= _neighbours(args, settings, trained, loader, config)
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
@@ -174,7 +174,7 @@ def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
         known_loader = loader_of(known, config, features.device, args.workers)
         known_features = retrieval.extract_features(trained.model, known_loader, 'features of the training part')
         found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
-    say('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
+    log_info('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
     return found
 
 
@@ -192,14 +192,14 @@ def _check_record(args: argparse.Namespace, trained: Trained) -> None:
 def _record(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) -> None:
     figures = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
     path = parts.add_part(_run_folder(args), {'part': args.split, 'epoch': trained.epoch, **figures})
-    say(f'written: {path}, of epoch {trained.epoch + 1}')
-    rows = runs.whole_rows(path.parent)
+    log_info(f'written: {path}, of epoch {trained.epoch + 1}')
+    rows = run_dir.complete_rows(path.parent)
     if rows and trained.epoch != rows[-1]['epoch']:
-        say(f"reports show figures of a run's last epoch: {path.parent / 'last.pth.tar'}")
+        log_info(f"reports show figures of a run's last epoch: {path.parent / 'last.pth.tar'}")
 
 
 def _run_folder(args: argparse.Namespace) -> Path:
-    return runs.folder_of(Path(args.source or args.checkpoint))
+    return run_dir.folder_of(Path(args.source or args.checkpoint))
 
 
 def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
@@ -215,7 +215,7 @@ def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str])
 def _write_csv(path: str, rows: list) -> None:
     with open(path, 'x', newline='', encoding='utf-8') as file:
         csv.writer(file).writerows(map(csv_text, row) for row in rows)
-    say(f'written: {path}')
+    log_info(f'written: {path}')
 
 
 def _parser(prog: str) -> Parser:
@@ -277,8 +277,8 @@ def open_for(
     """
     divided = settings.val_fraction is not None and (training or not settings.needs_part)
     if not divided and not (training and settings.train_fraction):
-        return datasets.open_part(settings, split, channels, class_names, settings.needs_part)
-    splits = datasets.open_splits(settings, channels)
+        return datasets.create_split(settings, split, channels, class_names, settings.needs_part)
+    splits = datasets.create_splits(settings, channels)
     return splits.train if training else splits.validation
 
 

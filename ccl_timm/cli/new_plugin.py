@@ -10,13 +10,13 @@ from typing import Any
 
 from ccl_timm.errors import UserError
 
-__all__ = ['write_plugin']
+__all__ = ['scaffold_plugin']
 
 _MODULE, _DISTRIBUTION = 'example_plugin', 'example-plugin'
 _TAKEN = {'ccl_timm', 'timm', 'torch', 'torchvision', *keyword.kwlist, *sys.stdlib_module_names}
 
 
-def write_plugin(directory: str | Path) -> list[Path]:
+def scaffold_plugin(directory: str | Path) -> list[Path]:
     """Write a plugin package, named after its folder (``my-loss`` -> module ``my_loss``).
 
     Args:

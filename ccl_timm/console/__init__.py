@@ -9,20 +9,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ccl_timm.escape import terminal_text
+from ccl_timm.console.escape import terminal_text
 
 __all__ = [
     'ERROR_MARK',
     'Progress',
     'first_few',
     'is_primary',
-    'say',
-    'say_error',
+    'log_info',
+    'log_error',
     'shortened',
     'show_share',
     'table',
-    'warn',
-    'was_error_said',
+    'log_warning',
+    'was_error_logged',
 ]
 
 ERROR_MARK = 'ccl_timm_error_said'  # name of a file
@@ -33,19 +33,19 @@ def is_primary() -> bool:
     return int(os.environ.get('RANK', 0)) == 0
 
 
-def say(text: str = '') -> None:
+def log_info(text: str = '') -> None:
     """Print a line for people; names in it may hold anything."""
     if is_primary():
         tqdm.write(terminal_text(text), file=sys.stderr)
 
 
-def warn(text: str, by_any_process: bool = False) -> None:
+def log_warning(text: str, by_any_process: bool = False) -> None:
     """Print a warning; from the first process only, unless each may meet something of its own to warn of."""
     if by_any_process or is_primary():
         tqdm.write(terminal_text(f'warning: {text}'), file=sys.stderr)
 
 
-def say_error(text: str) -> None:
+def log_error(text: str) -> None:
     """Print why the program ends: once, by the first of torchrun's processes on this machine that has a reason."""
     mark = _error_mark()
     if mark is not None:
@@ -61,7 +61,7 @@ def shortened(text: str) -> str:
     return re.sub(r'\S{301,}', lambda word: f'{word[0][:100]}...{word[0][-50:]}', text)
 
 
-def was_error_said() -> bool:
+def was_error_logged() -> bool:
     """Whether another of torchrun's processes on this machine has said why the program ends."""
     mark = _error_mark()
     return mark is not None and mark.exists()
@@ -129,6 +129,6 @@ class Progress:
     def report(self, text: str) -> None:
         """Show the state after the current step."""
         if self.bar.disable:
-            say(f'{self.label} {self.done:>5}/{self.steps}  {text}')
+            log_info(f'{self.label} {self.done:>5}/{self.steps}  {text}')
         else:
             self.bar.set_postfix_str(text)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccl_timm.console import say, table
+from ccl_timm.console import log_info, table
 from ccl_timm.errors import UserError
-from ccl_timm.flags import WORKERS, Parser, integer
-from ccl_timm.reports import analysis, pictures
-from ccl_timm.training import retrieval, runs, validate
-from ccl_timm.training.trained import Trained, load_trained
+from ccl_timm.experiments import analysis, plots
+from ccl_timm.training import evaluation, retrieval, run_dir
+from ccl_timm.training.arguments import WORKERS, Parser, integer
+from ccl_timm.training.checkpoints import Trained, load_trained
 
 __all__ = ['analyse', 'draw', 'main']
 
@@ -26,7 +26,7 @@ def main(argv: list[str], prog: str) -> int:
     names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
     folder.mkdir(parents=True, exist_ok=True)
     for path in draw(parts, names, _title(trained), folder, args.limit):
-        say(f'written: {path}')
+        log_info(f'written: {path}')
     weight = getattr(trained.model.get_classifier(), 'weight', None)
     rows = analyse(parts, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
     print(table(rows, ('', *parts)))
@@ -63,19 +63,19 @@ def _parser(prog: str) -> Parser:
 
 def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
     """For the training and the other part, what :func:`retrieval.extract_outputs` gives."""
-    device = torch.device(validate.pick_device(args.device))
-    settings = validate.data_settings(args, trained.settings)
+    device = torch.device(evaluation.pick_device(args.device))
+    settings = evaluation.data_settings(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
     splits = {'training': settings.train_split, 'test': settings.val_split}
     model, parts = trained.model.to(device), {}
     for part, split in splits.items():
         if not split:
             raise UserError('The run had no part to validate on: give --split NAME.')
-        dataset = validate.open_for(
+        dataset = evaluation.open_for(
             settings, split, config['input_size'][0], trained.class_names, training=part == 'training'
         )
-        validate.check_labels(dataset, trained)
-        loader = validate.loader_of(dataset, config, device, args.workers)
+        evaluation.check_labels(dataset, trained)
+        loader = evaluation.loader_of(dataset, config, device, args.workers)
         found = retrieval.extract_outputs(model, loader, ('features', 'logits', 'attention'), f'{part} part')
         parts[part] = {name: value.cpu().numpy() for name, value in found.items()}
         parts[part] |= {'features': parts[part]['features'].astype(np.float64)}
@@ -83,7 +83,7 @@ def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[st
 
 
 def _folder_beside(source: str) -> Path:
-    return runs.folder_of(Path(source)) / 'pictures'
+    return run_dir.folder_of(Path(source)) / 'pictures'
 
 
 def _title(trained: Trained) -> str:
@@ -100,22 +100,22 @@ def draw(parts: dict[str, dict[str, np.ndarray]], names: list[str], title: str, 
         names: of the classes.
         title: of the model.
         folder: where to write, which exists.
-        limit: see :func:`pictures.in_the_plane`.
+        limit: see :func:`plots.in_the_plane`.
 
     Returns:
         The files written.
     """
-    points, how = pictures.in_the_plane({part: (own['features'], own['labels']) for part, own in parts.items()}, limit)
+    points, how = plots.in_the_plane({part: (own['features'], own['labels']) for part, own in parts.items()}, limit)
     caption = '; '.join([how, *(_distances(part, own) for part, own in parts.items())])
-    drawn = {'features': pictures.draw_features(points, names, title, caption.replace('; ', '\n'))}
+    drawn = {'features': plots.draw_features(points, names, title, caption.replace('; ', '\n'))}
     test = parts['test']
     if 'attention' in test:
-        drawn['attention'] = pictures.draw_attention(test['attention'], test['labels'], names, title)
+        drawn['attention'] = plots.draw_attention(test['attention'], test['labels'], names, title)
     confusion = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(confusion, (test['labels'], test['logits'].argmax(1)), 1)
-    drawn['confusion'] = pictures.draw_confusion(confusion, names, title)
+    drawn['confusion'] = plots.draw_confusion(confusion, names, title)
     for name, figure in drawn.items():
-        pictures.save(figure, folder / f'{name}.png')
+        plots.save(figure, folder / f'{name}.png')
     return [folder / f'{name}.png' for name in drawn]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from ccl_timm import losses, models
-from ccl_timm.console import warn
+from ccl_timm.console import log_warning
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
-from ccl_timm.tables import Row, Table, run_name, tables_of
-from ccl_timm.training import options, parts, runs
+from ccl_timm.experiments.tables import Row, Table, run_name, tables_of
+from ccl_timm.training import options, parts, run_dir
+from ccl_timm.training.run_dir import diff_settings
 
 __all__ = [
     'Group',
@@ -25,7 +26,7 @@ __all__ = [
     'head_of',
     'read_results',
     'rows_of',
-    'varying',
+    'distinguishing_settings',
 ]
 
 # what may differ between runs that stand behind one figure
@@ -87,7 +88,7 @@ class Result:
     @property
     def best(self) -> float:
         """Top-1 in % after the epoch that is best in the run's ``eval_metric``."""
-        return runs.best_row(self.rows, self.settings.get('eval_metric', 'top1'))['eval_top1']
+        return run_dir.best_row(self.rows, self.settings.get('eval_metric', 'top1'))['eval_top1']
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Place:
     @property
     def settings(self) -> list[str]:
         """For each group, the settings that tell it from the others, or its optimizer from the row's."""
-        return varying(list(self.groups), shown={key: self.wanted[key] for key in _SHOWN_IN_TABLE})
+        return distinguishing_settings(list(self.groups), shown={key: self.wanted[key] for key in _SHOWN_IN_TABLE})
 
 
 def read_results(paths: list[str]) -> list[Result]:
@@ -174,7 +175,7 @@ def read_results(paths: list[str]) -> list[Result]:
         try:
             results.append(read_result(folder))
         except UserError as error:
-            warn(f'left out: {error}')
+            log_warning(f'left out: {error}')
     if not results:
         raise UserError('None of these runs is finished: there is nothing to report.')
     return results
@@ -187,8 +188,8 @@ def read_result(folder: Path) -> Result:
         UserError: it is not whole, or was not measured.
     """
     try:
-        settings = runs.read_args(folder)
-        rows = runs.whole_rows(folder)
+        settings = run_dir.read_args(folder)
+        rows = run_dir.complete_rows(folder)
         parts.read_parts(folder)
     except (yaml.YAMLError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -196,9 +197,9 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"'{folder}' has files that cannot be read: {str(error).splitlines()[0]}.") from error
     if not isinstance(settings, dict) or not {'epochs', 'model'} <= settings.keys():
         raise UserError(f"'{folder}' has an args.yaml that is not a run's: it does not tell model and epochs.")
-    if not runs.is_done(rows, settings):
+    if not run_dir.is_done(rows, settings):
         done = int(rows[-1]['epoch']) + 1 if rows else 0
-        raise UserError(f"'{folder}' is half-written, {done} of {runs.planned_epochs(settings)} epochs.")
+        raise UserError(f"'{folder}' is half-written, {done} of {run_dir.planned_epochs(settings)} epochs.")
     if 'eval_top1' not in rows[-1]:
         raise UserError(f"'{folder}' was not measured after its last epoch: its summary.csv has no eval_top1 there.")
     return Result(folder, _effective(settings), rows)
@@ -236,11 +237,11 @@ def group(results: list[Result], free: set[str] = _FREE_IN_GROUP) -> list[Group]
     """
     found: list[list[Result]] = []
     for result in results:
-        same = next((own for own in found if not runs.differences(own[0].settings, result.settings, free)), None)
+        same = next((own for own in found if not diff_settings(own[0].settings, result.settings, free)), None)
         if same is None:
             found.append([result])
         elif other := next((own for own in same if own.seed == result.seed), None):
-            warn(f"left out: '{result.folder}' has the settings and the seed of '{other.folder}'")
+            log_warning(f"left out: '{result.folder}' has the settings and the seed of '{other.folder}'")
         else:
             same.append(result)
     return [Group(tuple(sorted(own, key=lambda result: result.seed))) for own in found]
@@ -267,9 +268,9 @@ def assign(table: Table, results: list[Result]) -> list[Place]:
             why = ', '.join(changed[row][:3])
             unfit.append(f"'{result.folder}' is no row of {table.name}; closest: {row.dataset} {row.name}, but {why}")
     for text in unfit[:_NAMED]:
-        warn(f'left out: {text}')
+        log_warning(f'left out: {text}')
     if len(unfit) > _NAMED:
-        warn(f'left out: {len(unfit) - _NAMED} more runs that are no row of {table.name}')
+        log_warning(f'left out: {len(unfit) - _NAMED} more runs that are no row of {table.name}')
     places = []
     for row, own in found.items():
         epochs = wanted[row]['epochs']
@@ -297,14 +298,14 @@ def _wanted(row: Row) -> dict[str, Any]:
 
 
 def _against_row(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    changed = runs.differences(wanted, settings, _FREE_IN_TABLE)
+    changed = diff_settings(wanted, settings, _FREE_IN_TABLE)
     classes = wanted.get('num_classes')
     if classes and settings.get('num_classes') not in (None, classes):
         changed.append(f'num_classes was {classes}, is {settings["num_classes"]}')
     return changed
 
 
-def varying(
+def distinguishing_settings(
     groups: list[Group], told: Collection[str] = (), shown: Mapping[str, Any] = MappingProxyType({})
 ) -> list[str]:
     """For each group, as text, those of its settings that are not the same in all of them.
@@ -320,7 +321,7 @@ def varying(
     keys = [
         key
         for key in first
-        if any(key in g.settings and runs.differences({key: first[key]}, {key: g.settings[key]}, free) for g in groups)
+        if any(key in g.settings and diff_settings({key: first[key]}, {key: g.settings[key]}, free) for g in groups)
     ]
     texts = []
     for g in groups:
@@ -351,7 +352,7 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
         for other in groups
         if other.settings['loss'] == 'ce'
         and _backbone(other.settings) == _backbone(own)
-        and not runs.differences(other.settings, own, _FREE_IN_BASELINE)
+        and not diff_settings(other.settings, own, _FREE_IN_BASELINE)
     ]
     return min(found, key=lambda other: _distance(other.settings, own), default=None)
 

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from ccl_timm.errors import UserError
+from ccl_timm.ops import l2_normalize
 
-__all__ = ['largest_cosine', 'pedcc', 'unit_rows']
+__all__ = ['max_cosine', 'pedcc_centroids']
 
 # the energy is the soft maximum of all cosines; each temperature starts where the one before has ended
 _SHARPNESS = (16, 64, 256, 1024, 4096)
 _ITERATIONS = 60  # at each of them
 
 
-def pedcc(num_classes: int, dim: int, seed: int = 0) -> Tensor:
+def pedcc_centroids(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     """Predefined evenly-distributed class centroids: K unit vectors in D dimensions, as far apart as they can be.
 
     - K <= D + 1: the regular simplex, every pair at cosine -1 / (K - 1), exact in closed form (arXiv 2105.00401 has
@@ -56,16 +57,10 @@ def pedcc(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     return points @ _random_columns(dim, points.shape[1], generator).T
 
 
-def largest_cosine(centroids: Tensor) -> float:
+def max_cosine(centroids: Tensor) -> float:
     """Largest cosine between two rows of (K, D): how near to each other the closest two classes are."""
-    rows = unit_rows(centroids)
+    rows = l2_normalize(centroids)
     return (rows @ rows.T).fill_diagonal_(-math.inf).max().item()
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Divide vectors (..., D) by their norm; one shorter than 1e-12 stays as it is, so that its gradient is finite."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 1e-12, norm, 1.0)
 
 
 def _exact(num_classes: int, dim: int) -> Tensor | None:
@@ -109,11 +104,11 @@ def _random_columns(dim: int, number: int, generator: torch.Generator) -> Tensor
 
 
 def _minimise_energy(start: Tensor) -> Tensor:
-    points = unit_rows(start).float().requires_grad_()  # half the time of float64, and the minimum is as good
+    points = l2_normalize(start).float().requires_grad_()  # half the time of float64, and the minimum is as good
 
     def energy(sharpness: float) -> Tensor:
         points.grad = None
-        rows = unit_rows(points)
+        rows = l2_normalize(points)
         cosines = (sharpness * rows @ rows.T).fill_diagonal_(-math.inf)
         value = cosines.flatten().logsumexp(0) / sharpness
         value.backward()
@@ -124,4 +119,4 @@ def _minimise_energy(start: Tensor) -> Tensor:
         for sharpness in _SHARPNESS:
             optimizer = torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **options)
             optimizer.step(functools.partial(energy, sharpness))
-    return unit_rows(points.detach().double())
+    return l2_normalize(points.detach().double())

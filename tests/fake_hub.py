@@ -78,8 +78,8 @@ class Fault:
     body: bytes | None = None
 
 
-class StandInHub:
-    """``with StandInHub() as hub: hub.url``; a test reads ``repositories`` and ``requests`` and sets ``faults``."""
+class FakeHub:
+    """``with FakeHub() as hub: hub.url``; a test reads ``repositories`` and ``requests`` and sets ``faults``."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -88,7 +88,7 @@ class StandInHub:
         self.faults: list[Fault] = []
         self.closing = threading.Event()
 
-    def __enter__(self) -> 'StandInHub':
+    def __enter__(self) -> 'FakeHub':
         handler = type('Handler', (_Handler,), {'hub': self})
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self.url = f'http://127.0.0.1:{self.server.server_port}'
@@ -110,7 +110,7 @@ class StandInHub:
         return repository.commits[repository.resolve(revision)]
 
 
-def take_for_the_hub(standin: StandInHub, monkeypatch, cache) -> Iterator[StandInHub]:
+def take_for_the_hub(standin: FakeHub, monkeypatch, cache) -> Iterator[FakeHub]:
     """For a fixture: until it ends this process, logged in as 'me', takes a stand-in for the Hub and reaches no other.
 
     Waits between attempts are left out.
@@ -158,7 +158,7 @@ def _oid(content: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
-    hub: StandInHub
+    hub: FakeHub
     routes = [
         ('POST', r'/api/repos/create', 'create'),
         ('POST', r'/api/validate-yaml', 'validate'),
@@ -340,6 +340,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == '__main__':  # for other processes: HF_ENDPOINT=<the address printed> HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_me
-    with StandInHub() as hub:
+    with FakeHub() as hub:
         print(hub.url, flush=True)
         hub.closing.wait()

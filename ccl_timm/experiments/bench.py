@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler
 
 from ccl_timm import losses, models
-from ccl_timm.console import say, table
+from ccl_timm.console import log_info, table
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader
-from ccl_timm.flags import COUNT, WORKERS, Parser
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
-from ccl_timm.training.validate import pick_device
+from ccl_timm.training.arguments import COUNT, WORKERS, Parser
+from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'main', 'ratios']
 
@@ -193,7 +193,7 @@ def main(argv: list[str], prog: str = 'ccl-timm bench') -> int:
     """Measure, and print ratios: a ratio is the time divided by that of the first line."""
     args = _parser(prog).parse_strictly(argv)
     device = torch.device(pick_device(args.device))
-    say(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
+    log_info(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
     if args.what == 'cc':
         rows = bench_cc(args.samples, args.width, args.classes or 1000, args.rounds, device)
     elif args.what == 'steps':

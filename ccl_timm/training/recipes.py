@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
-from ccl_timm.packaged import packaged_folder
-from ccl_timm.yaml_files import read_yaml
+from ccl_timm.training.yaml_files import read_yaml
 
 __all__ = [
     'AUTOLOAD',
@@ -21,6 +20,7 @@ __all__ = [
     'list_recipes',
     'read_recipe',
     'recipe_folder',
+    'resource_dir',
     'split_options',
     'with_autoload',
 ]
@@ -31,9 +31,16 @@ AUTOLOAD = 'ccl_timm.autoload'
 DESCRIPTIVE = ('assumed', 'config', 'data')
 
 
+def resource_dir(name: str) -> Path:
+    """Where a top-level folder lies: inside an installed package, as ``_<name>``, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / f'_{name}'
+    return installed if installed.is_dir() else package.parent / name
+
+
 def recipe_folder() -> Path:
     """Where the packaged recipes lie: inside an installed package, beside it in a checkout."""
-    return packaged_folder('recipes')
+    return resource_dir('recipes')
 
 
 def list_recipes() -> list[str]:

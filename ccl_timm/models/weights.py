@@ -21,7 +21,7 @@ from timm.models._builder import build_model_with_cfg
 from timm.models._hub import _parse_model_cfg
 
 from ccl_timm.errors import UserError
-from ccl_timm.hub_errors import check_repository_name, explained
+from ccl_timm.models.hub_errors import check_repository_name, explained
 
 __all__ = [
     'WEIGHTS',

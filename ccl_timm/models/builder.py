@@ -16,8 +16,7 @@ from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HEADS, Head
-from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
-from ccl_timm.models.families import (
+from ccl_timm.models.adapters import (
     build_options,
     classifier_path,
     feature_stage_path,
@@ -26,8 +25,9 @@ from ccl_timm.models.families import (
     prepare_feature_stage,
     prepare_for_head,
 )
-from ccl_timm.models.headed import backbone_class, put_head
-from ccl_timm.models.sources import check_classes, check_model_args, read_hub_weights, read_local_weights
+from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
+from ccl_timm.models.variant import attach_head, backbone_class
+from ccl_timm.models.weights import check_classes, check_model_args, read_hub_weights, read_local_weights
 
 __all__ = ['build_variant', 'register_variant', 'variant_cfg']
 
@@ -154,7 +154,7 @@ def build_variant(
     if _has_feature_stage(head_class):
         prepare_feature_stage(model, _family(backbone))
     num_classes = cfg.num_classes if num_classes is None else num_classes
-    put_head(model, classifier_path(backbone), head_class, num_classes, options)
+    attach_head(model, classifier_path(backbone), head_class, num_classes, options)
     model.pretrained_cfg = model.default_cfg = _without_weights(cfg)
     model.pretrained_model_args = pretrained_model_args or {}
     if own:
@@ -260,7 +260,7 @@ def _has_feature_stage(head_class: type[Head]) -> bool:
 
 
 def _class_tensors(backbone: str, path: str, head_class: type[Head]) -> Any:
-    paths = tuple(f'{path}.{name}' if name else path for name in head_class.class_tensors)
+    paths = tuple(f'{path}.{name}' if name else path for name in head_class.classifier_layers)
     if _has_feature_stage(head_class):
         paths += (feature_stage_path(timm.models.model_entrypoint(backbone).__module__),)
     return paths[0] if len(paths) == 1 else paths

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ccl_timm import recipes
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.training import recipes
 
-__all__ = ['PaperTest', 'Row', 'Table', 'as_words', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
+__all__ = ['PaperTest', 'Row', 'Table', 'to_cli_args', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def run_name(row: Row, seed: int) -> str:
     return '-'.join(part for part in (row.dataset, *row.name.split(':'), f'seed{seed}') if part)
 
 
-def as_words(settings: dict[str, Any]) -> list[str]:
+def to_cli_args(settings: dict[str, Any]) -> list[str]:
     """Settings by name as words of the training script: ``{'batch_size': 8}`` to ``['--batch-size', '8']``."""
     words = []
     for key, value in settings.items():
@@ -165,4 +165,4 @@ def _row(name: str, row: dict[str, Any], dataset: str, column: dict[str, Any]) -
     }
     figure = row['paper'][dataset] if 'paper' in row else None
     paper = tuple(figure) if isinstance(figure, list) else None if figure is None else (figure, None)
-    return Row(name, dataset, tuple(as_words(settings)), paper)
+    return Row(name, dataset, tuple(to_cli_args(settings)), paper)

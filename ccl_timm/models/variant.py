@@ -8,12 +8,12 @@ from torch import nn
 
 from ccl_timm.errors import UserError
 from ccl_timm.heads import Head
-from ccl_timm.models.families import flatten_pooled, put_feature_stage, take_out_feature_stage
+from ccl_timm.models.adapters import flatten_pooled, insert_feature_stage, remove_feature_stage
 
-__all__ = ['WithHead', 'backbone_class', 'put_head']
+__all__ = ['VariantMixin', 'backbone_class', 'attach_head']
 
 
-class WithHead:
+class VariantMixin:
     """Mixin over a timm model's class: :meth:`reset_classifier` keeps the head."""
 
     def get_classifier(self) -> nn.Module:
@@ -30,7 +30,7 @@ class WithHead:
         """
         head = self.get_classifier()
         training = head.training
-        take_out_feature_stage(self, backbone_class(self).__module__)
+        remove_feature_stage(self, backbone_class(self).__module__)
         super().reset_classifier(0, global_pool, **kwargs)
         flatten_pooled(self)
         self.num_classes = num_classes
@@ -47,7 +47,7 @@ class WithHead:
         return _empty_instance, (backbone_class(self),), self.__dict__
 
 
-def put_head(model: nn.Module, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
+def attach_head(model: nn.Module, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
     """Put a head in the place of a timm model's classifier, in place, and return the model.
 
     Args:
@@ -62,7 +62,7 @@ def put_head(model: nn.Module, path: str, head_class: type[Head], num_classes: i
     """
     _check_place(model, path)
     flatten_pooled(model)
-    model.__class__ = headed_class(type(model))
+    model.__class__ = variant_class(type(model))
     model._head_class, model._head_options, model._head_path = head_class, dict(options), path
     model.num_classes = num_classes
     if num_classes > 0:
@@ -89,9 +89,9 @@ def _check_place(model: nn.Module, path: str) -> None:
 
 
 @functools.cache
-def headed_class(backbone: type[nn.Module]) -> type[nn.Module]:
+def variant_class(backbone: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a timm model's class that keeps its head; one for each backbone class."""
-    return type(f'{backbone.__name__}WithHead', (WithHead, backbone), {'__module__': __name__})
+    return type(f'{backbone.__name__}VariantMixin', (VariantMixin, backbone), {'__module__': __name__})
 
 
 def backbone_class(model: nn.Module) -> type[nn.Module]:
@@ -100,7 +100,7 @@ def backbone_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty_instance(backbone: type[nn.Module]) -> nn.Module:
-    cls = headed_class(backbone)
+    cls = variant_class(backbone)
     return cls.__new__(cls)
 
 
@@ -108,7 +108,7 @@ def _place(model: nn.Module, head: Head) -> None:
     model.set_submodule(model._head_path, head)
     stage = head.feature_stage()
     if stage is not None:
-        put_feature_stage(model, backbone_class(model).__module__, stage)
+        insert_feature_stage(model, backbone_class(model).__module__, stage)
 
 
 def _new_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> Head:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ccl_timm.errors import UserError
-from ccl_timm.reports.analysis import class_centres
+from ccl_timm.experiments.analysis import class_centres
 
 __all__ = ['as_svg', 'draw_attention', 'draw_confusion', 'draw_curves', 'draw_features', 'in_the_plane', 'save']
 

@@ -24,14 +24,15 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ccl_timm import losses, models, recipes
-from ccl_timm.console import ERROR_MARK, say, say_error, warn
+from ccl_timm import losses, models
+from ccl_timm.console import ERROR_MARK, log_error, log_info, log_warning
 from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
-from ccl_timm.flags import KeyValues, Parser, integer
 from ccl_timm.task import LossTask
+from ccl_timm.training import recipes
+from ccl_timm.training.arguments import KeyValues, Parser, integer
 from ccl_timm.training.options import OWN, train_parser
-from ccl_timm.yaml_files import dump_yaml
+from ccl_timm.training.yaml_files import dump_yaml
 
 __all__ = ['run_on_processes', 'run_script']
 
@@ -52,7 +53,7 @@ def run_script(script: str, argv: list[str]) -> int:
         UserError: the script cannot take the loss, or a combination with it makes no sense.
     """
     path = Path(script).resolve()
-    say(f'running {script} with timm {timm.__version__}')
+    log_info(f'running {script} with timm {timm.__version__}')
     _warn_of_other_timm(path)
     with tempfile.TemporaryDirectory() as scratch:
         own, rest = _split_words(argv, Path(scratch))
@@ -69,7 +70,7 @@ def run_script(script: str, argv: list[str]) -> int:
 
 
 def run_on_processes(count: int, words: list[str]) -> int:
-    """Run a script on several processes, as ``torchrun --nproc-per-node COUNT -m ccl_timm.launch WORDS`` does.
+    """Run a script on several processes, as ``torchrun --nproc-per-node COUNT -m ccl_timm.cli.launch WORDS`` does.
 
     Args:
         count: processes, on this machine.
@@ -92,13 +93,13 @@ def run_on_processes(count: int, words: list[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)('-m', 'ccl_timm.launch', *words)
+            elastic_launch(config, sys.executable)('-m', 'ccl_timm.cli.launch', *words)
         except SignalException as stop:
             return 128 + stop.sigval
         except ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             if code < 0 and not any(Path(logs).rglob(ERROR_MARK)):  # killed, so that it could not say why
-                say_error(f'A process was killed by {signal.Signals(-code).name}; the others were stopped.')
+                log_error(f'A process was killed by {signal.Signals(-code).name}; the others were stopped.')
             return code if code > 0 else 128 - code
     return 0
 
@@ -216,7 +217,7 @@ def _run_with_loss(path: Path, own: argparse.Namespace) -> None:
             self.follow_timm_script()
             built.append(self)
             if verbose:
-                say(f"loss '{own.loss}' {spec or ''} on {type(model.get_classifier()).__name__}")
+                log_info(f"loss '{own.loss}' {spec or ''} on {type(model.get_classifier()).__name__}")
 
     before = timm.task.ClassificationTask
     timm.task.ClassificationTask = timm.task.classification.ClassificationTask = ScriptTask
@@ -298,7 +299,7 @@ def _warn_of_other_timm(path: Path) -> None:
     if version.is_file():
         beside = runpy.run_path(str(version)).get('__version__')
         if beside != timm.__version__:
-            warn(f'beside the script lies timm {beside}; the installed timm {timm.__version__} is used')
+            log_warning(f'beside the script lies timm {beside}; the installed timm {timm.__version__} is used')
 
 
 if __name__ == '__main__':

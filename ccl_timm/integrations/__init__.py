@@ -20,7 +20,7 @@ from torch import nn
 from ccl_timm.errors import UserError
 from ccl_timm.task import LossTask
 
-__all__ = ['LightningCallback', 'TransformersCallback']  # noqa: F822 (made by __getattr__)
+__all__ = ['LightningCallback', 'TransformersCallback']
 
 
 def _task_in(model: nn.Module) -> LossTask:
@@ -37,7 +37,7 @@ class _Transformers:
         """Find the task; resumed training begins where ``state`` says."""
         self.task = _task_in(model)
         self.epoch = int((state.epoch or 0) + 1e-6)  # a fraction of epochs if resumed within one
-        self.task.tell_steps(state.global_step)
+        self.task.set_num_updates(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Begin the next epoch."""
@@ -46,7 +46,7 @@ class _Transformers:
 
     def on_step_end(self, args, state, control, **kwargs):
         """Count optimizer steps, however many batches each takes."""
-        self.task.tell_steps(state.global_step)
+        self.task.set_num_updates(state.global_step)
 
 
 class _Lightning:
@@ -55,7 +55,7 @@ class _Lightning:
     def on_train_start(self, trainer, pl_module):
         """Find the task; resumed training begins where ``trainer`` says."""
         self.task = _task_in(pl_module)
-        self.task.tell_steps(trainer.global_step)
+        self.task.set_num_updates(trainer.global_step)
 
     def on_train_epoch_start(self, trainer, pl_module):
         """Begin the epoch."""
@@ -63,7 +63,7 @@ class _Lightning:
 
     def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):
         """Count optimizer steps, however many batches each takes."""
-        self.task.tell_steps(trainer.global_step)
+        self.task.set_num_updates(trainer.global_step)
 
 
 # name -> our events, the packages that may have the base class (the first installed one counts), and its name

@@ -33,22 +33,22 @@ from timm.utils import (
     update_summary,
 )
 
-from ccl_timm.console import Progress, is_primary, say
+from ccl_timm.console import Progress, is_primary, log_info
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import make_loaders, mixes
 from ccl_timm.errors import UserError
-from ccl_timm.models.kernel_cropping import crop_kernels
 from ccl_timm.task import LossTask, create_task
-from ccl_timm.training import options, runs, settings
-from ccl_timm.training.announce import say_choices, say_end, say_epoch, say_finish, warn_of_empty_terms
+from ccl_timm.training import options, run_dir, settings
+from ccl_timm.training.checkpoints import build_model
+from ccl_timm.training.evaluation import evaluate, pick_device
 from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.interrupts import Stopped, WholeBatches, stopped_by_signals, uninterrupted
+from ccl_timm.training.kernel_cropping import crop_kernels
+from ccl_timm.training.logging import log_config, log_epoch, log_eta, log_result, warn_zero_terms
 from ccl_timm.training.origin import origin
 from ccl_timm.training.trackers import Tracker
-from ccl_timm.training.trained import build_model
-from ccl_timm.training.validate import evaluate, pick_device
 
-__all__ = ['Run', 'main', 'set_up', 'take_step', 'train']
+__all__ = ['Run', 'main', 'build_run', 'train_step', 'train']
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WARM_STEPS = 3  # the first steps are slow and say nothing about the finishing time
@@ -84,8 +84,8 @@ class Run:
     saver: CheckpointSaver | None = None
     epochs: int = 0
     start_epoch: int = 0
-    said_finish: bool = False
-    said_no_pairs: bool = False
+    logged_eta: bool = False
+    warned_zero_terms: bool = False
     best: tuple[float | None, int | None] = (None, None)
     results: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,9 +106,9 @@ def main(argv: list[str], prog: str = 'timm train.py') -> int:
     """Run the script with these words; returns 0, or raises UserError for what the user can mend."""
     args, sources = options.resolve(argv, prog)
     if args.config == 'digits' and sources['config'] != 'typed':
-        say('No data named: training on the embedded handwritten digits, with recipe digits. Yours: --data-dir DIR')
+        log_info('No data given: training on the embedded handwritten digits, recipe digits. Yours: --data-dir DIR')
     elif not (args.config or args.pretrained or args.pretrained_path or args.initial_checkpoint or args.resume):
-        say("hint: this is training from scratch with timm's defaults, which a small folder seldom suffices for; "
+        log_info("hint: this is training from scratch with timm's defaults, which a small folder seldom suffices for; "
             'recipe finetune starts from pretrained weights: --config finetune')  # fmt: skip
     train(args, sources, argv)
     return 0
@@ -128,27 +128,29 @@ def train(args: argparse.Namespace, sources: dict[str, str], argv: list[str]) ->
     settings.check_settings(args)
     given = dict(vars(args))  # as given: what is computed from them does not belong into a recipe
     with stopped_by_signals(), FolderLock() as lock:
-        folder, checkpoint = runs.plan_folder(args, sources, safe_model_name(args.model), lock)
+        folder, checkpoint = run_dir.resolve_run_dir(args, sources, safe_model_name(args.model), lock)
         continues = lock.folder is not None
         with _explained(args, folder):
-            run, splits = set_up(args, sources, folder, checkpoint)
-            say_choices(run, splits, sources)
+            run, splits = build_run(args, sources, folder, checkpoint)
+            log_config(run, splits, sources)
             if is_primary():
-                run.folder = folder if continues else runs.create_folder(folder, lock, runs.is_named(args, sources))
+                if not continues:
+                    folder = run_dir.create_folder(folder, lock, run_dir.is_named(args, sources))
+                run.folder = folder
                 given |= {'num_classes': args.num_classes, 'class_names': args.class_names, 'class_map': args.class_map}
-                information = {**runs.environment(argv, args.device, splits.fingerprint), 'origin': origin(given)}
-                runs.write_run_files(run.folder, given, information, splits.held_out, continues)
+                information = {**run_dir.environment(argv, args.device, splits.fingerprint), 'origin': origin(given)}
+                run_dir.write_run_files(run.folder, given, information, splits.held_out, continues)
                 _start_saver(run, checkpoint, continues)
             _fit(run)
             if run.tracker is not None:
                 run.tracker.finish()
     if getattr(args, 'distributed', False):  # not after an error, which this process says before it lets go of others
         torch.distributed.destroy_process_group()
-    say_end(run)
+    log_result(run)
     return run.folder
 
 
-def set_up(
+def build_run(
     args: argparse.Namespace, sources: dict[str, str], folder: Path, checkpoint: Path | None = None
 ) -> tuple[Run, datasets.Splits]:
     """Open the data and build all that a run needs, without writing anything.
@@ -167,12 +169,12 @@ def set_up(
     random_seed(args.seed, args.rank)
     if args.deterministic:
         _repeat_exactly()
-    splits = datasets.open_splits(args, settings.input_channels(args))
+    splits = datasets.create_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
     args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)
-    if runs.holds_run(folder):
+    if run_dir.is_run_dir(folder):
         held_out = args.val_fraction is not None
-        splits.notes += runs.check_same_data(folder, splits.class_names, splits.fingerprint, held_out)
+        splits.notes += run_dir.check_same_data(folder, splits.class_names, splits.fingerprint, held_out)
     return _prepare(args, device, folder, splits, checkpoint), splits
 
 
@@ -203,7 +205,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
     task = create_task(model, args.loss, device=device, **settings.loss_settings(args, args.class_weights))
     size = 'x'.join(map(str, data_config['input_size']))
     with settings.explained(f"'{args.model}' with loss '{args.loss}' cannot take images of {size}"):
-        task.try_once(data_config['input_size'], soft_classes=args.num_classes if mixes(args) else 0)
+        task.dry_run_forward(data_config['input_size'], soft_classes=args.num_classes if mixes(args) else 0)
     if args.batch_size == 1:
         _check_batch_of_one(args, model, data_config['input_size'])
     with settings.explained('The settings of data and augmentation do not work'):
@@ -224,7 +226,7 @@ def _prepare(args, device, folder, splits, checkpoint) -> Run:
         task.prepare_distributed(device_ids=[device])
     with settings.explained(f"The settings of the schedule '{args.sched}' do not work"):
         _schedule(run, checkpoint)
-    task.tell_steps(run.start_epoch * run.updates_per_epoch)
+    task.set_num_updates(run.start_epoch * run.updates_per_epoch)
     return run
 
 
@@ -272,7 +274,7 @@ def _schedule(run: Run, checkpoint: Path | None) -> None:
 def _repeat_plateau(run: Run, checkpoint: Path) -> None:
     """Show the schedule the metrics of all epochs again: its state is in no checkpoint."""
     name = f'{"train" if run.loader_eval is None else "eval"}_{run.metric}'
-    rows = runs.whole_rows(runs.folder_of(checkpoint))
+    rows = run_dir.complete_rows(run_dir.folder_of(checkpoint))
     metrics = {int(row['epoch']): row[name] for row in rows if name in row}
     for epoch in range(run.start_epoch):
         if run.is_measured(epoch) and epoch not in metrics:
@@ -297,9 +299,9 @@ def _start_saver(run: Run, checkpoint: Path | None, continues: bool) -> None:
     )
     if continues:
         if checkpoint:
-            runs.continue_saver(run.saver, checkpoint)
+            run_dir.restore_saver(run.saver, checkpoint)
             run.best = (run.saver.best_metric, run.saver.best_epoch)
-            runs.trim_summary(run.folder, run.start_epoch)
+            run_dir.trim_summary(run.folder, run.start_epoch)
         else:
             (run.folder / 'summary.csv').unlink(missing_ok=True)
     run.tracker = Tracker('wandb' if run.args.log_wandb else run.args.tracker, run.folder, run.args)
@@ -326,7 +328,7 @@ def _fit(run: Run) -> None:
             metric = (eval_metrics or train_metrics)[run.metric]
             with uninterrupted():
                 _record(run, epoch, train_metrics, eval_metrics)
-        say_epoch(run, epoch, train_metrics, eval_metrics, time.perf_counter() - started)
+        log_epoch(run, epoch, train_metrics, eval_metrics, time.perf_counter() - started)
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, metric)
 
@@ -342,16 +344,16 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     progress = Progress(WholeBatches(run.loader), f'epoch {epoch + 1}/{run.epochs}', args.log_interval)
     started = (time.perf_counter(), 0.0)
     for index, (images, target) in enumerate(progress):
-        result = take_step(run, epoch, index, images, target)
+        result = train_step(run, epoch, index, images, target)
         for name, value in result.items():
             if name != 'output':
                 sums[name] += value.detach()
                 zeros[name] += value.detach() == 0
         if index == _WARM_STEPS:
             started = (time.perf_counter(), progress.waited)
-        if not run.said_finish and index >= min(_TIMED_STEPS, batches - 1) > _WARM_STEPS:
+        if not run.logged_eta and index >= min(_TIMED_STEPS, batches - 1) > _WARM_STEPS:
             seconds, waited = time.perf_counter() - started[0], progress.waited - started[1]
-            say_finish(run, seconds / (index - _WARM_STEPS), waited / seconds, batches)
+            log_eta(run, seconds / (index - _WARM_STEPS), waited / seconds, batches)
         if progress.wants_report:
             loss = (sums['loss'] / (index + 1)).item()
             _check_finite(run, epoch, loss)
@@ -360,11 +362,11 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     if args.distributed:
         means = {n: reduce_tensor(torch.tensor(v, device=run.device), args.world_size).item() for n, v in means.items()}
     _check_finite(run, epoch, means['loss'])
-    warn_of_empty_terms(run, {name: (count / batches).item() for name, count in zeros.items()})
+    warn_zero_terms(run, {name: (count / batches).item() for name, count in zeros.items()})
     return means
 
 
-def take_step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+def train_step(run: Run, epoch: int, index: int, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """One batch: forward, backward, and the optimizer's step when enough batches have been gathered."""
     args, task = run.args, run.task
     batches, accumulate = len(run.loader), args.grad_accum_steps
@@ -472,7 +474,7 @@ def _has_lost_patience(run: Run, epoch: int) -> bool:
         torch.distributed.broadcast(flag, 0)
         over = bool(flag)
     if over:
-        say(f'no better {run.metric} for {run.args.patience} epochs: stopping after epoch {epoch}')
+        log_info(f'no better {run.metric} for {run.args.patience} epochs: stopping after epoch {epoch}')
     return over
 
 
@@ -482,7 +484,7 @@ def _explained(args: argparse.Namespace, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        say(f'stopped by {stop}' if isinstance(stop, Stopped) else 'stopped by hand')
+        log_info(f'stopped by {stop}' if isinstance(stop, Stopped) else 'stopped by hand')
         raise
     except (OSError, RuntimeError) as error:
         reason = _reason(error, args, folder)

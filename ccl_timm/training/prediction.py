@@ -10,13 +10,13 @@ from typing import Any
 import timm.data
 import torch
 
-from ccl_timm.console import table, warn
+from ccl_timm.console import log_warning, table
+from ccl_timm.console.escape import csv_text
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image, valid_text
 from ccl_timm.errors import UserError
-from ccl_timm.escape import csv_text
-from ccl_timm.flags import COUNT, Parser
-from ccl_timm.training.trained import Trained, load_trained
-from ccl_timm.training.validate import pick_device
+from ccl_timm.training.arguments import COUNT, Parser
+from ccl_timm.training.checkpoints import Trained, load_trained
+from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['main', 'predict']
 
@@ -27,7 +27,7 @@ def predict(
     """Classify image files.
 
     Args:
-        trained: from :func:`ccl_timm.training.trained.load_trained`.
+        trained: from :func:`ccl_timm.training.checkpoints.load_trained`.
         paths: image files.
         topk: how many classes for each, best first.
         batch_size: images at a time.
@@ -96,7 +96,7 @@ def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
     results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))
     _write(results, args.format)
     for path, reason in unreadable:
-        warn(f"'{valid_text(str(path))}' is not a readable image and was left out: {reason}")
+        log_warning(f"'{valid_text(str(path))}' is not a readable image and was left out: {reason}")
     return 1 if unreadable else 0
 
 

@@ -29,8 +29,8 @@ __all__ = [
     'make_small_input',
     'prepare_feature_stage',
     'prepare_for_head',
-    'put_feature_stage',
-    'take_out_feature_stage',
+    'insert_feature_stage',
+    'remove_feature_stage',
 ]
 
 # timm module of a family -> what a head stands for, where that is more than the Linear that the cfg names: with the
@@ -175,7 +175,7 @@ def _ones_like(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return (1,) * len(size) if isinstance(size, tuple) else 1
 
 
-def put_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
+def insert_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
     """Put a stage at the end of a feature map, in place; the model's width becomes that of the stage.
 
     Args:
@@ -192,8 +192,8 @@ def put_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
     _set_width(model, stage.out_channels)
 
 
-def take_out_feature_stage(model: nn.Module, family: str) -> None:
-    """Undo :func:`put_feature_stage`, in place; nothing if there is no stage."""
+def remove_feature_stage(model: nn.Module, family: str) -> None:
+    """Undo :func:`insert_feature_stage`, in place; nothing if there is no stage."""
     parent, _, name = _FEATURE_STAGES.get(family, '').rpartition('.')
     stage = model.get_submodule(parent)._modules.get(name)
     if hasattr(stage, 'in_channels'):

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from ccl_timm import losses
-from ccl_timm.console import is_primary, say, show_share, warn
+from ccl_timm.console import is_primary, log_info, log_warning, show_share
+from ccl_timm.console.escape import shell_text
 from ccl_timm.data.datasets import Splits
 from ccl_timm.data.in_memory import InMemoryLoader
-from ccl_timm.escape import shell_text
 from ccl_timm.training.settings import global_batch, loss_settings
 
 if TYPE_CHECKING:
-    from ccl_timm.training.train import Run
+    from ccl_timm.training.trainer import Run
 
 _MUCH_WAITING = 0.3  # of a step
 _IMBALANCE = 10  # largest class to smallest
 
-__all__ = ['say_choices', 'say_end', 'say_epoch', 'say_finish', 'warn_of_empty_terms']
+__all__ = ['log_config', 'log_result', 'log_epoch', 'log_eta', 'warn_zero_terms']
 
 
-def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
+def log_config(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     """One block with what was chosen, and whether it was typed, from the recipe or a default."""
     args, loss = run.args, run.task.loss
     model = run.task.get_eval_model()
@@ -58,9 +58,10 @@ def say_choices(run: 'Run', splits: Splits, sources: dict[str, str]) -> None:
     ]  # fmt: skip
     for name, value, key in rows:
         source = sources.get(key, 'default')
-        say(f'{name:>10}  {value}  [{source if source in ("typed", "default", "the data") else f"recipe {source}"}]')
+        source = source if source in ('typed', 'default', 'the data') else f'recipe {source}'
+        log_info(f'{name:>10}  {value}  [{source}]')
     for note in (*splits.notes, *_cautions(run, counts)):
-        warn(note)
+        log_warning(note)
 
 
 def _cautions(run: 'Run', counts: list[int]) -> Iterator[str]:
@@ -70,7 +71,7 @@ def _cautions(run: 'Run', counts: list[int]) -> Iterator[str]:
             f'classes have {min(counts)} to {max(counts)} images: --class-weight balanced or --samples-per-class, and '
             '--eval-metric macro_top1, count all classes alike.'
         )
-    if run.task.loss.batch_statistics and args.grad_accum_steps > 1:
+    if run.task.loss.uses_batch_statistics and args.grad_accum_steps > 1:
         yield (
             f"loss '{args.loss}' compares the images of a batch, and sees {args.batch_size * args.world_size} at a "
             f'time, not the {global_batch(args)} of {args.grad_accum_steps} accumulated batches.'
@@ -89,7 +90,7 @@ def _cautions(run: 'Run', counts: list[int]) -> Iterator[str]:
         )
 
 
-def say_finish(run: 'Run', seconds_a_step: float, waiting: float, batches: int) -> None:
+def log_eta(run: 'Run', seconds_a_step: float, waiting: float, batches: int) -> None:
     """When training will be done, from the time of the first steps; said once. So is a loader that is too slow.
 
     Args:
@@ -98,15 +99,15 @@ def say_finish(run: 'Run', seconds_a_step: float, waiting: float, batches: int) 
         waiting: share of it that is spent on waiting for images, 0..1.
         batches: of an epoch.
     """
-    run.said_finish = True
+    run.logged_eta = True
     if waiting > _MUCH_WAITING and not isinstance(run.loader, InMemoryLoader):
-        warn(
+        log_warning(
             f'{waiting:.0%} of each step is spent on waiting for images: more --workers than {run.args.workers}, '
             'smaller images on disk, or --in-memory on may help.'
         )
     left = seconds_a_step * batches * (run.epochs - run.start_epoch)
     end = datetime.now() + timedelta(seconds=left)
-    say(f'expected to finish at {end:%H:%M} (in {_duration(left)}, plus validation)')
+    log_info(f'expected to finish at {end:%H:%M} (in {_duration(left)}, plus validation)')
 
 
 def _duration(seconds: float) -> str:
@@ -116,17 +117,17 @@ def _duration(seconds: float) -> str:
     return f'{seconds:.0f} s'
 
 
-def say_epoch(
+def log_epoch(
     run: 'Run', epoch: int, train_metrics: dict[str, float], eval_metrics: dict[str, float] | None, seconds: float
 ) -> None:
     """One line an epoch."""
     terms = [f'{name} {value:.4g}' for name, value in train_metrics.items() if name != 'loss']
     shown = f' ({", ".join(terms)})' if len(terms) > 1 else ''
     validation = f'  top-1 {eval_metrics["top1"]:.2f}%  val loss {eval_metrics["loss"]:.4g}' if eval_metrics else ''
-    say(f'epoch {epoch + 1}/{run.epochs}  loss {train_metrics["loss"]:.4g}{shown}{validation}  {seconds:.1f} s')
+    log_info(f'epoch {epoch + 1}/{run.epochs}  loss {train_metrics["loss"]:.4g}{shown}{validation}  {seconds:.1f} s')
 
 
-def say_end(run: 'Run') -> None:
+def log_result(run: 'Run') -> None:
     """Results to stdout as timm prints them; then, for people, the best and what to do next."""
     if not is_primary():
         return
@@ -138,14 +139,14 @@ def say_end(run: 'Run') -> None:
     value, epoch = run.best
     if value is not None:
         shown = f'loss {value:.4g}' if metric == 'loss' else f'{metric.replace("top", "top-")} {value:.2f}%'
-        say(f'best {shown} (epoch {epoch + 1}); the run is in {run.folder}')
+        log_info(f'best {shown} (epoch {epoch + 1}); the run is in {run.folder}')
     ema = ' --use-ema' if run.task.has_ema() else ''  # the best is that of the moving average
     folder = shell_text([str(run.folder)])
-    say(f'next: timm validate.py {folder}{ema}')
-    say(f'      ccl-timm export {folder} DIR{ema}   ccl-timm predict {folder} IMAGES...{ema}')
+    log_info(f'next: timm validate.py {folder}{ema}')
+    log_info(f'      ccl-timm export {folder} DIR{ema}   ccl-timm predict {folder} IMAGES...{ema}')
 
 
-def warn_of_empty_terms(run: 'Run', share: dict[str, float]) -> None:
+def warn_zero_terms(run: 'Run', share: dict[str, float]) -> None:
     """Warn, once, of a loss term that was zero in most batches of an epoch.
 
     Args:
@@ -153,12 +154,12 @@ def warn_of_empty_terms(run: 'Run', share: dict[str, float]) -> None:
         share: of the batches in which a term was zero, by name, 0..1.
     """
     loss = run.task.loss
-    if run.said_no_pairs or not loss.batch_statistics or not getattr(loss, 'weight', 1.0):
+    if run.warned_zero_terms or not loss.uses_batch_statistics or not getattr(loss, 'weight', 1.0):
         return
     for name, zero in share.items():
         if name != 'loss' and zero > 0.5:
-            run.said_no_pairs = True
+            run.warned_zero_terms = True
             reason = ' and had no effect there.'
             if isinstance(loss, losses.CCLoss):  # the one whose term needs pairs
                 reason = ': no two images of one class met. A larger --batch-size or --samples-per-class 2 helps.'
-            warn(f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches{reason}")
+            log_warning(f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches{reason}")

@@ -8,7 +8,7 @@ import traceback
 from argparse import REMAINDER
 from collections.abc import Callable
 
-from ccl_timm.console import say, say_error, was_error_said
+from ccl_timm.console import log_error, log_info, was_error_logged
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = ['main', 'timm']
@@ -34,18 +34,18 @@ def _guarded(run: Callable[[list[str]], int], argv: list[str] | None) -> int:
     except SystemExit as stop:
         if not (module := _exited_early(stop)):
             raise
-        say_error(f"The module '{module}' ended the program (SystemExit) before its work was done.")
+        log_error(f"The module '{module}' ended the program (SystemExit) before its work was done.")
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, RuntimeError) and was_error_said():  # what a process meets when another has left
+        if isinstance(error, RuntimeError) and was_error_logged():  # what a process meets when another has left
             return 1
         sentence = _sentence(error)
         if sentence is None or os.environ.get('CCL_TIMM_DEBUG') == '1':
             raise
-        say_error(sentence)
+        log_error(sentence)
         return 2
 
 
@@ -84,7 +84,7 @@ def _timm(argv: list[str]) -> int:
     if script in _BUILT_IN:
         from importlib.metadata import version
 
-        say(f'no file {script} here: the built-in script, with timm {version("timm")}')
+        log_info(f'no file {script} here: the built-in script, with timm {version("timm")}')
         return _COMMANDS[_BUILT_IN[script]][0](words, f'timm {script}')
     if script.endswith('.py'):
         raise UserError(
@@ -95,7 +95,7 @@ def _timm(argv: list[str]) -> int:
 
 
 def _on_processes(argv: list[str]) -> int:
-    from ccl_timm.flags import integer
+    from ccl_timm.training.arguments import integer
 
     parser = _parser('timm', 'Run a script on several processes of this machine, one for each device.')
     parser.add_argument('--nproc', type=integer(1, 256), required=True, metavar='N', help='processes')
@@ -103,7 +103,7 @@ def _on_processes(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.words:
         raise UserError(f'`timm --nproc N SCRIPT ...` takes a script, not {shlex.join(argv)}.')
-    from ccl_timm.launch import run_on_processes
+    from ccl_timm.cli.launch import run_on_processes
 
     return run_on_processes(args.nproc, args.words)
 
@@ -126,7 +126,7 @@ def _ccl_timm(argv: list[str]) -> int:
 
 
 def _parser(prog: str, description: str):
-    from ccl_timm.flags import Parser
+    from ccl_timm.training.arguments import Parser
 
     return Parser(prog=prog, description=description)
 
@@ -137,31 +137,31 @@ def _run(argv: list[str], prog: str = 'ccl-timm run') -> int:
         return 0
     if not os.path.isfile(argv[0]):
         raise UserError(f"There is no script '{argv[0]}'.")
-    from ccl_timm.launch import run_script
+    from ccl_timm.cli.launch import run_script
 
     return run_script(argv[0], argv[1:])
 
 
 def _train(argv: list[str], prog: str) -> int:
-    from ccl_timm.training import train
+    from ccl_timm.training import trainer
 
-    return train.main(argv, prog)
+    return trainer.main(argv, prog)
 
 
 def _validate(argv: list[str], prog: str) -> int:
-    from ccl_timm.training import validate
+    from ccl_timm.training import evaluation
 
-    return validate.main(argv, prog)
+    return evaluation.main(argv, prog)
 
 
 def _predict(argv: list[str], prog: str) -> int:
-    from ccl_timm.training import predict
+    from ccl_timm.training import prediction
 
-    return predict.main(argv, prog)
+    return prediction.main(argv, prog)
 
 
 def _bench(argv: list[str], prog: str) -> int:
-    from ccl_timm import bench
+    from ccl_timm.experiments import bench
 
     return bench.main(argv, prog)
 
@@ -259,8 +259,9 @@ def _recipes(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'List the packaged recipes, or print one.')
     parser.add_argument('name', nargs='?', default=None, metavar='NAME', help='print this one')
     args = parser.parse_strictly(argv)
-    from ccl_timm import recipes, tables
     from ccl_timm.console import table
+    from ccl_timm.experiments import tables
+    from ccl_timm.training import recipes
 
     if args.name:
         print(recipes.find_recipe(args.name).read_text(encoding='utf-8'))
@@ -287,13 +288,13 @@ def _compare(argv: list[str], prog: str) -> int:
 
 
 def _report(argv: list[str], prog: str) -> int:
-    from ccl_timm.reports import report
+    from ccl_timm.experiments import report
 
     return report.main(argv, prog)
 
 
 def _features(argv: list[str], prog: str) -> int:
-    from ccl_timm.reports import features
+    from ccl_timm.experiments import features
 
     return features.main(argv, prog)
 
@@ -303,7 +304,7 @@ def _plugins(argv: list[str], prog: str) -> int:
     parser.add_argument('--check', action='store_true', help='load each and check it; exit code 1 if one fails')
     parser.add_argument('--json', action='store_true', help='as JSON')
     args = parser.parse_strictly(argv)
-    from ccl_timm import losses, models, plugins
+    from ccl_timm import losses, models, registry
     from ccl_timm.console import table
     from ccl_timm.testing import try_loss, try_model
 
@@ -313,7 +314,7 @@ def _plugins(argv: list[str], prog: str) -> int:
     def taken(kind: str, name: str) -> str | None:
         return models.taken(name) if kind == 'model' else losses.taken(name)
 
-    rows = plugins.describe(check=check if args.check else None, reserved=taken)
+    rows = registry.describe(check=check if args.check else None, reserved=taken)
     if args.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
@@ -329,9 +330,9 @@ def _new_plugin(argv: list[str], prog: str) -> int:
     parser = _parser(prog, 'Write a small plugin package, with one model and one loss, to start from.')
     parser.add_argument('folder', metavar='DIR', help='a new folder; the package takes its name')
     args = parser.parse_strictly(argv)
-    from ccl_timm.new_plugin import write_plugin
+    from ccl_timm.cli.new_plugin import scaffold_plugin
 
-    for path in write_plugin(args.folder):
+    for path in scaffold_plugin(args.folder):
         print(path)
     print(f'next: pip install -e {args.folder} && ccl-timm plugins --check')
     return 0

@@ -4,15 +4,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.console import say, show_share
+from ccl_timm.console import log_info, show_share
+from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
-from ccl_timm.escape import terminal_text
-from ccl_timm.flags import Parser
-from ccl_timm.reports import results
-from ccl_timm.reports.rendering import FORMATS, Report, Section
-from ccl_timm.reports.results import Group, Place, Result
-from ccl_timm.reports.statistics import (
+from ccl_timm.experiments import results
+from ccl_timm.experiments.rendering import FORMATS, Report, Section
+from ccl_timm.experiments.results import Group, Place, Result
+from ccl_timm.experiments.statistics import (
     LEVEL,
     difference,
     margin,
@@ -22,8 +21,9 @@ from ccl_timm.reports.statistics import (
     show_printed,
     welch,
 )
-from ccl_timm.tables import Row, Table, read_table
-from ccl_timm.training import runs
+from ccl_timm.experiments.tables import Row, Table, read_table
+from ccl_timm.training import run_dir
+from ccl_timm.training.arguments import Parser
 from ccl_timm.training.records import write_record
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
@@ -57,7 +57,7 @@ def main(argv: list[str], prog: str) -> int:
     if args.output:
         with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
             file.write(text)
-        say(f'written: {args.output}')
+        log_info(f'written: {args.output}')
     else:
         print(text, end='')
     if args.record:
@@ -90,14 +90,14 @@ def _check_record(found: list[Result], folder: Path) -> None:
         if (folder / name).exists():
             raise UserError(f"'{folder / name}' exists already: name another folder with --record.")
     for result in found:
-        runs.read_environment(result.folder)
+        run_dir.read_environment(result.folder)
 
 
 def _record(found: list[Result], folder: Path) -> None:
     for result in found:
         (folder / result.folder.name).mkdir(parents=True)
         write_record(result.folder, folder / result.folder.name)
-    say(f'{len(found)} records written: {folder}')
+    log_info(f'{len(found)} records written: {folder}')
 
 
 def table_report(table: Table, found: list[Result]) -> Report:
@@ -320,9 +320,9 @@ def show_differences(first: Path, second: Path) -> str:
         UserError: one of them is no finished run.
     """
     one, two = results.read_result(first), results.read_result(second)
-    before, now = runs.read_environment(first), runs.read_environment(second)
+    before, now = run_dir.read_environment(first), run_dir.read_environment(second)
     parts = {
-        'other settings, of those that change what is computed': runs.differences(one.settings, two.settings),
+        'other settings, of those that change what is computed': run_dir.diff_settings(one.settings, two.settings),
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
         'other versions': _changes(_versions(before), _versions(now)),
         'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),

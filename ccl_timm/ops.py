@@ -1,0 +1,111 @@
+"""Operations that losses and heads share: float32 outside autocast, a sum over all processes, unit vectors."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    'all_reduce_sum',
+    'full_precision',
+    'force_fp32',
+    'outside_autocast',
+    'all_reduce_sum_no_grad',
+    'l2_normalize',
+    'world_size',
+]
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast on the device; nothing for the meta device, which has none, and for torch.fx."""
+    if isinstance(device, torch.fx.Proxy) or device.type == 'meta':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 (float64 stays float64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def force_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of tensors compute outside autocast and in float32, or in float64 if its first tensor is that."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        first = next(x for x in [*args, *kwargs.values()] if _is_real(x))
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        args = [x.to(dtype) if _is_real(x) else x for x in args]
+        kwargs = {name: x.to(dtype) if _is_real(x) else x for name, x in kwargs.items()}
+        with outside_autocast(first.device):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Divide vectors (..., D) by their norm; one shorter than 1e-12 stays as it is, so that its gradient is finite."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 1e-12, norm, 1.0)
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum_no_grad(x.detach())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # every process's loss holds this process's share, so their gradients add up
+        return all_reduce_sum_no_grad(grad)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without a process group."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def all_reduce_sum_no_grad(x: Tensor) -> Tensor:
+    """Sum ``x`` over all processes, without autograd: for functions that write out their own gradient.
+
+    Args:
+        x: any shape, the same on every process. Every process must call it equally often.
+
+    Returns:
+        The sum, same shape; ``x`` itself without a process group.
+    """
+    if not _is_distributed():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum ``x`` over all processes, in the forward and in the backward pass.
+
+    A loss that builds its batch statistics with it sees the global batch: after DDP's averaging, the gradient is
+    that of one process on the whole batch, with factor 1. Every process must call it equally often.
+
+    Args:
+        x: any shape, floating point, the same shape on every process.
+
+    Returns:
+        The sum, same shape. ``x`` itself without a process group, or where gradients are off (evaluation).
+    """
+    if not torch.is_grad_enabled() or not _is_distributed():
+        return x
+    return _AllSum.apply(x)

@@ -1,1 +1,0 @@
-"""What runs tell: figures put together and tested, tables, and pictures of features."""
