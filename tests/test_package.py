@@ -8,12 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from ccl_timm.training.resources import resource_dir
 
 import ccl_timm
 from ccl_timm.losses import LOSSES
 from ccl_timm.models import MODELS
 from ccl_timm.training import recipes
+from ccl_timm.training.recipes import resource_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 

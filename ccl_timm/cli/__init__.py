@@ -95,7 +95,7 @@ def _timm(argv: list[str]) -> int:
 
 
 def _on_processes(argv: list[str]) -> int:
-    from ccl_timm.training.arguments import integer
+    from ccl_timm.console.arguments import integer
 
     parser = _parser('timm', 'Run a script on several processes of this machine, one for each device.')
     parser.add_argument('--nproc', type=integer(1, 256), required=True, metavar='N', help='processes')
@@ -126,7 +126,7 @@ def _ccl_timm(argv: list[str]) -> int:
 
 
 def _parser(prog: str, description: str):
-    from ccl_timm.training.arguments import Parser
+    from ccl_timm.console.arguments import Parser
 
     return Parser(prog=prog, description=description)
 

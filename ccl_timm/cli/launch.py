@@ -26,11 +26,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ccl_timm import losses, models
 from ccl_timm.console import ERROR_MARK, log_error, log_info, log_warning
+from ccl_timm.console.arguments import KeyValues, Parser, integer
 from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
 from ccl_timm.task import LossTask
 from ccl_timm.training import recipes
-from ccl_timm.training.arguments import KeyValues, Parser, integer
 from ccl_timm.training.options import OWN, train_parser
 from ccl_timm.training.yaml_files import dump_yaml
 

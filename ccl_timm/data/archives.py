@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ccl_timm.console import log_info
+from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.data.files import list_images, read_lines
 from ccl_timm.errors import UserError
-from ccl_timm.training.arguments import COUNT, Parser
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 

@@ -17,11 +17,11 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import Progress, table
+from ccl_timm.console.arguments import Parser, integer
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.datasets import PARTS
 from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails, valid_text
 from ccl_timm.errors import UserError
-from ccl_timm.training.arguments import Parser, integer
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ccl_timm.console import first_few, log_warning
+from ccl_timm.console.arguments import SHARE, Parser, integer
 from ccl_timm.console.escape import shell_text
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
 from ccl_timm.data.files import FolderReader, valid_text
 from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.training.arguments import SHARE, Parser, integer
 
 __all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
 

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, RandomSampler
 
 from ccl_timm import losses, models
 from ccl_timm.console import log_info, table
+from ccl_timm.console.arguments import COUNT, WORKERS, Parser
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
-from ccl_timm.training.arguments import COUNT, WORKERS, Parser
 from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'main', 'ratios']

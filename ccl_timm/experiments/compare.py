@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ccl_timm import losses
 from ccl_timm.console import table
+from ccl_timm.console.arguments import RATE, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.reproduce import Plan, add_common, common_words, figures, plan_of, run_plan, split_words
 from ccl_timm.experiments.statistics import LEVEL, difference, show_figures, welch
 from ccl_timm.experiments.tables import Row, Table, to_cli_args
 from ccl_timm.training import run_dir
-from ccl_timm.training.arguments import RATE, Parser
 
 __all__ = ['main', 'rows_of']
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from ccl_timm.console import log_info, table
+from ccl_timm.console.arguments import WORKERS, Parser, integer
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import analysis, plots
 from ccl_timm.training import evaluation, retrieval, run_dir
-from ccl_timm.training.arguments import WORKERS, Parser, integer
 from ccl_timm.training.checkpoints import Trained, load_trained
 
 __all__ = ['analyse', 'draw', 'main']

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ccl_timm.console import log_info, show_share
+from ccl_timm.console.arguments import Parser
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
@@ -23,7 +24,6 @@ from ccl_timm.experiments.statistics import (
 )
 from ccl_timm.experiments.tables import Row, Table, read_table
 from ccl_timm.training import run_dir
-from ccl_timm.training.arguments import Parser
 from ccl_timm.training.records import write_record
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
@@ -135,7 +135,7 @@ def plain_report(found: list[Result]) -> Report:
     groups = results.group(found)
     comparisons = _comparisons(groups)
     records = []
-    for own, words in zip(groups, results.varying(groups, _COLUMNS), strict=True):
+    for own, words in zip(groups, results.distinguishing_settings(groups, _COLUMNS), strict=True):
         named = {key: own.settings[key] for key in ('model', 'loss')}
         data = own.settings.get('dataset') or own.settings['data_dir'] or 'images'
         records.append({**named, 'data': data, 'settings': words, **_ours(own, groups, comparisons)})

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccl_timm.console import log_info, log_warning, show_share, table
+from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
 from ccl_timm.experiments.statistics import show_figures, show_printed
 from ccl_timm.experiments.tables import Row, Table, run_name
 from ccl_timm.training import options, recipes, run_dir, settings
-from ccl_timm.training.arguments import COUNT, Parser
 
 __all__ = ['Job', 'Plan', 'add_common', 'run_plan', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
 

@@ -15,12 +15,12 @@ from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
 from ccl_timm.console import Progress, log_info, log_warning
+from ccl_timm.console.arguments import COUNT, WORKERS, Parser
 from ccl_timm.console.escape import csv_text
 from ccl_timm.data import datasets
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 from ccl_timm.training import parts, retrieval, run_dir
-from ccl_timm.training.arguments import COUNT, WORKERS, Parser
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.interrupts import WholeBatches
 

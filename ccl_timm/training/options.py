@@ -5,9 +5,7 @@ import shlex
 from argparse import SUPPRESS
 from typing import Any
 
-from ccl_timm.errors import UserError, did_you_mean
-from ccl_timm.training import recipes
-from ccl_timm.training.arguments import (
+from ccl_timm.console.arguments import (
     COUNT,
     FRACTION,
     PROBABILITY,
@@ -20,6 +18,8 @@ from ccl_timm.training.arguments import (
     integer,
     real,
 )
+from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.training import recipes
 
 __all__ = ['OWN', 'resolve', 'train_parser']
 

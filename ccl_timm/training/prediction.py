@@ -11,10 +11,10 @@ import timm.data
 import torch
 
 from ccl_timm.console import log_warning, table
+from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image, valid_text
 from ccl_timm.errors import UserError
-from ccl_timm.training.arguments import COUNT, Parser
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.evaluation import pick_device
 

@@ -9,7 +9,7 @@ import torch
 from ccl_timm.training import run_dir
 from ccl_timm.training.checkpoints import load_trained
 
-from .conftest import results
+from ..conftest import results
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
 pytestmark = pytest.mark.skipif(not (SCRIPTS / 'benchmark.py').is_file(), reason='TIMM_SCRIPTS names no folder')

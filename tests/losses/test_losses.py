@@ -128,7 +128,7 @@ def test_docstring_names_the_terms(name):
 
 def test_entry_points_are_the_tables():
     tomllib = pytest.importorskip('tomllib')
-    text = (Path(__file__).parents[1] / 'pyproject.toml').read_text()
+    text = (Path(__file__).parents[2] / 'pyproject.toml').read_text()
     groups = tomllib.loads(text)['project']['entry-points']
     assert groups['ccl_timm.losses'] == LOSSES
     assert groups['ccl_timm.models'] == MODELS

@@ -13,7 +13,7 @@ from ccl_timm.losses import LOSSES, loss_class
 from ccl_timm.training import run_dir, trainer
 from ccl_timm.training.folder_lock import FolderLock
 
-from .conftest import TINY, results, write_folder
+from ..conftest import TINY, results, write_folder
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_the_literal_words_in_an_empty_folder(words, place):
     code, out, err = words('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
     assert code == 0, err
     assert 'no file train.py here: the built-in script' in err
-    assert 'No data named: training on the embedded handwritten digits, with recipe digits' in err
+    assert 'No data given: training on the embedded handwritten digits, recipe digits' in err
     assert results(out)[-1]['validation']['top1'] > 30  # chance is 10
     assert 'best top-1' in err.splitlines()[-3]
     assert 'next: timm validate.py output/train/' in err
@@ -77,7 +77,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     information = json.loads((run / 'environment.json').read_text())
     assert information['command'].startswith('timm train.py --model test_resnet_cam --loss cc')
     assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
-    assert (information['git_commit'] is not None) == (Path(__file__).parents[1] / '.git').exists()
+    assert (information['git_commit'] is not None) == (Path(__file__).parents[2] / '.git').exists()
     checkpoint = run_dir.read_checkpoint(run / 'last.pth.tar')
     assert checkpoint['args'].class_names == ['ant', 'bee', 'cat']
     assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())

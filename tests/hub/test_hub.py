@@ -15,7 +15,7 @@ import ccl_timm
 from ccl_timm.hub.publish import export
 from ccl_timm.training.checkpoints import load_trained
 
-from .conftest import results
+from ..conftest import results
 
 
 @pytest.fixture(scope='session')

@@ -12,7 +12,7 @@ from ccl_timm import UserError
 from ccl_timm.data import datasets
 from ccl_timm.training.options import resolve
 
-from .conftest import TINY, results
+from ..conftest import TINY, results
 
 needs_datasets = pytest.mark.skipif(
     importlib.util.find_spec('datasets') is None, reason="needs pip install 'ccl-timm[datasets]'"

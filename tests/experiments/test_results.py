@@ -12,7 +12,7 @@ import pytest
 from ccl_timm.experiments import results, tables
 from ccl_timm.training import run_dir
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted(path.parent for path in (ROOT / 'hub_cards' / 'results').rglob('args.yaml'))
 PAGES = [ROOT / 'README.md', ROOT / 'hub_cards' / 'results' / 'README.md']
 # a report's table stands below a comment with the command that prints it

@@ -10,9 +10,9 @@ import timm.task
 import torch
 import yaml
 
-from .conftest import results
+from ..conftest import results
 
-STAND_IN = Path(__file__).parent / 'upstream_train.py'
+STAND_IN = Path(__file__).parents[1] / 'upstream_train.py'
 REAL = Path(os.environ.get('TIMM_SCRIPTS', '')) / 'train.py' if os.environ.get('TIMM_SCRIPTS') else None
 SCRIPTS = [
     pytest.param(STAND_IN, id='stand-in'),

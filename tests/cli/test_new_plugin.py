@@ -78,7 +78,7 @@ def installed(tmp_path_factory):
     broken.mkdir()
     (broken / 'METADATA').write_text('Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1\n')
     (broken / 'entry_points.txt').write_text('[ccl_timm.losses]\nbroken = no_such_module:Loss\n')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(site), str(Path(__file__).parents[1])])}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(site), str(Path(__file__).parents[2])])}
     env.pop('CCL_TIMM_PLUGINS', None)
     return folder, env
 
@@ -110,8 +110,8 @@ def test_an_installed_plugin_trains_beside_a_broken_one(installed, folder, tmp_p
 def test_the_package_is_found_without_import_and_its_own_tests_pass(installed):
     folder, env = installed
     code = (
-        'import sys; from ccl_timm import plugins\n'
-        'for p in plugins.find_plugins():\n'
+        'import sys; from ccl_timm import registry\n'
+        'for p in registry.find_plugins():\n'
         "    if p.distribution == 'my-loss': print(p.kind, p.name, p.value, p.version, p.error)\n"
         "print('my_loss' in sys.modules)\n"
     )

@@ -12,7 +12,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.losses import channel_correlation
 from ccl_timm.testing import make_outputs, make_target
 
-from .references import REFERENCES
+from ..references import REFERENCES
 from .test_losses import build, ce_of_norm_times_cosine, simplex
 
 OUT_OF_RANGE = {

@@ -13,7 +13,7 @@ from ccl_timm import UserError
 from ccl_timm.data import datasets, loaders, prepare
 from ccl_timm.training.options import resolve
 
-from .conftest import write_folder
+from ..conftest import write_folder
 
 
 def settings(*argv):

@@ -17,7 +17,7 @@ from ccl_timm.training import options, parts, run_dir
 from ccl_timm.training.evaluation import data_settings, evaluate, open_for
 from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
 
-from .conftest import results, write_folder
+from ..conftest import results, write_folder
 
 
 def batches(logits, target, size=7):

@@ -27,10 +27,10 @@ from ccl_timm.models import builder, checkpoints
 from ccl_timm.training import parts, recipes
 from ccl_timm.training.checkpoints import load_trained
 
-from .conftest import TINY
-from .fake_hub import FakeHub, Fault, short_patience, take_for_the_hub
+from ..conftest import TINY
+from ..fake_hub import FakeHub, Fault, short_patience, take_for_the_hub
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
 REPO = 'me/test_resnet_cam.cc_bees'
 

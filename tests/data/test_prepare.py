@@ -60,7 +60,7 @@ def test_imagenet_subset(part, tmp_path, words):
     code, out, err = words(
         'ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'two', '--num-classes', 2
     )
-    assert code == 0 and 'No source tells which classes the paper took' in err
+    assert code == 0 and "No source names the paper's classes" in err
     assert (
         sorted(os.listdir(tmp_path / 'two/train')) == sorted(os.listdir(tmp_path / 'two/validation')) == ['n01', 'n02']
     )

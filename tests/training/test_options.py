@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from ccl_timm import UserError
+from ccl_timm.console.arguments import UPSTREAM_ONLY
 from ccl_timm.training import recipes
-from ccl_timm.training.arguments import UPSTREAM_ONLY
 from ccl_timm.training.options import OWN, resolve, train_parser
 
 

@@ -19,7 +19,7 @@ from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.options import resolve
 from ccl_timm.training.prediction import find_images, predict
 
-from .conftest import TINY, results, write_folder
+from ..conftest import TINY, results, write_folder
 
 CPU = torch.device('cpu')
 FORMATS = dict.fromkeys(('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'QOI', 'PPM'), 'RGB')
