@@ -78,6 +78,7 @@ def write_record(run: Path, folder: Path) -> None:
         UserError: the run's files cannot be read; nothing is written.
     """
     settings = without_private(run_dir.read_args(run))
+    run_dir.read_summary(run)  # a damaged one is not copied
     environment, measured = run_dir.read_environment(run), parts.read_parts(run)
     (folder / 'args.yaml').write_text(dump_yaml(settings), encoding='utf-8')
     if (run / 'summary.csv').is_file():

@@ -78,8 +78,8 @@ def resolve_run_dir(
         The folder, and a checkpoint or None.
 
     Raises:
-        UserError: the folder holds a run already, or one of other settings, or one in use, or there is nothing to go on
-            from.
+        UserError: the folder holds a run already, or one of other settings, in use or damaged, or there is nothing to
+            go on from.
     """
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
@@ -96,6 +96,7 @@ def resolve_run_dir(
     if args.experiment and args.resume:
         _lock(lock, folder)
         check_same_settings(args, folder)
+        read_summary(folder)  # a damaged one is said before anything is written
         return folder, checkpoint or newest_checkpoint(folder)
     if is_named(args, sources):
         raise UserError(
