@@ -104,14 +104,19 @@ class Augment:
             x = _take(self.images, indices)
             if self.scale is not None:
                 boxes = _random_boxes(count, x.shape[-2:], self.scale, self.ratio)
-                x = resized_crops(x.float(), boxes.to(x.device), self.size)
+                x = resized_crops(x.float(), _copy_async(boxes, x.device), self.size)
         if self.vflip > 0:
-            x = torch.where((torch.rand(count) < self.vflip).to(x.device).view(-1, 1, 1, 1), x.flip(-2), x)
+            x = torch.where(_copy_async(torch.rand(count) < self.vflip, x.device).view(-1, 1, 1, 1), x.flip(-2), x)
         return x
 
 
 def _take(images: Tensor, indices: Tensor) -> Tensor:
-    return images[indices.to(images.device)]
+    return images[_copy_async(indices, images.device)]
+
+
+def _copy_async(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for the work queued there."""
+    return tensor.to(device, non_blocking=True)
 
 
 def random_crops(images: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
@@ -131,7 +136,7 @@ def random_crops(images: Tensor, indices: Tensor, size: tuple[int, int]) -> Tens
         windows = np.lib.stride_tricks.sliding_window_view(images.numpy(), size, axis=(2, 3))
         return torch.from_numpy(windows[indices.numpy(), :, top.numpy(), left.numpy()])
     windows = images.unfold(2, size[0], 1).unfold(3, size[1], 1).permute(0, 2, 3, 1, 4, 5)
-    return windows[indices.to(images.device), top.to(images.device), left.to(images.device)]
+    return windows[tuple(_copy_async(numbers, images.device) for numbers in (indices, top, left))]
 
 
 def _random_boxes(count: int, shape: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
@@ -218,7 +223,7 @@ class InMemoryLoader:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             indices = order[start : start + self.batch_size]
             x = self.images(indices).to(self.device).to(torch.float32).sub_(self.mean).div_(self.std)
-            target = self.labels[indices.to(self.device)]
+            target = self.labels[_copy_async(indices, self.device)]
             if self.random_erasing is not None:
                 x = self.random_erasing(x)
             if self.mixup is not None:

@@ -169,6 +169,8 @@ def build_run(
     random_seed(args.seed, args.rank)
     if args.deterministic:
         _repeat_exactly()
+    else:
+        torch.backends.cudnn.benchmark = True  # as timm's train.py; images are of one size
     splits = datasets.create_splits(args, settings.input_channels(args))
     _take_classes(args, splits, sources)
     args.class_weights = settings.class_weights(args, splits.counts, splits.class_names)

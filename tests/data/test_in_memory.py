@@ -67,7 +67,7 @@ def test_random_crops_on_an_accelerator_go_another_way_to_the_same_place(monkeyp
     torch.manual_seed(0)
     fake = type('Device', (), {'type': 'elsewhere'})()
     monkeypatch.setattr(torch.Tensor, 'device', fake, raising=False)
-    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *_: self)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *_, **__: self)
     assert torch.equal(first, random_crops(images, torch.arange(5), (6, 6)))
 
 
