@@ -56,13 +56,12 @@ def resume(fit):
     return lambda *argv: fit(*argv, '--resume', 'auto')
 
 
-def is_refused(result, *texts):
-    """Whether a command ended with code 2 and one sentence that has these texts."""
+def assert_refused(result, *texts):
+    """A command ended with code 2 and one sentence that contains these texts."""
     code, out, err = result
     last = err.splitlines()[-1]
     assert (code, err.count('error:'), last[:7]) == (2, 1, 'error: '), err
     assert all(text in last for text in texts), last
-    return True
 
 
 def assert_equal_runs(first, second):
@@ -119,7 +118,7 @@ def test_a_plateau_schedule_without_its_metrics_is_not_resumed(fit, resume):
     with in_second_step_of(2, stopped_by_hand):
         fit(*plateau)
     (RUN / 'summary.csv').unlink()
-    assert is_refused(resume(*plateau), '--sched plateau goes on by the summary.csv', 'restore a copy of it')
+    assert_refused(resume(*plateau), '--sched plateau goes on by the summary.csv', 'restore a copy of it')
 
 
 def test_files_that_lie_in_the_folder_do_not_keep_a_run_from_going_on(fit, resume, whole):
@@ -137,21 +136,19 @@ def test_files_that_lie_in_the_folder_do_not_keep_a_run_from_going_on(fit, resum
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize('saving', [False, True])
 def test_a_signal_ends_a_run_after_it_has_saved(number, code, saving, fit, resume, whole, monkeypatch):
-    def stop(*args, **kwargs):
+    def stop():
         assert callable(signal.getsignal(number)), 'it would kill this process'
         signal.raise_signal(number)
 
     write_row = trainer.update_summary
-    monkeypatch.setattr(trainer, 'update_summary', lambda *args, **kwargs: (write_row(*args, **kwargs), stop()))
-    with contextlib.nullcontext() if saving else in_second_step_of(1, stop):
-        if not saving:
-            monkeypatch.setattr(trainer, 'update_summary', write_row)
+    with monkeypatch.context() as patch, contextlib.nullcontext() if saving else in_second_step_of(1, stop):
+        if saving:
+            patch.setattr(trainer, 'update_summary', lambda *args, **kwargs: (write_row(*args, **kwargs), stop()))
         stopped, out, err = fit()
     assert stopped == code and f'stopped by {number.name}' in err
     assert signal.getsignal(number) is signal.SIG_DFL
     rows = run_dir.complete_rows(RUN)
     assert len(rows) == 1 and run_dir.read_checkpoint(RUN / 'last.pth.tar')['epoch'] == 0
-    monkeypatch.setattr(trainer, 'update_summary', write_row)
     assert resume()[0] == 0
     assert_equal_runs(RUN, whole)
 
@@ -221,7 +218,7 @@ def test_a_run_in_use_is_left_alone(argv, run, fit):
     with FolderLock() as lock:
         assert lock.take(run)
         used = "The run in 'output/train/a' is in use by another process"
-        assert is_refused(fit(*argv), used if argv else 'already holds a run')
+        assert_refused(fit(*argv), used if argv else 'already holds a run')
     assert content(run) == {**before, run / '.lock': b''}
     assert fit('--resume', 'auto')[0] == 0
 
@@ -230,7 +227,7 @@ def test_a_folder_in_which_a_run_is_about_to_begin_is_left_alone(fit, place):
     RUN.mkdir(parents=True)
     with FolderLock() as lock:
         assert lock.take(RUN)
-        assert is_refused(fit(), "The run in 'output/train/a' is in use by another process")
+        assert_refused(fit(), "The run in 'output/train/a' is in use by another process")
         assert [path.name for path in RUN.iterdir()] == ['.lock']
 
 
@@ -247,7 +244,7 @@ def test_the_lock_of_a_killed_process_is_free_though_its_worker_lives(run, resum
         os._exit(0)
     worker = int(os.read(receiver, 20))
     try:
-        assert is_refused(resume(), 'is in use by another process')
+        assert_refused(resume(), 'is in use by another process')
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         assert resume()[0] == 0
@@ -283,10 +280,10 @@ def test_damaged_files_of_a_run_are_named(command, name, expected, run, words, r
             'report': lambda: words('ccl-timm', 'report', run.parent),
         }[command]()
         if command == 'report' and expected[command]:
-            assert is_refused(result, 'None of these runs is finished')
+            assert_refused(result, 'None of these runs is finished')
             assert "left out: 'output/train/a" in result[2] and name in result[2]
         elif expected[command]:
-            assert is_refused(result, "'output/train/a", name)
+            assert_refused(result, "'output/train/a", name)
         else:
             assert result[0] == 0, result[2]
         assert content(run) == {run / '.lock': b'', **before}
@@ -323,7 +320,7 @@ def test_a_damaged_checkpoint_is_not_used(damage, run, words, fit, folder):
         ('ccl-timm', 'export', run, 'exported'),
         ('timm', 'train.py', *ARGS, '--data-dir', folder, '--experiment', 'b', '--resume', run / 'model_best.pth.tar'),
     ):
-        assert is_refused(words(*argv), "model_best.pth.tar' is ")
+        assert_refused(words(*argv), "model_best.pth.tar' is ")
     assert not Path('exported').exists() and not RUN.with_name('b').exists()
 
 
@@ -353,7 +350,7 @@ def test_a_full_disk_loses_nothing(fault, fit, resume, whole, no_large_files, mo
         else:
             with in_second_step_of(1, lambda: patch.setattr(trainer, 'update_summary', lambda *a, **k: full_disk())):
                 result = fit()
-    assert is_refused(result, "'output/train/a' cannot be written", 'MB free', '--resume auto goes on')
+    assert_refused(result, "'output/train/a' cannot be written", 'MB free', '--resume auto goes on')
     code, out, err = resume()
     assert code == 0 and 'going on after 1' in err
     assert_equal_runs(RUN, whole)
@@ -383,9 +380,9 @@ def test_a_place_that_cannot_be_written_is_named(number, argv, run, words, folde
     before = content(run)
     result = words(*argv, *(['--data-dir', folder] if argv[0] == 'timm' else []))
     if number == errno.ENOSPC and argv[0] == 'timm':
-        assert is_refused(result, "'full/a' cannot be written", 'MB free')
+        assert_refused(result, "'full/a' cannot be written", 'MB free')
     else:
-        assert is_refused(result, os.strerror(number))
+        assert_refused(result, os.strerror(number))
     assert content(run) == before and not Path('full').exists()
 
 
@@ -402,7 +399,8 @@ def test_a_place_that_cannot_be_written_is_named(number, argv, run, words, folde
 )
 def test_a_name_that_no_folder_below_the_output_can_have(name, message, fit, place):
     result = fit('--experiment', name)
-    assert is_refused(result, message) and len(result[2].splitlines()[-1]) < 400
+    assert_refused(result, message)
+    assert len(result[2].splitlines()[-1]) < 400
     assert not any(path.is_file() for path in place.rglob('*'))
 
 
@@ -413,7 +411,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(fit):
     """The only batch of the epoch has a finite loss, and gradients after which no weight is."""
     argv = ['--model', 'test_resnet_cam', '--loss', 'cc', '--loss-kwargs', 'weight=1e36', '-b', '24', '--lr', '1000']
     result = fit(*argv, '--warmup-epochs', '0', '--epochs', '1')
-    assert is_refused(result, 'The validation loss became nan in epoch 1', 'lower the learning rate')
+    assert_refused(result, 'The validation loss became nan in epoch 1', 'lower the learning rate')
     assert not list(RUN.glob('*.pth.tar')) and '--result' not in result[1]
 
 
@@ -427,9 +425,9 @@ def test_a_model_that_diverged_is_not_used(run, words, folder):
     checkpoint['state_dict']['fc.bias'][0] = float('nan')
     torch.save(checkpoint, run / 'model_best.pth.tar')
     for source in (run, 'exported'):
-        assert is_refused(words('ccl-timm', 'predict', source, folder, '--format', 'json'), said)
-        assert is_refused(words('timm', 'validate.py', source, '-j', '0', '--data-dir', folder), said)
-    assert is_refused(words('ccl-timm', 'export', run, 'again'), said)
+        assert_refused(words('ccl-timm', 'predict', source, folder, '--format', 'json'), said)
+        assert_refused(words('timm', 'validate.py', source, '-j', '0', '--data-dir', folder), said)
+    assert_refused(words('ccl-timm', 'export', run, 'again'), said)
     assert not Path('again').exists()
 
 
@@ -438,7 +436,7 @@ def test_a_model_that_diverged_is_not_used(run, words, folder):
 
 def test_one_image_at_a_time_is_refused_where_batch_norm_cannot_take_it(fit):
     argv = ['-b', '1', '--epochs', '1']
-    assert is_refused(fit(*argv), "'test_resnet' cannot be trained with --batch-size 1, give 2 or more")
+    assert_refused(fit(*argv), "'test_resnet' cannot be trained with --batch-size 1, give 2 or more")
     assert not RUN.exists()
     assert fit(*argv, '--img-size', '64')[0] == 0  # its last feature map has more than one pixel
 
