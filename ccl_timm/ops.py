@@ -15,6 +15,7 @@ __all__ = [
     'full_precision',
     'force_fp32',
     'outside_autocast',
+    'rank',
     'all_reduce_sum_no_grad',
     'l2_normalize',
     'world_size',
@@ -71,6 +72,11 @@ class _AllSum(torch.autograd.Function):
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 without a process group."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:

@@ -1,6 +1,5 @@
 """Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share."""
 
-import argparse
 import functools
 import importlib.util
 import os
@@ -18,6 +17,7 @@ from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
 from ccl_timm.console import first_few, log_warning
+from ccl_timm.data.config import DataConfig
 from ccl_timm.data.files import (
     DataError,
     FolderReader,
@@ -184,28 +184,28 @@ class Splits:
         return fingerprint(*(own and _content(own) for own in (self.train, self.validation)))
 
 
-def create_splits(args: argparse.Namespace, channels: int) -> Splits:
+def create_splits(config: DataConfig, channels: int) -> Splits:
     """Open the training and validation part that the settings name, with the training part's numbering of classes.
 
     Raises:
         UserError: there is no such data, no image in it, no validation part, or a class that training lacks.
     """
-    names = _class_names_from(args)
-    train = create_split(args, args.train_split, channels, names)
+    names = _class_names_from(config)
+    train = create_split(config, config.train_split, channels, names)
     train_names = names or _names(train)
     targets = targets_of(train)
-    notes, held_out, validation = _missing_classes(args.train_split, train, train_names), None, None
-    if args.val_fraction is not None:
-        train, validation, held_out = _hold_out(args, train, targets, channels, train_names)
+    notes, held_out, validation = _missing_classes(config.train_split, train, train_names), None, None
+    if config.val_fraction is not None:
+        train, validation, held_out = _hold_out(config, train, targets, channels, train_names)
         targets = targets_of(train)
-    elif args.val_split:
-        validation = create_split(args, args.val_split, channels, train_names, needs_part=True)
-        notes += _missing_classes(args.val_split, validation, train_names)
-    if args.train_fraction is not None:
-        train, left = _subsample(args, train, targets)
+    elif config.val_split:
+        validation = create_split(config, config.val_split, channels, train_names, needs_part=True)
+        notes += _missing_classes(config.val_split, validation, train_names)
+    if config.train_fraction is not None:
+        train, left = _subsample(config, train, targets)
         targets = targets_of(train)
         held_out = [(name, 'unused' if name in left else part) for name, part in held_out] if held_out else None
-    _check_labels(args, targets, train_names)
+    _check_labels(config, targets, train_names)
     counts = None
     if targets is not None:
         found = Counter(targets)
@@ -214,12 +214,12 @@ def create_splits(args: argparse.Namespace, channels: int) -> Splits:
 
 
 def create_split(
-    args: argparse.Namespace, split: str, channels: int, names: list[str] | None, needs_part: bool = False
+    config: DataConfig, split: str, channels: int, names: list[str] | None, needs_part: bool = False
 ) -> Dataset:
     """Open one part of the data.
 
     Args:
-        args: settings of the data.
+        config: which data.
         split: name of the part.
         channels: of the images.
         names: class names in the order of their numbers, which the part is given too; None for its own.
@@ -228,44 +228,46 @@ def create_split(
     Raises:
         UserError: it cannot be had, holds no image, or has a class that is not among the names.
     """
-    mode = args.input_img_mode or color_mode(channels)
-    if args.dataset == 'digits':
+    mode = config.input_img_mode or color_mode(channels)
+    if config.dataset == 'digits':
         return Digits(split, mode)
-    _check_name(args.dataset)
-    if is_folder(args.dataset):
-        _check_is_folder(args.data_dir)
-    _check_has_part(args, split, needs_part)
-    _check_has_package(args)
+    _check_name(config.dataset)
+    if is_folder(config.dataset):
+        _check_is_folder(config.data_dir)
+    _check_has_part(config, split, needs_part)
+    _check_has_package(config)
     try:
-        dataset = _create(args, split, mode)
+        dataset = _create(config, split, mode)
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
         reason = ' '.join(str(error).split())
-        raise UserError(f"Part '{split}' of '{args.dataset or args.data_dir}' cannot be opened: {reason}") from error
+        raise UserError(
+            f"Part '{split}' of '{config.dataset or config.data_dir}' cannot be opened: {reason}"
+        ) from error
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
-        dataset.targets = _column_of_labels(dataset.reader, f"Part '{split}' of '{args.dataset}'")
+        dataset.targets = _column_of_labels(dataset.reader, f"Part '{split}' of '{config.dataset}'")
     if names:
         _renumber(dataset, split, names)
     return dataset
 
 
-def _create(args: argparse.Namespace, split: str, mode: str) -> Dataset:
+def _create(config: DataConfig, split: str, mode: str) -> Dataset:
     """A part of the data, whose files are all read by :class:`ImageFiles`."""
-    of_torchvision = (args.dataset or '').lower() in ('torch/folder', 'torch/image_folder')
-    if of_torchvision or is_folder(args.dataset):
-        root = _search_split(args.data_dir, split)
-        suffixes = set(args.input_key.lower().split(';')) if args.input_key else None
+    of_torchvision = (config.dataset or '').lower() in ('torch/folder', 'torch/image_folder')
+    if of_torchvision or is_folder(config.dataset):
+        root = _search_split(config.data_dir, split)
+        suffixes = set(config.input_key.lower().split(';')) if config.input_key else None
         return ImageFiles(FolderReader(root, suffixes, by_top_folder=of_torchvision), mode)
     dataset = timm.data.create_dataset(
-        args.dataset,
-        root=args.data_dir,
+        config.dataset,
+        root=config.data_dir,
         split=split,
-        is_training=split == args.train_split,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        is_training=split == config.train_split,
+        download=config.dataset_download,
+        batch_size=config.batch_size,
+        seed=config.seed,
         input_img_mode=mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
+        input_key=config.input_key,
+        target_key=config.target_key,
     )
     return ImageFiles(dataset.reader, mode) if type(dataset) is timm.data.ImageDataset else dataset
 
@@ -290,10 +292,10 @@ def _check_is_folder(folder: str | None) -> None:
         raise UserError(f"--data-dir '{folder}' is not a folder: unpack it into one, with a folder for each class.")
 
 
-def _check_has_package(args: argparse.Namespace) -> None:
-    on_hub = args.dataset.lower().startswith(('hfds/', 'hfids/'))
+def _check_has_package(config: DataConfig) -> None:
+    on_hub = config.dataset.lower().startswith(('hfds/', 'hfids/'))
     if on_hub and importlib.util.find_spec('datasets') is None:
-        raise UserError(f"'{args.dataset}' needs the package datasets: `pip install 'ccl-timm[datasets]'`.")
+        raise UserError(f"'{config.dataset}' needs the package datasets: `pip install 'ccl-timm[datasets]'`.")
 
 
 def is_folder(dataset: str | None) -> bool:
@@ -301,16 +303,16 @@ def is_folder(dataset: str | None) -> bool:
     return dataset in ('', 'folder', None)
 
 
-def _class_names_from(args: argparse.Namespace) -> list[str] | None:
-    if args.class_names and args.class_map:
+def _class_names_from(config: DataConfig) -> list[str] | None:
+    if config.class_names and config.class_map:
         raise UserError('--class-names and --class-map say the same thing: give one of them.')
-    if not args.class_map:
-        return list(args.class_names) if args.class_names else None
-    path = Path(args.class_map)
-    if not path.is_file() and args.data_dir:
-        path = Path(args.data_dir) / args.class_map
+    if not config.class_map:
+        return list(config.class_names) if config.class_names else None
+    path = Path(config.class_map)
+    if not path.is_file() and config.data_dir:
+        path = Path(config.data_dir) / config.class_map
     if not path.is_file() or path.suffix == '.pkl':
-        raise UserError(f"The class map '{args.class_map}' is not a text file with one class name a line.")
+        raise UserError(f"The class map '{config.class_map}' is not a text file with one class name a line.")
     return [line.strip() for line in read_lines(path)]
 
 
@@ -367,10 +369,10 @@ def _column_of_labels(reader: Any, part: str) -> list[int]:
     return labels
 
 
-def _check_has_part(args: argparse.Namespace, split: str, needs_part: bool) -> None:
+def _check_has_part(config: DataConfig, split: str, needs_part: bool) -> None:
     """timm takes the whole folder where it finds no part of that name, the other parts included."""
-    root = args.data_dir
-    if not is_folder(args.dataset) or not os.path.isdir(root):
+    root = config.data_dir
+    if not is_folder(config.dataset) or not os.path.isdir(root):
         return
     if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
         return
@@ -416,8 +418,8 @@ def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> l
     return [f"Part '{split}' has no image of {len(missing)} of {len(names)} classes: {first_few(missing)}."]
 
 
-def _check_labels(args: argparse.Namespace, targets: list[int] | None, names: list[str] | None) -> None:
-    limit = args.num_classes
+def _check_labels(config: DataConfig, targets: list[int] | None, names: list[str] | None) -> None:
+    limit = config.num_classes
     if targets is None or limit is None:
         return
     highest = max(targets)
@@ -452,30 +454,32 @@ def stratified_holdout(files: list[str], targets: list[int], fraction: float, se
     return held
 
 
-def _hold_out(args, dataset, targets, channels, names):
+def _hold_out(config, dataset, targets, channels, names):
     """Open the training part a second time and divide the two by a held-out share."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
-            f"--val-fraction cannot split '{args.dataset}', whose images cannot be listed: use --val-split."
+            f"--val-fraction cannot split '{config.dataset}', whose images cannot be listed: use --val-split."
         )
     files = file_names(dataset)
-    held = stratified_holdout(files, targets, args.val_fraction, args.seed)
-    again = create_split(args, args.train_split, channels, names)  # a second one, since each part has its own transform
+    held = stratified_holdout(files, targets, config.val_fraction, config.seed)
+    again = create_split(
+        config, config.train_split, channels, names
+    )  # a second one, since each part has its own transform
     train = _Part(dataset, [index for index in range(len(files)) if index not in held])
     validation = _Part(again, sorted(held))
     record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
     return train, validation, record
 
 
-def _subsample(args, dataset, targets):
+def _subsample(config, dataset, targets):
     """A share of each class of the training part, in its order, and the names of those left out; seeded."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
-            f"--train-fraction cannot take a share of '{args.dataset}', whose images cannot be listed: leave it out."
+            f"--train-fraction cannot take a share of '{config.dataset}', whose images cannot be listed: leave it out."
         )
     base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, range(len(dataset)))
     files = file_names(base)
-    left = stratified_holdout([files[index] for index in indices], targets, 1 - args.train_fraction, args.seed)
+    left = stratified_holdout([files[index] for index in indices], targets, 1 - config.train_fraction, config.seed)
     kept = _Part(base, [index for place, index in enumerate(indices) if place not in left])
     return kept, {files[indices[place]] for place in left}
 
