@@ -143,9 +143,9 @@ def _run(argv: list[str], prog: str = 'ccl-timm run') -> int:
 
 
 def _train(argv: list[str], prog: str) -> int:
-    from ccl_timm.training import trainer
+    from ccl_timm.training import train
 
-    return trainer.main(argv, prog)
+    return train.main(argv, prog)
 
 
 def _validate(argv: list[str], prog: str) -> int:

@@ -31,15 +31,16 @@ from ccl_timm.data import loaders
 from ccl_timm.errors import UserError
 from ccl_timm.task import LossTask
 from ccl_timm.training import recipes
-from ccl_timm.training.options import OWN, train_parser
+from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.yaml_files import dump_yaml
 
 __all__ = ['run_on_processes', 'run_script']
 
 # settings of ours that a foreign script can have, those that only describe a recipe, and those that are refused
+_OWN = TrainConfig.names(own=True)
 _HONOURED = ('loss', 'loss_kwargs', 'pad_crop')
 _IGNORED = (*recipes.DESCRIPTIVE, 'class_names')
-_REFUSED = tuple(key for key in OWN if key not in (*_HONOURED, *_IGNORED))
+_REFUSED = tuple(key for key in _OWN if key not in (*_HONOURED, *_IGNORED))
 _NEEDED = ('ClassificationTask', '_parse_args', 'main', 'parser')
 
 
@@ -135,7 +136,7 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
         _refuse_builtin_only(recipe, own.config)
         recipes.check_modules(recipe, _typed(rest, '--device-modules', nargs='*'), own.config)
         copy = scratch / 'recipe.yaml'
-        kept = {key: value for key, value in recipe.items() if key not in (*OWN, *_IGNORED)}
+        kept = {key: value for key, value in recipe.items() if key not in (*_OWN, *_IGNORED)}
         if kept.get('device') == 'auto':  # the built-in script's
             del kept['device']
         copy.write_text(dump_yaml(kept), encoding='utf-8')
@@ -148,7 +149,7 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
 
 def _refuse_builtin_only(recipe: dict[str, Any], name: str) -> None:
     for key in _REFUSED:
-        if recipe.get(key) not in (None, train_parser().get_default(key)):
+        if recipe.get(key) not in (None, TrainConfig.defaults()[key]):
             raise UserError(f"Recipe {name}: '{key}' works in the built-in script only, `ccl-timm train`.")
     if recipe.get('dataset') == 'digits':
         raise UserError(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ccl_timm.console.arguments import KeyValues, Parser
-from ccl_timm.errors import UserError
 
 __all__ = ['Options', 'option']
 

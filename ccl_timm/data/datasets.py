@@ -116,7 +116,7 @@ class ImageFiles(Dataset):
         return (self.transform(image) if self.transform else image), target
 
 
-class _Part(Dataset):
+class _Subset(Dataset):
     """Some samples of a data set. ``transform`` is the data set's own, so that timm's create_loader can set it."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]):
@@ -138,7 +138,7 @@ class _Part(Dataset):
         return self.dataset[self.indices[index]]
 
 
-class Replacing(_Part):
+class Replacing(_Subset):
     """A data set to train on: in the place of an image that cannot be read comes the next one, with its own label.
 
     Args:
@@ -241,10 +241,10 @@ def create_split(
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(
-            f"Part '{split}' of '{config.dataset or config.data_dir}' cannot be opened: {reason}"
+            f"Split '{split}' of '{config.dataset or config.data_dir}' cannot be opened: {reason}"
         ) from error
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
-        dataset.targets = _column_of_labels(dataset.reader, f"Part '{split}' of '{config.dataset}'")
+        dataset.targets = _column_of_labels(dataset.reader, f"Split '{split}' of '{config.dataset}'")
     if names:
         _renumber(dataset, split, names)
     return dataset
@@ -327,7 +327,7 @@ def _names(dataset: Dataset) -> list[str] | None:
 
 def targets_of(dataset: Dataset) -> list[int] | None:
     """Label of each image, without reading images; None if the data set does not tell."""
-    if isinstance(dataset, _Part):
+    if isinstance(dataset, _Subset):
         inner = targets_of(dataset.dataset)
         return [inner[index] for index in dataset.indices]
     samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
@@ -380,7 +380,7 @@ def _check_has_part(config: DataConfig, split: str, needs_part: bool) -> None:
     if needs_part or others:
         has = f' (it has {", ".join(others)})' if others else ''
         raise UserError(
-            f"'{root}' has no part '{split}'{has}: add such a folder, or name another with --train-split, --val-split "
+            f"'{root}' has no split '{split}'{has}: add such a folder, or name another with --train-split, --val-split "
             'or --split; in training, hold out a share of the images with --val-fraction 0.2, or train without '
             "validation with --val-split ''."
         )
@@ -394,14 +394,14 @@ def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
     unknown = [name for name in own if name not in names]
     if unknown:
         raise UserError(
-            f"Part '{split}' has {len(unknown)} classes that are not among the {len(names)} of training, such as "
+            f"Split '{split}' has {len(unknown)} classes that are not among the {len(names)} of training, such as "
             f"'{unknown[0]}': remove them from it, or add training images."
         )
     number = {label: names.index(name) for label, name in enumerate(own)}
     holder = getattr(dataset, 'reader', dataset)
     if not hasattr(holder, 'samples'):
         raise UserError(
-            f"Part '{split}' numbers its classes in another way than training, which cannot be mended here."
+            f"Split '{split}' numbers its classes in another way than training, which cannot be mended here."
         )
     holder.samples = [(image, number[target]) for image, target in holder.samples]
     holder.class_to_idx = {name: label for label, name in enumerate(names)}
@@ -415,7 +415,7 @@ def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> l
     missing = [name for label, name in enumerate(names) if label not in found]
     if not missing:
         return []
-    return [f"Part '{split}' has no image of {len(missing)} of {len(names)} classes: {first_few(missing)}."]
+    return [f"Split '{split}' has no image of {len(missing)} of {len(names)} classes: {first_few(missing)}."]
 
 
 def _check_labels(config: DataConfig, targets: list[int] | None, names: list[str] | None) -> None:
@@ -465,8 +465,8 @@ def _hold_out(config, dataset, targets, channels, names):
     again = create_split(
         config, config.train_split, channels, names
     )  # a second one, since each part has its own transform
-    train = _Part(dataset, [index for index in range(len(files)) if index not in held])
-    validation = _Part(again, sorted(held))
+    train = _Subset(dataset, [index for index in range(len(files)) if index not in held])
+    validation = _Subset(again, sorted(held))
     record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
     return train, validation, record
 
@@ -477,10 +477,12 @@ def _subsample(config, dataset, targets):
         raise UserError(
             f"--train-fraction cannot take a share of '{config.dataset}', whose images cannot be listed: leave it out."
         )
-    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, range(len(dataset)))
+    base, indices = (
+        (dataset.dataset, dataset.indices) if isinstance(dataset, _Subset) else (dataset, range(len(dataset)))
+    )
     files = file_names(base)
     left = stratified_holdout([files[index] for index in indices], targets, 1 - config.train_fraction, config.seed)
-    kept = _Part(base, [index for place, index in enumerate(indices) if place not in left])
+    kept = _Subset(base, [index for place, index in enumerate(indices) if place not in left])
     return kept, {files[indices[place]] for place in left}
 
 
@@ -490,7 +492,7 @@ def _can_be_listed(dataset, targets):
 
 def _content(dataset: Dataset) -> Content:
     """What a fingerprint is made of."""
-    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Part) else (dataset, None)
+    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Subset) else (dataset, None)
     arrays = [getattr(base, name, None) for name in ('images', 'data')]
     reader = getattr(base, 'reader', None)
     samples = getattr(reader, 'samples', None)

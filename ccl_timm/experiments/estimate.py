@@ -1,6 +1,5 @@
 """What a run will cost: a few of its real steps, timed."""
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ccl_timm.training.checks import check_config
+from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import evaluate
-from ccl_timm.training.settings import check_settings
-from ccl_timm.training.trainer import Run, build_run, train_step
+from ccl_timm.training.trainer import Trainer
 
 __all__ = ['Cost', 'time_run']
 
@@ -44,25 +44,26 @@ class Cost:
         return (self.start + self.epochs * self.training + self.validations * self.validation) / 3600
 
 
-def time_run(args: argparse.Namespace, sources: dict[str, str], folder: Path) -> Cost:
+def time_run(config: TrainConfig, folder: Path) -> Cost:
     """Time the first steps of a run, in training and in validation, with its real data; nothing is written.
 
     Args:
-        args: settings, as :func:`ccl_timm.training.options.resolve` returns them.
-        sources: where each is from.
+        config: the run's.
         folder: of the run.
 
     Raises:
         UserError: the run could not begin.
     """
     started = time.perf_counter()
-    check_settings(args)
-    run, _ = build_run(args, sources, folder)
+    check_config(config)
+    trainer = Trainer(config, folder)
     start = time.perf_counter() - started
-    run.task.get_trainable_module().train()
-    training = _whole(_train_steps(run), len(run.loader))
-    validation = _whole(_validation_steps(run), len(run.loader_eval)) if run.loader_eval is not None else 0.0
-    return Cost(start, training, validation, run.epochs, math.ceil(run.epochs / args.val_interval))
+    trainer.task.get_trainable_module().train()
+    training = _whole(_train_steps(trainer), len(trainer.loader))
+    validation = (
+        _whole(_validation_steps(trainer), len(trainer.loader_eval)) if trainer.loader_eval is not None else 0.0
+    )
+    return Cost(start, training, validation, trainer.epochs, math.ceil(trainer.epochs / config.val_interval))
 
 
 def _whole(ends: Iterator[float], steps: int) -> float:
@@ -73,17 +74,17 @@ def _whole(ends: Iterator[float], steps: int) -> float:
     return moments[warm] - moments[0] + (steps - warm) * a_step
 
 
-def _train_steps(run: Run) -> Iterator[float]:
-    for index, (images, target) in enumerate(islice(run.loader, _WARM + _STEPS)):
-        train_step(run, 0, index, images, target)
-        yield _now(run.device)
+def _train_steps(trainer: Trainer) -> Iterator[float]:
+    for index, (images, target) in enumerate(islice(trainer.loader, _WARM + _STEPS)):
+        trainer.train_step(0, index, images, target)
+        yield _now(trainer.device)
 
 
-def _validation_steps(run: Run) -> Iterator[float]:
-    model = run.task.get_eval_model()
-    for batch in islice(run.loader_eval, _WARM + _STEPS):
-        evaluate(model, [batch], run.device, run.autocast, run.memory_format)
-        yield _now(run.device)
+def _validation_steps(trainer: Trainer) -> Iterator[float]:
+    model = trainer.task.get_eval_model()
+    for batch in islice(trainer.loader_eval, _WARM + _STEPS):
+        evaluate(model, [batch], trainer.device, trainer.autocast, trainer.setup.memory_format)
+        yield _now(trainer.device)
 
 
 def _now(device: torch.device) -> float:

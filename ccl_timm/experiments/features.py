@@ -64,15 +64,20 @@ def _parser(prog: str) -> Parser:
 def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
     """For the training and the other part, what :func:`retrieval.extract_outputs` gives."""
     device = torch.device(evaluation.pick_device(args.device))
-    settings = evaluation.data_settings(args, trained.settings)
+    data = evaluation.data_config_of(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
-    splits = {'training': settings.train_split, 'test': settings.val_split}
+    splits = {'training': data.train_split, 'test': data.val_split}
     model, parts = trained.model.to(device), {}
     for part, split in splits.items():
         if not split:
             raise UserError('The run had no part to validate on: give --split NAME.')
         dataset = evaluation.open_for(
-            settings, split, config['input_size'][0], trained.class_names, training=part == 'training'
+            data,
+            split,
+            config['input_size'][0],
+            trained.class_names,
+            training=part == 'training',
+            named=args.split is not None,
         )
         evaluation.check_labels(dataset, trained)
         loader = evaluation.loader_of(dataset, config, device, args.workers)

@@ -24,6 +24,7 @@ from ccl_timm.experiments.statistics import (
 )
 from ccl_timm.experiments.tables import Row, Table, read_table
 from ccl_timm.training import run_dir
+from ccl_timm.training.config import diff_settings
 from ccl_timm.training.records import write_record
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
@@ -322,7 +323,7 @@ def show_differences(first: Path, second: Path) -> str:
     one, two = results.read_result(first), results.read_result(second)
     before, now = run_dir.read_environment(first), run_dir.read_environment(second)
     parts = {
-        'other settings, of those that change what is computed': run_dir.diff_settings(one.settings, two.settings),
+        'other settings, of those that change what is computed': diff_settings(one.settings, two.settings),
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
         'other versions': _changes(_versions(before), _versions(now)),
         'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),

@@ -18,7 +18,8 @@ from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
 from ccl_timm.experiments.statistics import show_figures, show_printed
 from ccl_timm.experiments.tables import Row, Table, run_name
-from ccl_timm.training import options, recipes, run_dir, settings
+from ccl_timm.training import checks, recipes, run_dir
+from ccl_timm.training.config import TrainConfig
 
 __all__ = ['Job', 'Plan', 'add_common', 'run_plan', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
 
@@ -38,19 +39,19 @@ class Job:
     folder: Path
 
     @functools.cached_property
-    def resolved(self) -> tuple[argparse.Namespace, dict[str, str]]:
-        """Its settings, and where each is from."""
-        return options.resolve(list(self.words), 'ccl-timm train')
+    def config(self) -> TrainConfig:
+        """Its configuration."""
+        return TrainConfig.resolve(list(self.words), 'ccl-timm train')
 
     @property
     def epochs(self) -> int:
         """Epochs that it has when it is done."""
-        return run_dir.planned_epochs(vars(self.resolved[0]))
+        return self.config.planned_epochs
 
     def top1(self) -> list[float]:
         """Top-1 in % on the validation part after each epoch that it was measured in; of the last if it is done."""
         rows = run_dir.complete_rows(self.folder)
-        done = run_dir.is_done(rows, vars(self.resolved[0]))
+        done = run_dir.is_done(rows, self.config.settings())
         return [row['eval_top1'] for row in rows if 'eval_top1' in row] if done else []
 
     def done(self) -> bool:
@@ -62,7 +63,7 @@ class Job:
         if not run_dir.is_run_dir(self.folder):
             return False
         try:
-            run_dir.check_same_settings(self.resolved[0], self.folder)
+            run_dir.check_same_settings(self.config, self.folder)
         except UserError as error:
             raise UserError(f'{str(error).partition(": give")[0]}: give another --output.') from error
         return bool(self.top1())
@@ -183,16 +184,16 @@ def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]
 
 
 def _check(job: Job, needs_data: bool) -> None:
-    args = job.resolved[0]
-    settings.check_settings(args)
-    settings.check_fit(args)
-    scheme = args.dataset.partition('/')[0]
-    if not needs_data or args.dataset == 'digits' or scheme in ('hfds', 'hfids', 'tfds', 'wds'):
+    config = job.config
+    checks.check_config(config)
+    checks.check_fit(config)
+    scheme = config.dataset.partition('/')[0]
+    if not needs_data or config.dataset == 'digits' or scheme in ('hfds', 'hfids', 'tfds', 'wds'):
         return
-    if not args.data_dir:
+    if not config.data_dir:
         raise UserError(f'{_label(job.row)} needs its data: give --data-dir DIR.')
-    if not os.path.isdir(args.data_dir) and not args.dataset_download:
-        raise UserError(f"There is no data folder '{args.data_dir}': give an existing one with --data-dir.")
+    if not os.path.isdir(config.data_dir) and not config.dataset_download:
+        raise UserError(f"There is no data folder '{config.data_dir}': give an existing one with --data-dir.")
 
 
 def _label(row: Row) -> str:
@@ -252,8 +253,8 @@ def _result(plan: Plan) -> str:
     rows = []
     for row, jobs in plan.jobs.items():
         values = figures(jobs)
-        theirs = options.resolve(list(row.words))[0].epochs
-        images = show_share(jobs[0].resolved[0].train_fraction) or 'all'
+        theirs = TrainConfig.resolve(list(row.words)).epochs
+        images = show_share(jobs[0].config.train_fraction) or 'all'
         ours = (show_figures(values), str(len(values)), str(jobs[0].epochs), images)
         rows.append((_label(row), *ours, show_printed(row.paper), str(theirs)))
     header = ('row', 'ours, top-1 %', 'seeds', 'epochs', 'images', "the paper's", "the recipe's epochs")
@@ -275,13 +276,12 @@ def _estimate(plan: Plan) -> bool:
     from ccl_timm.experiments.estimate import time_run
 
     started = time.perf_counter()
-    subprocess.run([sys.executable, '-c', 'import ccl_timm.training.trainer'], check=True)
+    subprocess.run([sys.executable, '-c', 'import ccl_timm.training.train'], check=True)
     outset = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
     rows, total, failed = [], 0.0, False
     for row, jobs in plan.jobs.items():
-        args, sources = jobs[0].resolved
         try:
-            cost = time_run(argparse.Namespace(**vars(args)), dict(sources), jobs[0].folder)
+            cost = time_run(jobs[0].config, jobs[0].folder)
         except UserError as error:
             log_warning(f'{_label(row)} failed: {error}')
             failed = True

@@ -13,8 +13,8 @@ from ccl_timm.console import log_warning
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.tables import Row, Table, run_name, tables_of
-from ccl_timm.training import options, parts, run_dir
-from ccl_timm.training.run_dir import diff_settings
+from ccl_timm.training import parts, run_dir
+from ccl_timm.training.config import TrainConfig, diff_settings
 
 __all__ = [
     'Group',
@@ -29,20 +29,13 @@ __all__ = [
     'distinguishing_settings',
 ]
 
-# what may differ between runs that stand behind one figure
-_FREE_IN_GROUP = {'dataset_download', 'seed'}
-# what may differ between a run and the row of a paper's table that it is of: where the data lies, how fast it is gone
-# through, and for how long, which the report tells
-_FREE_IN_TABLE = _FREE_IN_GROUP | {
-    'amp', 'amp_dtype', 'channels_last', 'cooldown_epochs', 'data_dir', 'decay_epochs', 'decay_milestones',
-    'deterministic', 'epochs', 'eval_metric', 'grad_checkpointing', 'in_memory', 'lr_batch',
-    'memory_format', 'opt', 'opt_kwargs', 'pretrained_path', 'torchcompile', 'torchcompile_mode', 'train_fraction',
-    'val_interval', 'validation_batch_size', 'warmup_epochs',
-}  # fmt: skip
+# what may differ between runs of one group, between a run and its row in a paper's table (where the data lies, how fast
+# and how long it is trained), and between a run and the cross-entropy run that it is tested against
+_FREE_IN_GROUP = {*TrainConfig.names(varies='seed')}
+_FREE_IN_TABLE = {*_FREE_IN_GROUP, *TrainConfig.names(varies='budget')}
+_FREE_IN_BASELINE = {*_FREE_IN_GROUP, *TrainConfig.names(varies='method')}
 # of these, what the report always shows where a run has another value than its row
 _SHOWN_IN_TABLE = ('opt', 'opt_kwargs')
-# what may differ between a run and the cross-entropy run that it is tested against
-_FREE_IN_BASELINE = _FREE_IN_GROUP | {'loss', 'loss_kwargs', 'model', 'model_kwargs'}
 _NAMED = 5  # runs that a table has no row for: what they differ in
 
 
@@ -294,7 +287,7 @@ def rows_of(settings: dict[str, Any], recipe: str | None) -> list[tuple[Table, R
 
 
 def _wanted(row: Row) -> dict[str, Any]:
-    return _effective(vars(options.resolve(list(row.words))[0]))
+    return _effective(TrainConfig.resolve(list(row.words)).settings())
 
 
 def _against_row(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:

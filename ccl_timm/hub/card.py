@@ -21,6 +21,7 @@ from ccl_timm.heads import HeadOutputs
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.models.hub_errors import check_repository_name
 from ccl_timm.training import parts, run_dir
+from ccl_timm.training.config import TrainConfig, diff_settings
 from ccl_timm.training.origin import origin_of_settings
 from ccl_timm.training.recipes import resource_dir
 from ccl_timm.training.records import without_private
@@ -37,7 +38,7 @@ _CHOSEN = (
 )
 _NOT_CHOSEN = 'The checkpoint was not chosen among epochs by its accuracy.'
 # what may differ between a run and the cross-entropy baseline of its recipe
-_FREE_IN_BASELINE = {'data_dir', 'device_modules', 'loss', 'loss_kwargs', 'model', 'model_kwargs', 'seed'}
+_FREE_IN_BASELINE = {'data_dir', *TrainConfig.names(varies='seed'), *TrainConfig.names(varies='method')}
 
 # torchvision's data sets that consist of a training and a test set: their name, and their repository on the Hub
 _OFFICIAL = {
@@ -295,7 +296,7 @@ def _baseline_figure(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
     other = without_private(run_dir.read_args(folder))
     if _loss(other) != 'ce':
         raise UserError(f"The baseline '{folder}' was trained with '{_loss(other)}': name a run with --loss ce.")
-    changed = run_dir.diff_settings(_compared(other), _compared(settings), free=_FREE_IN_BASELINE)
+    changed = diff_settings(_compared(other), _compared(settings), ignore=_FREE_IN_BASELINE)
     if changed:
         raise UserError(f"The baseline '{folder}' is of another recipe: {', '.join(changed[:3])}.")
     best = run_dir.best_row(run_dir.read_summary(folder), other.get('eval_metric', 'top1'))

@@ -18,13 +18,14 @@ from ccl_timm.console import Progress, log_info, log_warning
 from ccl_timm.console.arguments import COUNT, WORKERS, Parser
 from ccl_timm.console.escape import csv_text
 from ccl_timm.data import datasets
+from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 from ccl_timm.training import parts, retrieval, run_dir
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.interrupts import WholeBatches
 
-__all__ = ['Evaluation', 'check_labels', 'data_settings', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
+__all__ = ['Evaluation', 'check_labels', 'data_config_of', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
 
 @dataclass
@@ -132,9 +133,9 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
     if args.record:
         _check_record(args, trained)
-    settings = data_settings(args, trained.settings)
+    data = data_config_of(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
-    dataset = open_for(settings, settings.val_split, config['input_size'][0], trained.class_names)
+    dataset = open_for(data, data.val_split, config['input_size'][0], trained.class_names, named=args.split is not None)
     check_labels(dataset, trained)
     loader = loader_of(dataset, config, device, args.workers)
     model = trained.model.to(device)
@@ -147,7 +148,7 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     if found.unreadable:
         log_warning(f'{found.unreadable} images could not be read, and are in none of these figures')
     if args.recall or args.knn:
-        metrics |= _neighbours(args, settings, trained, loader, config)
+        metrics |= _neighbours(args, data, trained, loader, config)
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
     _write_tables(args, found, names)
     result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
@@ -163,14 +164,14 @@ def loader_of(dataset: Any, config: dict[str, Any], device: torch.device, worker
     return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
 
 
-def _neighbours(args, settings, trained, loader, config) -> dict[str, float]:
+def _neighbours(args, data, trained, loader, config) -> dict[str, float]:
     """What features alone tell: ``recall_at_1`` within the part, ``knn`` by the training part's images."""
     features, labels = retrieval.extract_features(trained.model, loader)
     found = {}
     if args.recall:
         found['recall_at_1'] = retrieval.recall_at_1(features, labels)
     if args.knn:
-        known = open_for(settings, settings.train_split, config['input_size'][0], trained.class_names, training=True)
+        known = open_for(data, data.train_split, config['input_size'][0], trained.class_names, training=True)
         known_loader = loader_of(known, config, features.device, args.workers)
         known_features = retrieval.extract_features(trained.model, known_loader, 'features of the training part')
         found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
@@ -244,41 +245,46 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def data_settings(args: argparse.Namespace, settings: dict[str, Any]) -> argparse.Namespace:
-    """The run's data settings, overridden by what was typed."""
-    defaults = {'data_dir': None, 'dataset': '', 'val_split': 'validation', 'train_split': 'train', 'seed': 42}
-    defaults |= {'train_fraction': None, 'val_fraction': None, 'dataset_download': False, 'class_map': ''}
-    defaults |= dict.fromkeys(('class_names', 'num_classes', 'input_img_mode', 'input_key', 'target_key'))
-    settings = {**defaults, **{key: settings[key] for key in defaults if key in settings}}
+def data_config_of(args: argparse.Namespace, settings: dict[str, Any]) -> DataConfig:
+    """A run's data, or the data that the command line names instead."""
+    settings = {**settings, 'batch_size': args.batch_size}
     if args.data_dir is not None:
         settings |= {'data_dir': args.data_dir, 'dataset': args.dataset or '', 'train_fraction': None}
     elif args.dataset is not None:
         settings |= {'dataset': args.dataset, 'train_fraction': None}
     if args.data_dir is not None or args.dataset is not None:
-        settings |= {'val_split': settings['val_split'] or 'validation', 'val_fraction': None}
-    settings['val_split'] = args.split or settings['val_split']
-    if settings['data_dir'] is None and not settings['dataset']:
+        settings |= {'val_split': settings.get('val_split') or 'validation', 'val_fraction': None}
+    if args.split:
+        settings['val_split'] = args.split
+    config = DataConfig.of(settings)
+    if config.data_dir is None and not config.dataset:
         raise UserError('No data to evaluate on: give --data-dir or --dataset.')
-    return argparse.Namespace(**settings, batch_size=args.batch_size, needs_part=args.split is not None)
+    return config
 
 
 def open_for(
-    settings: argparse.Namespace, split: str, channels: int, class_names: list[str] | None, training: bool = False
+    config: DataConfig,
+    split: str,
+    channels: int,
+    class_names: list[str] | None,
+    training: bool = False,
+    named: bool = False,
 ) -> Any:
-    """A part of the data as :func:`data_settings` tell; of one that a run divided, the share that it used.
+    """A split of a run's data; of a training split that the run divided, the share that it used.
 
     Args:
-        settings: where the data is.
-        split: name of the part.
+        config: where the data is.
+        split: its name.
         channels: of the images.
         class_names: of the model; None if unknown.
-        training: of a training part divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
-            one divided by ``val_fraction``, the share held out, unless a part was named.
+        training: of a training split divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
+            one divided by ``val_fraction``, the share held out, unless the split was named.
+        named: the split was named on the command line.
     """
-    divided = settings.val_fraction is not None and (training or not settings.needs_part)
-    if not divided and not (training and settings.train_fraction):
-        return datasets.create_split(settings, split, channels, class_names, settings.needs_part)
-    splits = datasets.create_splits(settings, channels)
+    divided = config.val_fraction is not None and (training or not named)
+    if not divided and not (training and config.train_fraction):
+        return datasets.create_split(config, split, channels, class_names, named)
+    splits = datasets.create_splits(config, channels)
     return splits.train if training else splits.validation
 
 

@@ -1,6 +1,5 @@
 """A run's folder: where it lies, what it may not overwrite, what it can go on from, and what it was made with."""
 
-import argparse
 import csv
 import io
 import json
@@ -11,7 +10,7 @@ import shlex
 import subprocess
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ccl_timm.console.escape import csv_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
 from ccl_timm.training import recipes
+from ccl_timm.training.config import TrainConfig, diff_settings
 from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.yaml_files import dump_yaml, read_yaml
 
@@ -39,7 +39,6 @@ __all__ = [
     'checkpoint_of',
     'restore_saver',
     'create_folder',
-    'diff_settings',
     'environment',
     'folder_of',
     'is_done',
@@ -55,22 +54,13 @@ __all__ = [
     'atomic_write',
 ]
 
-# settings that may differ between a run and its continuation without changing what is computed
-_FREE = {
-    'checkpoint_hist', 'class_names', 'config', 'device', 'device_modules', 'experiment', 'log_interval', 'log_wandb',
-    'no_resume_opt', 'num_classes', 'output', 'patience', 'pin_mem', 'resume', 'tracker', 'wandb_project',
-    'wandb_resume_id', 'wandb_tags', 'workers',
-}  # fmt: skip
 
-
-def resolve_run_dir(
-    args: argparse.Namespace, sources: dict[str, str], name: str, lock: FolderLock
-) -> tuple[Path, Path | None]:
+def resolve_run_dir(config: TrainConfig, name: str, lock: FolderLock) -> tuple[Path, Path | None]:
     """Choose the run's folder and the checkpoint to go on from; creates nothing.
 
     Args:
-        args: settings; ``output``, ``experiment``, ``resume`` are read.
-        sources: where each setting is from: an experiment's name that only a recipe has gets a number when it is taken.
+        config: ``output``, ``experiment`` and ``resume`` count. The name of an experiment that only a recipe has gets
+            a number when it is taken.
         name: default name of the folder, after a time stamp.
         lock: locks the folder if the run in it goes on.
 
@@ -81,33 +71,33 @@ def resolve_run_dir(
         UserError: the folder holds a run already, or one of other settings, in use or damaged, or there is nothing to
             go on from.
     """
-    if args.resume == 'auto' and not args.experiment:
+    if config.resume == 'auto' and not config.experiment:
         raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
-    folder = _named_folder(args, name)
+    folder = _named_folder(config, name)
     checkpoint = None
-    if args.resume and args.resume != 'auto':
-        checkpoint = Path(args.resume)
+    if config.resume and config.resume != 'auto':
+        checkpoint = Path(config.resume)
         read_checkpoint(checkpoint)
         check_intact(checkpoint)
     if not is_run_dir(folder):
         return folder, checkpoint
-    if checkpoint and args.experiment and checkpoint.resolve().parent != folder.resolve():
+    if checkpoint and config.experiment and checkpoint.resolve().parent != folder.resolve():
         raise UserError(f"'{folder}' holds another run than '{checkpoint}' is of: give another --experiment.")
-    if args.experiment and args.resume:
+    if config.experiment and config.resume:
         _lock(lock, folder)
-        check_same_settings(args, folder)
+        check_same_settings(config, folder)
         read_summary(folder)  # a damaged one is said before anything is written
         return folder, checkpoint or newest_checkpoint(folder)
-    if is_named(args, sources):
+    if is_named(config):
         raise UserError(
             f"'{folder}' already holds a run: give --resume auto to go on with it, or another --experiment."
         )
     return _free_folder(folder), checkpoint
 
 
-def _named_folder(args: argparse.Namespace, name: str) -> Path:
-    experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
-    output = args.output or os.path.join('output', 'train')
+def _named_folder(config: TrainConfig, name: str) -> Path:
+    experiment = config.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'
+    output = config.output or os.path.join('output', 'train')
     if Path(experiment).is_absolute() or {'..', '.'} & set(experiment.split(os.sep)) or '\0' in experiment + output:
         raise UserError(
             f'--experiment {experiment!r} must be a name of a folder below --output, such as resnet18-cc: '
@@ -116,9 +106,9 @@ def _named_folder(args: argparse.Namespace, name: str) -> Path:
     return Path(output, experiment)
 
 
-def is_named(args: argparse.Namespace, sources: dict[str, str]) -> bool:
+def is_named(config: TrainConfig) -> bool:
     """Whether the run must lie in the folder of its name, and in no other with a number added."""
-    return bool(args.experiment) and (args.resume == 'auto' or sources.get('experiment') == 'typed')
+    return bool(config.experiment) and (config.resume == 'auto' or config.source('experiment') == 'cli')
 
 
 def _lock(lock: FolderLock, folder: Path) -> None:
@@ -142,34 +132,14 @@ def _free_folder(folder: Path) -> Path:
     return free
 
 
-def check_same_settings(args: argparse.Namespace, folder: Path) -> None:
+def check_same_settings(config: TrainConfig, folder: Path) -> None:
     """Raise a UserError unless a run's folder was made with these settings, as far as they change what is computed."""
-    changed = diff_settings({'train_fraction': None, **read_args(folder)}, vars(args))
+    changed = diff_settings({'train_fraction': None, **read_args(folder)}, config.settings())
     if changed:
         raise UserError(
             f"'{folder}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to go on "
             'with it, or another --experiment.'
         )
-
-
-def diff_settings(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()) -> list[str]:
-    """Settings that both runs have and that change what is computed, in words, where they differ.
-
-    Args:
-        before: settings of one run.
-        now: of the other.
-        free: settings that may differ, beside those that compute the same.
-    """
-    changed = [
-        key
-        for key in now
-        if key in before and key not in _FREE and key not in free and _plain(before[key]) != _plain(now[key])
-    ]
-    return [f'{key} was {before[key]!r}, is {now[key]!r}' for key in changed]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

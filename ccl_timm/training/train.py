@@ -98,9 +98,7 @@ def _explained(config: TrainConfig, folder: Path) -> Iterator[None]:
 
 def _reason(error: OSError | RuntimeError, config: TrainConfig, folder: Path) -> str | None:
     text = str(error)
-    remedy = (
-        f'--resume auto resumes from those in {folder}' if config.experiment else f'checkpoints: {folder}'
-    )
+    remedy = f'--resume auto resumes from those in {folder}' if config.experiment else f'checkpoints: {folder}'
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
             f'Out of memory on {config.device} with batches of {config.batch_size}: give --batch-size '

@@ -21,11 +21,11 @@ from timm.utils import (
     NativeScaler,
     dispatch_clip_grad,
     distribute_bn,
-    init_distributed_device_so,
     random_seed,
     reduce_tensor,
     update_summary,
 )
+from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
 from ccl_timm.console import Progress, log_info
@@ -194,7 +194,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             model=self.task.get_trainable_module(),
             optimizer=self.optimizer,
-            args=self.config.view(**self.setup.recorded(self.config), lr=self.setup.lr),
+            args=self.config.view(**{**self.setup.recorded(self.config), 'lr': self.setup.lr}),
             amp_scaler=self.scaler,
             checkpoint_dir=str(self.folder),
             recovery_dir=str(self.folder),
