@@ -19,7 +19,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from ccl_timm.console import Progress, table
 from ccl_timm.console.arguments import Parser, integer
 from ccl_timm.console.escape import terminal_text
-from ccl_timm.data.datasets import PARTS
+from ccl_timm.data.datasets import SPLITS
 from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails, valid_text
 from ccl_timm.errors import UserError
 
@@ -109,7 +109,7 @@ def check_folder(folder: str | os.PathLike) -> Report:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
-    parts = {name: root / name for name in PARTS if (root / name).is_dir()} or {'': root}
+    parts = {name: root / name for name in SPLITS if (root / name).is_dir()} or {'': root}
     listing = _Listing()
     for part, place in parts.items():
         _list(root, part, place, listing)

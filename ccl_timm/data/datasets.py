@@ -1,4 +1,4 @@
-"""Data sets for the scripts: embedded digits, one numbering of classes for all parts, a held-out share."""
+"""Data sets for the scripts: embedded digits, one numbering of classes for all splits, a held-out share."""
 
 import functools
 import importlib.util
@@ -31,7 +31,7 @@ from ccl_timm.data.fingerprint import Content, fingerprint
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = [
-    'PARTS',
+    'SPLITS',
     'Digits',
     'ImageFiles',
     'Replacing',
@@ -44,8 +44,8 @@ __all__ = [
     'targets_of',
 ]
 
-# folders that are parts of a data set rather than classes
-PARTS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+# folders that are splits of a data set rather than classes
+SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 _SCHEMES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # of timm, in front of the slash
 
 
@@ -67,7 +67,7 @@ class Digits(Dataset):
         for label in range(10):
             position[data.target == label] = np.arange((data.target == label).sum())
         if split not in ('train', 'validation'):
-            raise UserError(f"The digits have the parts 'train' and 'validation', not '{split}'.")
+            raise UserError(f"The digits have the splits 'train' and 'validation', not '{split}'.")
         chosen = (position % 5 == 4) == (split == 'validation')
         self.images = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), 0..255
         self.targets = data.target[chosen].tolist()
@@ -163,11 +163,11 @@ class Splits:
     """What a run trains and validates on.
 
     Attributes:
-        train: training part.
-        validation: validation part; None for none.
+        train: training split.
+        validation: validation split; None for none.
         class_names: names in the order of their numbers; None if the data set does not tell.
         counts: training images of each class; None if the data set does not tell.
-        held_out: with a held-out share, for each image of the training folder its name and part.
+        held_out: with a held-out share, for each image of the training folder its name and split.
         notes: sentences that the user should read.
     """
 
@@ -180,15 +180,15 @@ class Splits:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this data from other data: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
+        """Identifies this data: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
         return fingerprint(*(own and _content(own) for own in (self.train, self.validation)))
 
 
 def create_splits(config: DataConfig, channels: int) -> Splits:
-    """Open the training and validation part that the settings name, with the training part's numbering of classes.
+    """Open the training and the validation split that the settings name, with the training split's numbering of classes.
 
     Raises:
-        UserError: there is no such data, no image in it, no validation part, or a class that training lacks.
+        UserError: there is no such data, no image in it, no validation split, or a class that training lacks.
     """
     names = _class_names_from(config)
     train = create_split(config, config.train_split, channels, names)
@@ -199,12 +199,12 @@ def create_splits(config: DataConfig, channels: int) -> Splits:
         train, validation, held_out = _hold_out(config, train, targets, channels, train_names)
         targets = targets_of(train)
     elif config.val_split:
-        validation = create_split(config, config.val_split, channels, train_names, needs_part=True)
+        validation = create_split(config, config.val_split, channels, train_names, must_exist=True)
         notes += _missing_classes(config.val_split, validation, train_names)
     if config.train_fraction is not None:
         train, left = _subsample(config, train, targets)
         targets = targets_of(train)
-        held_out = [(name, 'unused' if name in left else part) for name, part in held_out] if held_out else None
+        held_out = [(name, 'unused' if name in left else split) for name, split in held_out] if held_out else None
     _check_labels(config, targets, train_names)
     counts = None
     if targets is not None:
@@ -214,16 +214,16 @@ def create_splits(config: DataConfig, channels: int) -> Splits:
 
 
 def create_split(
-    config: DataConfig, split: str, channels: int, names: list[str] | None, needs_part: bool = False
+    config: DataConfig, split: str, channels: int, names: list[str] | None, must_exist: bool = False
 ) -> Dataset:
-    """Open one part of the data.
+    """Open one split of the data.
 
     Args:
         config: which data.
-        split: name of the part.
+        split: name of the split.
         channels: of the images.
-        names: class names in the order of their numbers, which the part is given too; None for its own.
-        needs_part: a folder must have a folder of that name; else one without any parts is taken as a whole.
+        names: class names in the order of their numbers, which the split gets, too; None for its own.
+        must_exist: a folder must have a folder of that name; else one without any splits is taken as a whole.
 
     Raises:
         UserError: it cannot be had, holds no image, or has a class that is not among the names.
@@ -234,7 +234,7 @@ def create_split(
     _check_name(config.dataset)
     if is_folder(config.dataset):
         _check_is_folder(config.data_dir)
-    _check_has_part(config, split, needs_part)
+    _check_has_split(config, split, must_exist)
     _check_has_package(config)
     try:
         dataset = _create(config, split, mode)
@@ -251,7 +251,7 @@ def create_split(
 
 
 def _create(config: DataConfig, split: str, mode: str) -> Dataset:
-    """A part of the data, whose files are all read by :class:`ImageFiles`."""
+    """A split of the data, whose files are all read by :class:`ImageFiles`."""
     of_torchvision = (config.dataset or '').lower() in ('torch/folder', 'torch/image_folder')
     if of_torchvision or is_folder(config.dataset):
         root = _search_split(config.data_dir, split)
@@ -305,7 +305,7 @@ def is_folder(dataset: str | None) -> bool:
 
 def _class_names_from(config: DataConfig) -> list[str] | None:
     if config.class_names and config.class_map:
-        raise UserError('--class-names and --class-map say the same thing: give one of them.')
+        raise UserError('--class-names and --class-map mean the same: give one of them.')
     if not config.class_map:
         return list(config.class_names) if config.class_names else None
     path = Path(config.class_map)
@@ -345,39 +345,39 @@ def file_names(dataset: Dataset) -> list[str]:
     return [f'{index:09d}' for index in range(len(dataset))]
 
 
-def _column_of_labels(reader: Any, part: str) -> list[int]:
-    """Labels of a part of a data set of the Hub, in its order, once columns and values are what training can use."""
+def _column_of_labels(reader: Any, where: str) -> list[int]:
+    """Labels of a split of a data set of the Hub, in its order, once columns and values are what training can use."""
     columns = [name for name in reader.dataset.column_names if name != reader.image_key]
     try:
         labels = list(reader.iter_targets())
     except KeyError as error:
         raise UserError(
-            f"{part} has no column '{reader.label_key}' of labels: name one with --target-key ({', '.join(columns)})."
+            f"{where} has no column '{reader.label_key}' of labels: name one with --target-key ({', '.join(columns)})."
         ) from error
     if not labels:
-        raise UserError(f'{part} holds no image.')
+        raise UserError(f'{where} holds no image.')
     if reader.dataset[0][reader.image_key] is None:  # timm's reader makes up a column that is not there
         raise UserError(
-            f"{part} has no column '{reader.image_key}' of images: name one with --input-key ({', '.join(columns)})."
+            f"{where} has no column '{reader.image_key}' of images: name one with --input-key ({', '.join(columns)})."
         )
     wrong = [label for label in labels if not isinstance(label, int) or label < 0]
     if wrong:
         raise UserError(
-            f"{part} has the label {wrong[0]!r} in its column '{reader.label_key}', which is not the number of a "
-            'class: name a labelled part, or another column with --target-key.'
+            f"{where} has the label {wrong[0]!r} in its column '{reader.label_key}', which is not the number of a "
+            'class: name a labelled split, or another column with --target-key.'
         )
     return labels
 
 
-def _check_has_part(config: DataConfig, split: str, needs_part: bool) -> None:
-    """timm takes the whole folder where it finds no part of that name, the other parts included."""
+def _check_has_split(config: DataConfig, split: str, must_exist: bool) -> None:
+    """timm takes the whole folder where it finds no split of that name, the other splits included."""
     root = config.data_dir
     if not is_folder(config.dataset) or not os.path.isdir(root):
         return
     if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
         return
-    others = [name for name in PARTS if os.path.isdir(os.path.join(root, name))]
-    if needs_part or others:
+    others = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
+    if must_exist or others:
         has = f' (it has {", ".join(others)})' if others else ''
         raise UserError(
             f"'{root}' has no split '{split}'{has}: add such a folder, or name another with --train-split, --val-split "
@@ -387,7 +387,7 @@ def _check_has_part(config: DataConfig, split: str, needs_part: bool) -> None:
 
 
 def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
-    """Give a part's classes the numbers that they have in ``names``, in place."""
+    """Give a split's classes the numbers that they have in ``names``, in place."""
     own = _names(dataset)
     if own is None or own == names:
         return
@@ -400,9 +400,7 @@ def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
     number = {label: names.index(name) for label, name in enumerate(own)}
     holder = getattr(dataset, 'reader', dataset)
     if not hasattr(holder, 'samples'):
-        raise UserError(
-            f"Split '{split}' numbers its classes in another way than training, which cannot be mended here."
-        )
+        raise UserError(f"Split '{split}' numbers its classes differently from training, which cannot be fixed here.")
     holder.samples = [(image, number[target]) for image, target in holder.samples]
     holder.class_to_idx = {name: label for label, name in enumerate(names)}
 
@@ -455,7 +453,7 @@ def stratified_holdout(files: list[str], targets: list[int], fraction: float, se
 
 
 def _hold_out(config, dataset, targets, channels, names):
-    """Open the training part a second time and divide the two by a held-out share."""
+    """Open the training split a second time and divide the two by a held-out share."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
             f"--val-fraction cannot split '{config.dataset}', whose images cannot be listed: use --val-split."
@@ -464,7 +462,7 @@ def _hold_out(config, dataset, targets, channels, names):
     held = stratified_holdout(files, targets, config.val_fraction, config.seed)
     again = create_split(
         config, config.train_split, channels, names
-    )  # a second one, since each part has its own transform
+    )  # a second one, since each split has its own transform
     train = _Subset(dataset, [index for index in range(len(files)) if index not in held])
     validation = _Subset(again, sorted(held))
     record = sorted((name, 'validation' if index in held else 'train') for index, name in enumerate(files))
@@ -472,7 +470,7 @@ def _hold_out(config, dataset, targets, channels, names):
 
 
 def _subsample(config, dataset, targets):
-    """A share of each class of the training part, in its order, and the names of those left out; seeded."""
+    """A share of each class of the training split, in its order, and the names of those left out; seeded."""
     if not _can_be_listed(dataset, targets):
         raise UserError(
             f"--train-fraction cannot take a share of '{config.dataset}', whose images cannot be listed: leave it out."

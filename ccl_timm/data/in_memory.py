@@ -62,7 +62,7 @@ class Augment:
     Args:
         images: (N, C, H, W) uint8.
         size: height and width of what comes out.
-        pad_crop: zero-pad by so many pixels, and crop at random.
+        pad_crop: zero-pad by this many pixels, and crop at random.
         scale: without pad_crop: range of the share of the image's area that a random resized crop takes; None for
             the images as they are.
         ratio: range of that crop's ratio of width to height.

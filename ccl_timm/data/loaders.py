@@ -24,7 +24,7 @@ from ccl_timm.ops import rank, world_size
 __all__ = ['create_loader', 'evaluation_loader', 'make_loaders']
 
 _SMALL = 2**30  # bytes: data sets of up to this size go to memory by themselves
-_MARGIN = 1.15  # large photos are kept at so many times the input size, which leaves room for random crops
+_MARGIN = 1.15  # large photos are kept at this multiple of the input size, which leaves room for random crops
 
 
 def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):
@@ -33,7 +33,7 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
     Args:
         dataset: as timm's; the other arguments too.
         *args: likewise.
-        pad_crop: > 0: in training, zero-pad by so many pixels and crop at random, as both papers do, in the place of
+        pad_crop: > 0: in training, zero-pad by this many pixels and crop at random, as both papers do, in the place of
             timm's random resized crop.
         make: what to call in the place of timm's.
         **kwargs: likewise.
@@ -58,7 +58,7 @@ def make_loaders(
     """Loaders of the training and the validation split (None without one).
 
     Raises:
-        UserError: the training part is smaller than a batch, or cannot be held in memory though ``--in-memory on``.
+        UserError: the training split is smaller than a batch, or cannot be held in memory though ``--in-memory on``.
     """
     _check_channels(splits.train, data_config['input_size'][0])
     _check_sizes(config, min(data_config['input_size'][-2:]))
@@ -68,7 +68,7 @@ def make_loaders(
         loader = _file_loader(config, num_classes, device, data_config, splits.train)
     if len(loader) == 0:
         raise UserError(
-            f'The training part has {len(splits.train)} images, fewer than a batch of {config.batch_size} '
+            f'The training split has {len(splits.train)} images, fewer than a batch of {config.batch_size} '
             f'(x {world_size()} processes): give a smaller --batch-size.'
         )
     if splits.validation is None:
@@ -98,7 +98,7 @@ def evaluation_loader(
     """A loader of images in their order, preprocessed as timm does it; of an unreadable image the label is -1.
 
     Args:
-        dataset: the part of the data.
+        dataset: the split.
         preprocessing: ``batch_size`` and timm's ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``crop_mode``.
         device: where batches are wanted.

@@ -158,7 +158,7 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"There is no folder '{source}'.")
-    parts = [name for name in datasets.PARTS if (root / name).is_dir()]
+    parts = [name for name in datasets.SPLITS if (root / name).is_dir()]
     if parts:
         raise UserError(
             f"'{source}' has parts ({', '.join(parts)}): name the one to split, such as '{root / parts[0]}'."

@@ -1,4 +1,4 @@
-"""Convolutions of small images without the part of the kernel that only meets padding.
+"""Convolutions of small images without the kernel taps that only see padding.
 
 Deep stages of a network that was drawn for 224 px see one place of a 28 px image, and eight ninths of a 3 x 3 kernel
 over one place are multiplied by padding's zeros. Libraries compute them all the same, and slowly.
@@ -32,7 +32,7 @@ def crop_kernels(model: nn.Module) -> int:
         model: any; plain ``nn.Conv2d`` with zero padding and no dilation are taken, subclasses are not.
 
     Returns:
-        The number of convolutions that can be cropped; whether one is, its input's size tells.
+        The number of convolutions that can be cropped; whether one is depends on the size of its input.
     """
     cropped = [m for m in model.modules() if type(m) is nn.Conv2d and _can_be_cropped(m)]
     for convolution in cropped:

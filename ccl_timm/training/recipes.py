@@ -1,6 +1,5 @@
 """Recipes: flat YAML files of the training script's settings. Finding, reading and checking them."""
 
-import argparse
 import fnmatch
 import shlex
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ __all__ = [
     'AUTOLOAD',
     'DESCRIPTIVE',
     'check_modules',
-    'check_value',
     'describe',
     'find_recipe',
     'list_recipes',
@@ -144,44 +142,3 @@ def _options(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         example = {'loss_options': '{arcface: {scale: 16}}', 'model_options': "{'*_pedcc': {feature_dim: 256}}"}[name]
         raise UserError(f"A recipe's {name} are a mapping of names to options: {example}.")
     return options
-
-
-def check_value(action: argparse.Action, default: Any, value: Any, path: Path) -> Any:
-    """Return a recipe's value in the type of its flag.
-
-    Raises:
-        UserError: the value does not fit the flag.
-    """
-    try:
-        return _converted(action, default, value)
-    except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-        raise UserError(f"Recipe {path}: '{action.dest}: {value}' does not fit: {error}.") from error
-
-
-def _converted(action: argparse.Action, default: Any, value: Any) -> Any:
-    if value is None:
-        if default is None or default == '':
-            return default
-        raise ValueError('it needs a value')
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError('it is true or false')
-        return value
-    if isinstance(default, dict):
-        if not isinstance(value, dict):
-            raise ValueError('it is a mapping of names to values')
-        return value
-    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
-        if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-            raise ValueError(f'it is a list{f" of {action.nargs}" if isinstance(action.nargs, int) else ""}')
-        return [_scalar(action, item) for item in value]
-    return _scalar(action, value)
-
-
-def _scalar(action: argparse.Action, value: Any) -> Any:
-    if isinstance(value, (bool, list, dict)):
-        raise ValueError('it is a number' if action.type else 'it is a word')
-    value = (action.type or str)(value)
-    if action.choices and value not in action.choices:
-        raise ValueError(f'it is one of {", ".join(map(repr, action.choices))}')
-    return value

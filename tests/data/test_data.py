@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from ccl_timm.training.options import resolve
 from PIL import Image
 
 from ccl_timm import UserError
 from ccl_timm.data import datasets, loaders, prepare
-from ccl_timm.training.options import resolve
 
 from ..conftest import write_folder
 
@@ -53,14 +53,14 @@ def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
     splits = create_splits('--data-dir', root)
     assert splits.class_names == ['ant', 'bee', 'cat']
     assert set(datasets.targets_of(splits.validation)) == {1, 2}
-    assert splits.notes == ["Part 'validation' has no image of 1 of 3 classes: ant."]
+    assert splits.notes == ["Split 'validation' has no image of 1 of 3 classes: ant."]
 
 
 def test_validation_with_an_unknown_class_is_an_error(tmp_path):
     root = write_folder(tmp_path)
     shutil.copytree(root / 'validation' / 'ant', root / 'validation' / 'dog')
     with pytest.raises(
-        UserError, match="Part 'validation' has 1 classes that are not among the 3 of training, such as 'dog'"
+        UserError, match="Split 'validation' has 1 classes that are not among the 3 of training, such as 'dog'"
     ):
         create_splits('--data-dir', root)
 
@@ -68,7 +68,7 @@ def test_validation_with_an_unknown_class_is_an_error(tmp_path):
 def test_no_validation_part_names_the_ways_out(tmp_path):
     root = write_folder(tmp_path)
     shutil.rmtree(root / 'validation')
-    with pytest.raises(UserError, match="no part 'validation'.*--val-fraction 0.2"):
+    with pytest.raises(UserError, match="no split 'validation'.*--val-fraction 0.2"):
         create_splits('--data-dir', root)
     assert create_splits('--data-dir', root, '--val-split', '').validation is None
 
@@ -118,8 +118,8 @@ def test_label_out_of_range(folder):
     [
         (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
         (['--dataset', 'digit'], "Unknown data set 'digit'; did you mean 'digits'?"),
-        (['--dataset', 'torch/nothing', '--data-dir', '.'], "Part 'train' of 'torch/nothing' cannot be opened"),
-        (['--dataset', 'torch/mnist', '--data-dir', '.'], "Part 'train' of 'torch/mnist' cannot be opened"),
+        (['--dataset', 'torch/nothing', '--data-dir', '.'], "Split 'train' of 'torch/nothing' cannot be opened"),
+        (['--dataset', 'torch/mnist', '--data-dir', '.'], "Split 'train' of 'torch/mnist' cannot be opened"),
     ],
 )
 def test_data_that_is_not_there(argv, message, place):

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import timm.data
+from ccl_timm.training.options import resolve
 from PIL import Image
 
 from ccl_timm import UserError
 from ccl_timm.data import datasets
-from ccl_timm.training.options import resolve
 
 from ..conftest import TINY, results
 
@@ -81,7 +81,7 @@ def test_a_share_can_be_held_out(monkeypatch):
         (Reader([None]), 'has the label None'),
         (Reader([0], column='fine'), r"no column 'label' of labels: name one with --target-key \(fine\)"),
         (Reader([0], image=None), r"no column 'image' of images: name one with --input-key \(label\)"),
-        (Reader([]), "Part 'train' of 'hfds/owner/name' holds no image"),
+        (Reader([]), "Split 'train' of 'hfds/owner/name' holds no image"),
     ],
 )
 def test_columns_that_training_cannot_use(reader, message, monkeypatch):

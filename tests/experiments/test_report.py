@@ -11,7 +11,8 @@ import yaml
 from scipy import stats
 
 from ccl_timm.experiments import report, results, statistics, tables
-from ccl_timm.training import options, parts
+from ccl_timm.training import parts
+from ccl_timm.training.config import TrainConfig
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
@@ -21,7 +22,7 @@ def write_run(folder, words, top1, summary=None, environment=None, **more):
     """The files of a run with these words of the training script and these figures, one an epoch."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    settings = vars(options.resolve(list(words))[0])
+    settings = TrainConfig.resolve(list(words)).settings()
     settings |= {'epochs': len(top1), 'data_dir': '/some/where/mnist', 'class_names': ['0', '1'], 'resume': '', **more}
     settings.pop('config')
     (folder / 'args.yaml').write_text(yaml.safe_dump(settings))

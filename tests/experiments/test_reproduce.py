@@ -17,7 +17,8 @@ from torch import nn
 
 from ccl_timm.experiments import compare, reproduce, tables
 from ccl_timm.heads import HEADS
-from ccl_timm.training import run_dir, trainer
+from ccl_timm.training import run_dir
+from ccl_timm.training.trainer import Trainer
 
 TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']
 TABLE = {
@@ -60,7 +61,7 @@ def figures_in(out):
 def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
     code, whole, err = small('--output', 'whole')
     assert code == 0, err
-    step, seen = trainer.train_step, []
+    step, seen = Trainer.train_step, []
 
     def dies(run, epoch, *rest):
         seen.append(epoch)
@@ -69,7 +70,7 @@ def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
         return step(run, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
-        patch.setattr(trainer, 'train_step', dies)
+        patch.setattr(Trainer, 'train_step', dies)
         small('--output', 'cut')
     assert len(started) == 6
     code, resumed, err = small('--output', 'cut')

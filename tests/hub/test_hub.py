@@ -121,7 +121,7 @@ def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_
         (['predict', '{trained}', '{empty}'], 'holds no image'),
         (['predict', '{empty}', '{trained}/args.yaml'], 'holds no checkpoint'),
         (['predict', '{trained}', '{trained}/args.yaml', '--use-ema'], 'has no moving average'),
-        (['validate', '{trained}', '--data-dir', '{folder}', '--split', 'vall', '-j', '0'], "has no part 'vall'"),
+        (['validate', '{trained}', '--data-dir', '{folder}', '--split', 'vall', '-j', '0'], "has no split 'vall'"),
         (['export', '{trained}', '/proc/nothing'], "error: '/proc/nothing"),
         (['export', '{empty}', 'x'], 'holds no checkpoint'),
         (

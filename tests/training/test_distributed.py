@@ -48,13 +48,13 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
     program.write_text(
         'import os, sys\n'
         'from ccl_timm import cli\n'
-        'from ccl_timm.training import trainer\n'
+        'from ccl_timm.training.trainer import Trainer\n'
         'from ccl_timm.errors import UserError\n'
-        'step = trainer.train_step\n'
+        'step = Trainer.train_step\n'
         'def fails(*args):\n'
         "    if os.environ['RANK'] == '1': raise UserError('The second process has had enough.')\n"
         '    return step(*args)\n'
-        'trainer.train_step = fails\n'
+        'Trainer.train_step = fails\n'
         'sys.exit(cli.timm())\n'
     )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(program)]

@@ -20,6 +20,7 @@ import torch
 from ccl_timm import cli
 from ccl_timm.training import run_dir, trainer
 from ccl_timm.training.folder_lock import FolderLock
+from ccl_timm.training.trainer import Trainer
 
 RUN = Path('output/train/a')
 ARGS = ['--model', 'test_resnet', '--loss', 'ce', '--img-size', '32', '-b', '8', '-j', '0', '--lr', '0.05']
@@ -80,7 +81,7 @@ def content(folder):
 @contextlib.contextmanager
 def in_second_step_of(epoch, fault):
     """Call ``fault`` in the midst of an epoch, counted from 0."""
-    step, seen = trainer.train_step, []
+    step, seen = Trainer.train_step, []
 
     def train_step(run, now, *rest):
         seen.append(now)
@@ -89,7 +90,7 @@ def in_second_step_of(epoch, fault):
         return step(run, now, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, 'train_step', train_step)
+        patch.setattr(Trainer, 'train_step', train_step)
         yield
 
 
@@ -307,7 +308,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(damage, said, run, resu
     for name in ('last.pth.tar', 'checkpoint-2.pth.tar'):  # the same file, where the system has hard links
         damage(run / name)
     code, out, err = resume()
-    assert code == 0 and said in err and 'going on after 2' in err, err
+    assert code == 0 and said in err and 'resuming after 2' in err, err
     assert_equal_runs(run, whole)
 
 

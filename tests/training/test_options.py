@@ -9,7 +9,7 @@ import yaml
 from ccl_timm import UserError
 from ccl_timm.console.arguments import UPSTREAM_ONLY
 from ccl_timm.training import recipes
-from ccl_timm.training.options import OWN, resolve, train_parser
+from ccl_timm.training.config import TrainConfig
 
 
 def write(place, text):
@@ -19,9 +19,9 @@ def write(place, text):
 
 def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
     argv = write(place, 'epochs: 7\nlr: 1e-3\nbatch_size: 16\ndata_dir: here\n')
-    args, sources = resolve([*argv, '--epochs', '3'])
-    assert (args.epochs, args.lr, args.batch_size, args.momentum) == (3, 0.001, 16, 0.9)
-    assert [sources[key] for key in ('epochs', 'lr', 'momentum')] == ['typed', 'recipe.yaml', 'default']
+    config = TrainConfig.resolve([*argv, '--epochs', '3'])
+    assert (config.epochs, config.lr, config.batch_size, config.momentum) == (3, 0.001, 16, 0.9)
+    assert [config.source(key) for key in ('epochs', 'lr', 'momentum')] == ['cli', 'recipe.yaml', 'default']
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
         ('input_size: [3, 32]', 'it is a list of 3'),
         ('mean: 0.5', 'it is a list'),
         ('model_kwargs: small', 'it is a mapping'),
-        ('model: [a]', 'it is a word'),
+        ('model: [a]', 'it is text'),
         ('eval_metric: f1', "it is one of 'top1', 'macro_top1', 'top5', 'loss'"),
         ('aug_splits: 3', "'aug_splits: 3' needs timm's own train.py"),
         ('- a\n- b', 'must be a mapping of settings'),
@@ -48,35 +48,35 @@ def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
 )
 def test_recipes_with_mistakes(text, message, place):
     with pytest.raises(UserError, match=re.escape(message)):
-        resolve(write(place, text))
+        TrainConfig.resolve(write(place, text))
 
 
 def test_upstreams_settings_may_stand_in_a_recipe_if_they_are_off(place):
     argv = write(place, yaml.safe_dump(UPSTREAM_ONLY))
-    args, _ = resolve(argv)
-    assert not set(UPSTREAM_ONLY) & set(vars(args))
+    config = TrainConfig.resolve(argv)
+    assert not set(UPSTREAM_ONLY) & set(config.settings())
 
 
 def test_options_of_a_loss_go_with_that_loss(place):
     argv = write(place, 'loss: cc\nloss_kwargs: {weight: 2}\nloss_options: {cc: {eps: 1e-6}, arcface: {scale: 16}}\n')
-    assert resolve(argv)[0].loss_kwargs == {'eps': 1e-6, 'weight': 2}
-    assert resolve([*argv, '--loss', 'arcface'])[0].loss_kwargs == {'scale': 16}
-    assert resolve([*argv, '--loss', 'ce'])[0].loss_kwargs == {}
-    assert resolve([*argv, '--loss-kwargs', 'weight=3'])[0].loss_kwargs == {'weight': 3}
+    assert TrainConfig.resolve(argv).loss_kwargs == {'eps': 1e-6, 'weight': 2}
+    assert TrainConfig.resolve([*argv, '--loss', 'arcface']).loss_kwargs == {'scale': 16}
+    assert TrainConfig.resolve([*argv, '--loss', 'ce']).loss_kwargs == {}
+    assert TrainConfig.resolve([*argv, '--loss-kwargs', 'weight=3']).loss_kwargs == {'weight': 3}
 
 
 def test_without_data_the_digits_recipe_is_the_base():
-    args, sources = resolve(['--model', 'resnet18_cam'])
-    assert (args.config, args.dataset, sources['dataset']) == ('digits', 'digits', 'digits')
-    assert resolve(['--data-dir', 'x'])[0].config == ''
+    config = TrainConfig.resolve(['--model', 'resnet18_cam'])
+    assert (config.config, config.dataset, config.source('dataset')) == ('digits', 'digits', 'digits')
+    assert TrainConfig.resolve(['--data-dir', 'x']).config == ''
 
 
 @pytest.mark.parametrize('name', recipes.list_recipes())
 def test_packaged_recipe_is_sound(name):
-    args, _ = resolve(['--config', name, '--data-dir', 'x'])
+    config = TrainConfig.resolve(['--config', name, '--data-dir', 'x'])
     content = recipes.read_recipe(recipes.find_recipe(name))
     assert content['device_modules'] == ['ccl_timm.autoload']  # stops a stock script from training something else
-    assert content['assumed'] and args.loss
+    assert content['assumed'] and config.loss
     header = recipes.find_recipe(name).read_text().split('\n\n')[0]
     assert '# command' in header and '# paper' in header
 
@@ -100,19 +100,21 @@ def test_defaults_are_timms():
     upstream = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(upstream)
     theirs = {action.dest: action.default for action in upstream.parser._actions if action.dest != 'help'}
-    own = {action.dest: action.default for action in train_parser()._actions}
+    own = TrainConfig.defaults()
     different = {key: (value, own[key]) for key, value in theirs.items() if key in own and own[key] != value}
     assert different == {'device': ('cuda', 'auto')}
     assert {key: theirs[key] for key in theirs if key not in own} == UPSTREAM_ONLY
-    assert {key for key in own if key not in theirs} - {'help', 'config'} == set(OWN)
+    assert {key for key in own if key not in theirs} - {'config'} == set(TrainConfig.names(own=True))
 
 
 def test_what_is_typed_comes_before_what_the_recipe_says_in_other_words(place):
     argv = write(place, 'dataset: digits\nlr: 0.05\ninput_size: [1, 32, 32]\n')
-    args, _ = resolve([*argv, '--data-dir', 'mine', '--lr-base', '0.3', '--img-size', '64'])
-    assert (args.dataset, args.data_dir, args.lr, args.lr_base) == ('', 'mine', None, 0.3)
-    assert (args.input_size, args.in_chans, args.img_size) == (None, 1, 64)
-    args, _ = resolve([*write(place, 'dataset: torch/mnist\nimg_size: 32\nin_chans: 3\n'), '--data-dir', 'mine'])
-    assert args.dataset == 'torch/mnist'
-    args, _ = resolve([*write(place, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
-    assert (args.input_size, args.in_chans, args.img_size) == ([1, 28, 28], None, None)
+    config = TrainConfig.resolve([*argv, '--data-dir', 'mine', '--lr-base', '0.3', '--img-size', '64'])
+    assert (config.dataset, config.data_dir, config.lr, config.lr_base) == ('', 'mine', None, 0.3)
+    assert (config.input_size, config.in_chans, config.img_size) == (None, 1, 64)
+    config = TrainConfig.resolve(
+        [*write(place, 'dataset: torch/mnist\nimg_size: 32\nin_chans: 3\n'), '--data-dir', 'mine']
+    )
+    assert config.dataset == 'torch/mnist'
+    config = TrainConfig.resolve([*write(place, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
+    assert (config.input_size, config.in_chans, config.img_size) == ([1, 28, 28], None, None)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from ccl_timm import UserError, create_model
+from ccl_timm import UserError, create_model, losses
 from ccl_timm.cli import launch
 from ccl_timm.data import datasets, loaders
 from ccl_timm.experiments import estimate, tables
-from ccl_timm.training import options, recipes, settings
+from ccl_timm.training import checks, recipes
+from ccl_timm.training.config import TrainConfig
 
 # of the same family, for what takes long on a laptop
 SMALLER = {'resnet50': 'resnet18', 'vit_base_patch16_224': 'test_vit'}
@@ -36,9 +38,9 @@ def few_images(tmp_path_factory):
 
 
 def check(words):
-    args = options.resolve(list(words))[0]
-    settings.check_settings(args)
-    settings.check_fit(args)
+    args = TrainConfig.resolve(list(words))
+    checks.check_config(args)
+    checks.check_fit(args)
     return args
 
 
@@ -52,7 +54,7 @@ def test_recipe_is_whole(name):
     assert recipe['assumed'] and all(isinstance(line, str) for line in recipe['assumed'])
     assert ('img_size' in recipe) != ('input_size' in recipe) and 'crop_pct' in recipe
     for loss, kwargs in recipe.get('loss_options', {}).items():
-        assert not kwargs.keys() - settings.losses.loss_options(loss).keys()
+        assert not kwargs.keys() - losses.loss_options(loss).keys()
 
 
 def distinct_rows():
@@ -60,7 +62,7 @@ def distinct_rows():
     rows = {}
     for name in tables.list_tables():
         for row in tables.read_table(name).rows:
-            args = options.resolve(list(row.words))[0]
+            args = TrainConfig.resolve(list(row.words))
             key = (args.model, args.loss, str(args.model_kwargs))
             rows.setdefault(key, (name, row))
     return [pytest.param(row, id=f'{name}-{row.dataset}-{row.name}') for name, row in rows.values()]
@@ -85,13 +87,13 @@ def test_recipe_takes_steps(name, whole, few_images, tmp_path, place):
     words = ['--config', name, '--num-classes', '3', '-b', '3', '-j', '0', '--epochs', '1']
     if name != 'digits':
         words += ['--dataset', 'folder', '--data-dir', str(few_images)]
-    args, sources = options.resolve(words if name != 'digits' else [*words, '--num-classes', '10'])
-    args.pretrained = False
+    config = TrainConfig.resolve(words if name != 'digits' else [*words, '--num-classes', '10'])
+    config = replace(config, pretrained=False)
     if not whole:
         for large, small in SMALLER.items():
-            args.model = args.model.replace(large, small)
-        args.model_kwargs = {**args.model_kwargs, **(TINY_SWIN if 'swin' in args.model else {})}
-    cost = estimate.time_run(args, sources, tmp_path / 'run')
+            config = replace(config, model=config.model.replace(large, small))
+        config = replace(config, model_kwargs={**config.model_kwargs, **(TINY_SWIN if 'swin' in config.model else {})})
+    cost = estimate.time_run(config, tmp_path / 'run')
     assert cost.epochs == 1 and cost.training > 0 and cost.validation > 0
     assert not (tmp_path / 'run').exists()
 
@@ -108,16 +110,16 @@ def test_recipe_goes_through_the_launcher(name, tmp_path):
 
 
 def test_model_loadergo_with_the_model_that_is_typed(tmp_path):
-    resolved = options.resolve(['--config', 'pod_cifar10'])[0]
+    resolved = TrainConfig.resolve(['--config', 'pod_cifar10'])
     assert resolved.model_kwargs == {'small_input': True, 'feature_dim': 256}
-    assert options.resolve(['--config', 'pod_cifar10', '--model', 'resnet50_linear'])[0].model_kwargs == {
+    assert TrainConfig.resolve(['--config', 'pod_cifar10', '--model', 'resnet50_linear']).model_kwargs == {
         'small_input': True
     }
     assert launch._split_words(['-c', 'cc_mnist', '--model', 'vgg16_cam'], tmp_path)[1][:1] == ['--config']
     assert yaml.safe_load((tmp_path / 'recipe.yaml').read_text())['model_kwargs'] == {'small_input': True}
     (tmp_path / 'bad.yaml').write_text('model_options: {resnet18_cam: 3}\n')
     with pytest.raises(UserError, match="model_options are a mapping of names to options: {'\\*_pedcc'"):
-        options.resolve(['--config', str(tmp_path / 'bad.yaml')])
+        TrainConfig.resolve(['--config', str(tmp_path / 'bad.yaml')])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_no_training_from_scratch_without_a_hint(words, few_images, place):
 
 
 def test_pad_crop_resizes_as_evaluation_does(few_images):
-    args = options.resolve(['--data-dir', str(few_images)])[0]
+    args = TrainConfig.resolve(['--data-dir', str(few_images)])
     dataset = datasets.create_split(args, 'train', 3, None)
     loader = dict(batch_size=4, is_training=True, device=torch.device('cpu'))
     loaders.create_loader(dataset, input_size=(3, 32, 32), pad_crop=4, **loader)
@@ -174,7 +176,7 @@ def test_pad_crop_resizes_as_evaluation_does(few_images):
 @pytest.mark.parametrize('name', ['cc_mnist', 'cc_cifar100', 'pod_cifar10', 'pod_imagenet'])
 def test_papers_recipes_train_with_the_papers_sgd(name):
     """Plain momentum, weight decay of every parameter, and a tenth of the rate after 30, 60 and 90 epochs."""
-    args, _ = options.resolve(['--config', name, '--data-dir', 'x', '--model', 'test_resnet_cam'])
+    args = TrainConfig.resolve(['--config', name, '--data-dir', 'x', '--model', 'test_resnet_cam'])
     model = create_model('test_resnet_cam', num_classes=10)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     assert type(optimizer) is torch.optim.SGD and not optimizer.defaults['nesterov']

@@ -1,14 +1,13 @@
 """Trackers get every number of an epoch, and a tracker that fails stops nothing."""
 
 import sys
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 
 from ccl_timm.training.trackers import Tracker
 
-ARGS = Namespace(wandb_project=None, wandb_tags=[], wandb_resume_id='', lr=0.1, class_names=['a'])
+SETTINGS = dict(wandb_project=None, wandb_tags=[], wandb_resume_id='', lr=0.1, class_names=['a'])
 PARTS = {'train': {'loss': 1.5, 'cc': 0.5}, 'eval': {'top1': 90.0}}
 
 
@@ -27,7 +26,7 @@ def library(logged, fails_at=None):
 def test_every_number_arrives(name, monkeypatch, tmp_path):
     logged = []
     monkeypatch.setitem(sys.modules, name, library(logged))
-    tracker = Tracker(name, tmp_path / 'run', ARGS)
+    tracker = Tracker(name, tmp_path / 'run', SETTINGS)
     tracker.log(0, PARTS)
     tracker.finish()
     assert logged[0]['name'] == 'run' and logged[0]['config']['lr'] == 0.1
@@ -51,7 +50,7 @@ def test_tensorboard_writes_into_the_run(monkeypatch, tmp_path):
             written.append('closed')
 
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=Writer))
-    tracker = Tracker('tensorboard', tmp_path, SimpleNamespace(**vars(ARGS), loss_kwargs={'scale': 16}))
+    tracker = Tracker('tensorboard', tmp_path, {**SETTINGS, 'loss_kwargs': {'scale': 16}})
     assert '    loss_kwargs.scale: 16' in settings[0].splitlines()
     tracker.log(3, {'train': {'loss': 1.0}, 'eval': None})
     tracker.finish()
@@ -62,7 +61,7 @@ def test_tensorboard_writes_into_the_run(monkeypatch, tmp_path):
 def test_a_failure_is_said_once(when, monkeypatch, tmp_path, capsys):
     logged = []
     monkeypatch.setitem(sys.modules, 'wandb', library(logged, fails_at=1) if when == 'later' else None)
-    tracker = Tracker('wandb', tmp_path, ARGS)
+    tracker = Tracker('wandb', tmp_path, SETTINGS)
     for epoch in range(4):
         tracker.log(epoch, PARTS)
     tracker.finish()

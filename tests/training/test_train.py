@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from ccl_timm.losses import LOSSES, loss_class
-from ccl_timm.training import run_dir, trainer
+from ccl_timm.training import run_dir
 from ccl_timm.training.folder_lock import FolderLock
+from ccl_timm.training.trainer import Trainer
 
 from ..conftest import TINY, results, write_folder
 
@@ -45,16 +46,16 @@ def test_the_literal_words_in_an_empty_folder(words, place):
 def test_choices_are_said_in_one_block_with_their_source(tiny):
     code, out, err = tiny('--lr', '0.01')
     lines = {line.split()[0]: line for line in err.splitlines() if line.endswith(']')}
-    assert lines['model'].split('model')[1].strip().startswith('test_resnet_cam, 0.4 M parameters  [typed]')
+    assert lines['model'].split('model')[1].strip().startswith('test_resnet_cam, 0.4 M parameters  [command line]')
     assert 'CAMHead' in lines['head']
     assert 'channels last, kernels cropped to small images' in lines['layout']
     assert 'from scratch  [default]' in lines['start']
-    assert 'cc (weight=1.0, eps=1e-08, smoothing=0.1)  [typed]' in lines['loss']
+    assert 'cc (weight=1.0, eps=1e-08, smoothing=0.1)  [command line]' in lines['loss']
     assert '24 to train on, 12 to validate on' in lines['images']
     assert '3, 8 to 8 images each  [the data]' in lines['classes']
-    assert '3x32x32  [typed]' in lines['input']
-    assert '8 = 8 x 1 processes x 1 accumulated  [typed]' in lines['batch']
-    assert '0.01, sgd, cosine  [typed]' in lines['lr']
+    assert '3x32x32  [command line]' in lines['input']
+    assert '8 = 8 x 1 processes x 1 accumulated  [command line]' in lines['batch']
+    assert '0.01, sgd, cosine  [command line]' in lines['lr']
 
 
 def test_a_share_of_the_images_is_said(tiny):
@@ -94,7 +95,7 @@ def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, words):
 def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     words = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
     assert tiny(*words, '--experiment', 'whole')[0] == 0
-    step, seen = trainer.train_step, []
+    step, seen = Trainer.train_step, []
 
     def dies(run, epoch, *rest):
         seen.append(epoch)
@@ -103,11 +104,11 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
         return step(run, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='went away'):
-        patch.setattr(trainer, 'train_step', dies)
+        patch.setattr(Trainer, 'train_step', dies)
         tiny(*words, '--experiment', 'cut')
     code, out, err = tiny(*words, '--experiment', 'cut', '--resume', 'auto')
     assert code == 0, err
-    assert 'going on after 2' in err
+    assert 'resuming after 2' in err
     assert summary('output/train/whole') == summary('output/train/cut')
     information = json.loads(Path('output/train/cut/environment.json').read_text())
     assert '--resume' not in information['command'] and '--resume auto' in information['resumed'][0]['command']
@@ -199,7 +200,7 @@ def test_finishing_time_is_said(words, place):
         (['--naflex-loader'], "does not have timm's --naflex-loader: run timm's own train.py"),
         (['--epochs', 'many'], "rgument --epochs: 'many' is not a whole number"),
         (['-b', '0'], '--batch-size: 0 must be at least 1'),
-        (['-b', '64'], 'The training part has 24 images, fewer than a batch of 64'),
+        (['-b', '64'], 'The training split has 24 images, fewer than a batch of 64'),
         (['--opt', 'sgdd'], "Unknown optimizer 'sgdd'; did you mean"),
         (['--val-fraction', '2'], '--val-fraction: 2 must be above 0 and below 1'),
         (['--device', 'cuda:9'], "Device 'cuda:9' is not available here"),
@@ -220,8 +221,8 @@ def test_finishing_time_is_said(words, place):
         (['--output', '/proc/nothing'], "error: '/proc/nothing"),
         (['--model', 'vgg16_cam', '--img-size', '24'], "'vgg16_cam' with loss 'cc' cannot take images of 3x24x24"),
         (['--model', 'vgg16_cam', '--grad-checkpointing'], "--grad-checkpointing does not work with 'vgg16_cam'"),
-        (['--train-split', 'trian'], "has no part 'trian' (it has train, validation)"),
-        (['--val-split', 'vall'], "has no part 'vall' (it has train, validation)"),
+        (['--train-split', 'trian'], "has no split 'trian' (it has train, validation)"),
+        (['--val-split', 'vall'], "has no split 'vall' (it has train, validation)"),
         (['--class-names', 'ant', 'bee'], "has 1 classes that are not among the 2 of training, such as 'cat'"),
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
         (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
@@ -277,7 +278,7 @@ def test_out_of_memory_says_what_helps(error, tiny, monkeypatch):
     def step(*args):
         raise error
 
-    monkeypatch.setattr(trainer, 'train_step', step)
+    monkeypatch.setattr(Trainer, 'train_step', step)
     code, out, err = tiny()
     assert code == 2
     assert '--batch-size 4 --grad-accum-steps 2' in err and '--grad-checkpointing' in err
@@ -289,14 +290,14 @@ def test_loss_that_is_not_finite_stops_the_run(tiny):
 
 
 def test_stopped_by_hand_keeps_what_was_done(tiny, monkeypatch):
-    fit_epoch = trainer._train_epoch
+    fit_epoch = Trainer.train_epoch
 
     def interrupted(run, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
         return fit_epoch(run, epoch)
 
-    monkeypatch.setattr(trainer, '_train_epoch', interrupted)
+    monkeypatch.setattr(Trainer, 'train_epoch', interrupted)
     code, out, err = tiny('--epochs', '3', '--experiment', 'a')
     assert code == 130 and 'stopped by hand' in err
     assert len(summary('output/train/a')) == 1

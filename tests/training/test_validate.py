@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
-from ccl_timm.training import options, parts, run_dir
-from ccl_timm.training.evaluation import data_settings, evaluate, open_for
+from ccl_timm.training import parts, run_dir
+from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.evaluation import data_config_of, evaluate, open_for
 from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
 
 from ..conftest import results, write_folder
@@ -118,9 +119,11 @@ def test_a_foreign_parts_csv_stays(words, trained, place):
 def test_neighbours_are_sought_among_the_images_trained_on(place):
     images = write_folder(place / 'images', train=20)
     given = ['--data-dir', str(images), '--val-fraction', '0.2', '--train-fraction', '0.5', '--split', 'validation']
-    trained_on = vars(options.resolve(given[:-2])[0])
+    trained_on = TrainConfig.resolve(given[:-2])
     typed = argparse.Namespace(data_dir=None, dataset=None, split='validation', batch_size=8)
-    settings = data_settings(typed, trained_on)
-    known = open_for(settings, 'train', 3, None, training=True)
-    assert known.indices == datasets.create_splits(argparse.Namespace(**trained_on), 3).train.indices
-    assert len(open_for(settings, 'validation', 3, None)) == 12  # the part of that name, not what was held out
+    config = data_config_of(typed, trained_on.settings())
+    known = open_for(config, 'train', 3, None, training=True)
+    assert known.indices == datasets.create_splits(trained_on, 3).train.indices
+    assert (
+        len(open_for(config, 'validation', 3, None, named=True)) == 12
+    )  # the part of that name, not what was held out
