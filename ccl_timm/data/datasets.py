@@ -185,7 +185,7 @@ class Splits:
 
 
 def create_splits(config: DataConfig, channels: int) -> Splits:
-    """Open the training and the validation split that the settings name, with the training split's numbering of classes.
+    """Open the training and the validation split, with the numbering of classes of the training split.
 
     Raises:
         UserError: there is no such data, no image in it, no validation split, or a class that training lacks.
