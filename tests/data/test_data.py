@@ -1,23 +1,22 @@
 """Data sets: digits, numbering of classes, held-out share, pad-crop."""
 
-import argparse
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from ccl_timm.training.options import resolve
 from PIL import Image
 
 from ccl_timm import UserError
 from ccl_timm.data import datasets, loaders, prepare
+from ccl_timm.training.config import TrainConfig
 
 from ..conftest import write_folder
 
 
 def settings(*argv):
-    return resolve([str(word) for word in argv])[0]
+    return TrainConfig.resolve([str(word) for word in argv])
 
 
 def create_splits(*argv, channels=3):
@@ -141,7 +140,7 @@ def test_class_map_sets_the_order(folder, tmp_path):
 
 
 def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
-    args = argparse.Namespace(**vars(settings('--data-dir', folder)))
+    args = settings('--data-dir', folder)
     splits = datasets.create_splits(args, 3)
     options = dict(batch_size=4, is_training=True, hflip=0.0, color_jitter=None, device=torch.device('cpu'))
     loaders.create_loader(splits.train, input_size=(3, 32, 32), pad_crop=4, **options)

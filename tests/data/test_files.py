@@ -16,7 +16,7 @@ from ccl_timm.data import check, datasets, fingerprint, loaders, prepare
 from ccl_timm.data.files import FolderReader, UnreadableImage, read_image, scan
 from ccl_timm.errors import UserError
 from ccl_timm.training.checkpoints import Trained
-from ccl_timm.training.options import resolve
+from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.prediction import find_images, predict
 
 from ..conftest import TINY, results, write_folder
@@ -89,7 +89,7 @@ def write_mutants(root, count, seed):
 
 
 def settings(*argv):
-    return resolve([str(word) for word in argv])[0]
+    return TrainConfig.resolve([str(word) for word in argv])
 
 
 def read_in_every_way(root, size=32):
@@ -102,11 +102,10 @@ def read_in_every_way(root, size=32):
     config |= {'crop_pct': 0.9, 'crop_mode': 'center'}
     found = {}
     for way, memory in (('files', 'off'), ('memory', 'on')):
-        args = settings('--data-dir', root, '--in-memory', memory, '-b', 4, '-j', 0, '--img-size', size, '--no-aug')
-        args.distributed, args.world_size, args.rank, args.pin_mem = False, 1, 0, False
-        args.color_jitter, args.train_interpolation = None, 'bilinear'
-        splits = datasets.create_splits(args, 3)
-        loader, loader_eval = loaders.make_loaders(args, CPU, config, splits)
+        argv = ('--in-memory', memory, '-b', 4, '-j', 0, '--img-size', size, '--no-aug', '--color-jitter', 0)
+        own = settings('--data-dir', root, *argv, '--train-interpolation', 'bilinear')
+        splits = datasets.create_splits(own, 3)
+        loader, loader_eval = loaders.make_loaders(own, 2, CPU, config, splits)
         assert sum(len(target) for _, target in loader) > 0
         found[way] = _named(splits.train)
         labels = torch.cat([target for _, target in loader_eval])

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import timm.data
-from ccl_timm.training.options import resolve
 from PIL import Image
 
 from ccl_timm import UserError
 from ccl_timm.data import datasets
+from ccl_timm.training.config import TrainConfig
 
 from ..conftest import TINY, results
 
@@ -56,7 +56,7 @@ def create_splits(monkeypatch, reader, *argv):
 
     monkeypatch.setattr(timm.data, 'create_dataset', create_dataset)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
-    return datasets.create_splits(resolve(['--dataset', 'hfds/owner/name', *argv])[0], channels=3)
+    return datasets.create_splits(TrainConfig.resolve(['--dataset', 'hfds/owner/name', *argv]), channels=3)
 
 
 def test_classes_and_counts_are_told_by_the_data(monkeypatch):

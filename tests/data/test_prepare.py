@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ccl_timm.data import archives, check, datasets, prepare
-from ccl_timm.training.options import resolve
+from ccl_timm.training.config import TrainConfig
 
 
 def put(path, value=0, mode='RGB', size=(8, 6)):
@@ -188,7 +188,7 @@ def test_split_holds_out_what_training_would(folder, place, words):
     )
     assert tree(folder) == before
     argv = ['--data-dir', str(folder / 'train'), '--val-fraction', '0.25', '--seed', '3']
-    record = datasets.create_splits(resolve(argv)[0], channels=3).held_out
+    record = datasets.create_splits(TrainConfig.resolve(argv), channels=3).held_out
     assert set(tree(place / 'parts')) == {f'{part}/{name}' for name, part in record}
 
 

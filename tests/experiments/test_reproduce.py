@@ -75,7 +75,7 @@ def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
     assert len(started) == 6
     code, resumed, err = small('--output', 'cut')
     assert code == 0, err
-    assert err.count('done already') == 1 and 'going on after 1' in err
+    assert err.count('done already') == 1 and 'resuming after 1' in err
     assert figures_in(resumed) == figures_in(whole) and len(figures_in(whole)) == 2
     runs_there = sorted(path.name for path in Path('cut/small').iterdir())
     assert runs_there == [f'own-tiny-{loss}-seed{seed}' for loss in ('cc', 'ce') for seed in (0, 1)]

@@ -107,7 +107,7 @@ def test_a_resumed_plateau_schedule_is_that_of_an_uninterrupted_run(fit, resume)
     with in_second_step_of(6, stopped_by_hand):
         assert fit(*plateau)[0] == 130
     code, out, err = resume(*plateau)
-    assert code == 0 and 'going on after 6' in err, err
+    assert code == 0 and 'resuming after 6' in err, err
     with open(RUN / 'summary.csv', newline='') as file:
         rates = [float(row['lr']) for row in csv.DictReader(file)]
     assert rates[1] == 0.05 and 1e-4 < rates[-1] < 0.05  # warmed up, then reduced
@@ -119,7 +119,7 @@ def test_a_plateau_schedule_without_its_metrics_is_not_resumed(fit, resume):
     with in_second_step_of(2, stopped_by_hand):
         fit(*plateau)
     (RUN / 'summary.csv').unlink()
-    assert_refused(resume(*plateau), '--sched plateau goes on by the summary.csv', 'restore a copy of it')
+    assert_refused(resume(*plateau), '--sched plateau resumes with the summary.csv', 'restore a copy of it')
 
 
 def test_files_that_lie_in_the_folder_do_not_keep_a_run_from_going_on(fit, resume, whole):
@@ -129,7 +129,7 @@ def test_files_that_lie_in_the_folder_do_not_keep_a_run_from_going_on(fit, resum
     with in_second_step_of(1, stopped_by_hand):
         assert resume()[0] == 130
     code, out, err = resume()
-    assert code == 0 and 'going on after 1' in err
+    assert code == 0 and 'resuming after 1' in err
     assert_equal_runs(RUN, whole)
     assert [path.name for path in RUN.parent.iterdir()] == ['a'] and (RUN / 'slurm.log').read_text() == 'mine'
 
@@ -351,9 +351,9 @@ def test_a_full_disk_loses_nothing(fault, fit, resume, whole, no_large_files, mo
         else:
             with in_second_step_of(1, lambda: patch.setattr(trainer, 'update_summary', lambda *a, **k: full_disk())):
                 result = fit()
-    assert_refused(result, "'output/train/a' cannot be written", 'MB free', '--resume auto goes on')
+    assert_refused(result, "'output/train/a' cannot be written", 'MB free', '--resume auto resumes')
     code, out, err = resume()
-    assert code == 0 and 'going on after 1' in err
+    assert code == 0 and 'resuming after 1' in err
     assert_equal_runs(RUN, whole)
 
 

@@ -71,7 +71,7 @@ def test_a_failure_is_said_once(when, monkeypatch, tmp_path, capsys):
 
 def test_a_run_with_a_tracker(words, folder, place, monkeypatch):
     logged = []
-    monkeypatch.setattr('ccl_timm.training.settings.importlib.util.find_spec', lambda name: True)
+    monkeypatch.setattr('ccl_timm.training.checks.importlib.util.find_spec', lambda name: True)
     monkeypatch.setitem(sys.modules, 'wandb', library(logged))
     argv = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '2']
     code, out, err = words('timm', 'train.py', *argv, '--data-dir', folder, '--log-wandb')
@@ -80,6 +80,6 @@ def test_a_run_with_a_tracker(words, folder, place, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed(words, place, monkeypatch):
-    monkeypatch.setattr('ccl_timm.training.settings.importlib.util.find_spec', lambda name: None)
+    monkeypatch.setattr('ccl_timm.training.checks.importlib.util.find_spec', lambda name: None)
     code, out, err = words('timm', 'train.py', '--tracker', 'trackio')
     assert code == 2 and '--tracker trackio needs the package trackio: `pip install trackio`' in err

@@ -59,7 +59,7 @@ def test_choices_are_said_in_one_block_with_their_source(tiny):
 
 
 def test_a_share_of_the_images_is_said(tiny):
-    assert '12 to train on (50% of its part), 12 to validate on' in tiny('--train-fraction', '0.5')[2]
+    assert '12 to train on (50% of the split), 12 to validate on' in tiny('--train-fraction', '0.5')[2]
 
 
 def test_run_folder_is_timms_and_more(tiny, folder):
