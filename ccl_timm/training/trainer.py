@@ -384,7 +384,14 @@ class _Meter:
 
 def _start_processes(config: TrainConfig) -> torch.device:
     """Join the other processes if there are some, seed, and return this process's device."""
-    device = torch.device(init_distributed_device_so(pick_device(config.device))['device'])
+    name = pick_device(config.device)
+    devices = torch.accelerator.device_count()
+    if name != 'cpu' and int(os.environ.get('LOCAL_RANK', 0)) >= devices:
+        raise UserError(
+            f'Each process needs a device of its own, and this machine has {devices}: start no more processes than '
+            'that, or give --device cpu.'
+        )
+    device = torch.device(init_distributed_device_so(name)['device'])
     random_seed(config.seed, rank())
     if config.deterministic:  # torch takes no algorithm whose results differ from run to run
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it torch refuses cuBLAS

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm.training import run_dir
+from ccl_timm.training import run_dir, trainer
 
 from ..conftest import results, write_folder
 
@@ -63,6 +63,14 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
     assert ran.returncode != 0
     said = [line for line in ran.stderr.splitlines() if line.startswith('error:')]
     assert said == ['error: The second process has had enough.']
+
+
+def test_more_processes_than_devices_are_refused(place, words, monkeypatch):
+    monkeypatch.setattr(trainer, 'pick_device', lambda name: 'cuda')
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    code, _, err = words('timm', 'train.py', '--config', 'digits')
+    assert code == 2 and 'Each process needs a device of its own, and this machine has 1: start no more' in err
 
 
 def test_a_mistake_on_two_processes_is_one_sentence(place):
