@@ -1,4 +1,4 @@
-"""A fair comparison of losses on anybody's images: each with its fitting head, beside cross-entropy on that head."""
+"""A fair comparison of losses on your images: each with the head made for it, beside cross-entropy on that head."""
 
 import itertools
 import json
@@ -9,10 +9,10 @@ from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.console.arguments import RATE, Parser
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import Plan, add_common, common_words, figures, plan_of, run_plan, split_words
-from ccl_timm.experiments.statistics import LEVEL, difference, show_figures, welch
+from ccl_timm.experiments.reproduce import Plan, add_common, common_args, final_top1, plan_of, run_plan, split_args
+from ccl_timm.experiments.statistics import LEVEL, difference, show_values, welch
 from ccl_timm.experiments.tables import Row, Table, to_cli_args
-from ccl_timm.training import run_dir
+from ccl_timm.training.run_dir import atomic_write
 
 __all__ = ['main', 'rows_of']
 
@@ -21,23 +21,23 @@ _SEEDS = 3
 
 def main(argv: list[str], prog: str) -> int:
     """Train every loss and control with every learning rate and seed, and print the comparison; 1 if a run failed."""
-    own, train_words = split_words(argv)
+    own, train_args = split_args(argv)
     args = _parser(prog).parse_strictly(own)
-    words = ['--config', args.config, '--smoothing', '0.0', *common_words(args)]  # which not every loss takes
+    shared = ['--config', args.config, '--smoothing', '0.0', *common_args(args)]  # not every loss takes smoothing
     rates = [_rate(text) for text in args.lr.split(',') if text]
-    rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, words)
+    rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, shared)
     chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
-    plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_words)
+    plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_args)
     return run_plan(plan, args, _write_result)
 
 
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        usage=f'{prog} --data-dir DIR --losses A,B [options] [-- words of the training script]',
+        usage=f'{prog} --data-dir DIR --losses A,B [options] [-- arguments of the training script]',
         description='Compare losses on one data set: each with the head made for it, and cross-entropy on that same '
         'head as a control, all with the same split, epochs, seeds and learning rates. Runs that are done are skipped. '
-        'What stands after -- goes to `timm train.py`, such as -- --val-fraction 0.2 --pretrained-path FILE.',
+        'Arguments after -- go to `timm train.py`, such as -- --val-fraction 0.2 --pretrained-path FILE.',
     )
     add = parser.add_argument
     add('--data-dir', default=None, metavar='DIR', help='your images, as for `timm train.py`')
@@ -56,14 +56,14 @@ def _rate(text: str) -> float:
         raise UserError(f'--lr {error}: give numbers with commas between them, such as 0.01,0.03.') from error
 
 
-def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str]) -> tuple[Row, ...]:
+def rows_of(backbone: str, names: list[str], rates: list[float], args: list[str]) -> tuple[Row, ...]:
     """A row for each loss on its head and each learning rate, with cross-entropy on every head that occurs.
 
     Args:
         backbone: a timm architecture.
-        names: of losses. A loss that any head will do for gets the linear one.
+        names: of losses. A loss for any head gets the linear one.
         rates: learning rates; none for the recipe's.
-        words: of the training script that all rows share; ``--config`` among them.
+        args: of the training script that all rows share; ``--config`` among them.
 
     Raises:
         UserError: there is no loss of a name.
@@ -75,17 +75,17 @@ def rows_of(backbone: str, names: list[str], rates: list[float], words: list[str
     rows = []
     for (head, name), rate in itertools.product(dict.fromkeys(pairs), rates or [None]):
         own = to_cli_args({'model': f'{backbone}_{head}', 'loss': name} | ({'lr': rate} if rate else {}))
-        rows.append(Row(f'{head}:{name}' + (f':lr{rate:g}' if rate else ''), '', (*words, *own)))
+        rows.append(Row(f'{head}:{name}' + (f':lr{rate:g}' if rate else ''), '', (*args, *own)))
     return tuple(rows)
 
 
 def _write_result(plan: Plan) -> str:
     """The comparison as text, which is also written beside the runs, with all values as JSON."""
-    best, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].folder.parent
+    best, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].run.path.parent
     text = _result(plan.table.title, best)
     values = [{'loss': name, 'head': head, 'lr': rate, 'top1': values} for (head, name), (rate, values) in best.items()]
-    run_dir.atomic_write(folder / 'compare.txt', text + '\n')
-    run_dir.atomic_write(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
+    atomic_write(folder / 'compare.txt', text + '\n')
+    atomic_write(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
     return text
 
 
@@ -101,7 +101,7 @@ def _result(title: str, best: dict[tuple[str, str], tuple[str, list[float]]]) ->
         against_plain = '' if (head, name) == ('linear', 'ce') else difference(values, plain, max(1, tests))
         against_control = '' if name == 'ce' or head == 'linear' else difference(values, control, max(1, tests))
         label = name if name != 'ce' or head == 'linear' else 'ce (control)'
-        rows.append((label, head, rate, show_figures(values), str(len(values)), against_plain, against_control))
+        rows.append((label, head, rate, show_values(values), str(len(values)), against_plain, against_control))
     header = ('loss', 'head', 'lr', 'top-1 %', 'seeds', 'against ce, linear head', 'against ce, same head')
     return '\n'.join([
         title, '', table(rows, header), '',
@@ -113,14 +113,14 @@ def _result(title: str, best: dict[tuple[str, str], tuple[str, list[float]]]) ->
 
 
 def _best_rates(plan: Plan) -> dict[tuple[str, str], tuple[str, list[float]]]:
-    """For each head and loss, the learning rate with the best mean, and the figures of its seeds.
+    """For each head and loss, the learning rate with the best mean, and the values of its seeds.
 
     A rate counts only if as many of its runs are done as of any other of that row.
     """
     found: dict[tuple[str, str], tuple[str, list[float]]] = {}
     for row, jobs in plan.jobs.items():
         head, name, *rate = row.name.split(':')
-        values = figures(jobs)
+        values = final_top1(jobs)
         known = found.get((head, name), ('', []))[1]
         if (head, name) not in found or _rank(values) > _rank(known):
             found[head, name] = (rate[0][2:] if rate else "the recipe's", values)

@@ -12,6 +12,7 @@ import torch
 from ccl_timm.training.checks import check_config
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import evaluate
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
 __all__ = ['Cost', 'time_run']
@@ -56,7 +57,7 @@ def time_run(config: TrainConfig, folder: Path) -> Cost:
     """
     started = time.perf_counter()
     check_config(config)
-    trainer = Trainer(config, folder)
+    trainer = Trainer(config, RunDir(folder))
     start = time.perf_counter() - started
     trainer.task.get_trainable_module().train()
     training = _whole(_train_steps(trainer), len(trainer.loader))

@@ -11,8 +11,9 @@ from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import WORKERS, Parser, integer
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import analysis, plots
-from ccl_timm.training import evaluation, retrieval, run_dir
+from ccl_timm.training import evaluation, retrieval
 from ccl_timm.training.checkpoints import Trained, load_trained
+from ccl_timm.training.run_dir import RunDir
 
 __all__ = ['analyse', 'draw', 'main']
 
@@ -22,7 +23,7 @@ def main(argv: list[str], prog: str) -> int:
     args = _parser(prog).parse_strictly(argv)
     trained = load_trained(args.source, use_ema=args.use_ema)
     parts = _read_parts(args, trained)
-    folder = Path(args.output) if args.output else _folder_beside(args.source)
+    folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
     names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
     folder.mkdir(parents=True, exist_ok=True)
     for path in draw(parts, names, _title(trained), folder, args.limit):
@@ -85,10 +86,6 @@ def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[st
         parts[part] = {name: value.cpu().numpy() for name, value in found.items()}
         parts[part] |= {'features': parts[part]['features'].astype(np.float64)}
     return parts
-
-
-def _folder_beside(source: str) -> Path:
-    return run_dir.folder_of(Path(source)) / 'pictures'
 
 
 def _title(trained: Trained) -> str:

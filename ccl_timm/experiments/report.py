@@ -1,4 +1,4 @@
-"""The papers' tables with our figures beside theirs, from the folders of runs; what two runs differ in."""
+"""The papers' tables with our results beside theirs, and what two runs differ in."""
 
 import statistics
 from pathlib import Path
@@ -9,34 +9,40 @@ from ccl_timm.console.arguments import Parser
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError
-from ccl_timm.experiments import results
+from ccl_timm.experiments.matching import (
+    Group,
+    MatchedRow,
+    baseline_of,
+    distinguishing_settings,
+    group_by_seed,
+    head_of,
+    match_rows,
+)
 from ccl_timm.experiments.rendering import FORMATS, Report, Section
-from ccl_timm.experiments.results import Group, Place, Result
+from ccl_timm.experiments.results import Result, read_results, write_record
 from ccl_timm.experiments.statistics import (
     LEVEL,
     difference,
     margin,
     one_sample,
-    p_bounds,
-    show_figures,
     show_printed,
+    show_values,
     welch,
 )
 from ccl_timm.experiments.tables import Row, Table, read_table
-from ccl_timm.training import run_dir
 from ccl_timm.training.config import diff_settings
-from ccl_timm.training.records import write_record
+from ccl_timm.training.run_dir import RunDir
 
 __all__ = ['main', 'plain_report', 'show_differences', 'table_report']
 
 _LEGEND = (
-    'Top-1 in %, mean ± largest deviation over the seeds. Differences and tests are of the last epoch. What stands '
-    'under best epoch is too good: that epoch is chosen on the images that it is measured on.'
+    'Top-1 in %, mean ± largest deviation over the seeds. Differences and tests are of the last epoch. The best epoch '
+    'is too optimistic: it is chosen on the images that it is measured on.'
 )
 _COLUMNS = {'data_dir', 'dataset', 'loss', 'model'}  # settings with a column of their own
 _BEST_OTHER = (
     'Against the best other: the highest value that the paper prints for another loss on that backbone and data. A p '
-    "(one-sample t-test, two-sided) stands there only for runs of all the recipe's epochs and images."
+    "(one-sample t-test, two-sided) is given only for runs of all the recipe's epochs and images."
 )
 
 
@@ -51,18 +57,17 @@ def main(argv: list[str], prog: str) -> int:
     if args.output and Path(args.output).exists():
         raise UserError(f"'{args.output}' exists already: name another file.")
     table = read_table(args.table) if args.table else None
-    found = results.read_results(args.runs)
-    if args.record:
-        _check_record(found, Path(args.record))
+    found = read_results(args.runs)
     text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
+    if args.record:
+        write_record(Path(args.record), found)
+        log_info(f'{len(found)} runs recorded: {args.record}')
     if args.output:
         with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
             file.write(text)
         log_info(f'written: {args.output}')
     else:
         print(text, end='')
-    if args.record:
-        _record(found, Path(args.record))
     return 0
 
 
@@ -70,76 +75,53 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Put finished runs into one of the papers' tables, or into one of their own. It reads what runs "
-        'record (args.yaml, summary.csv, environment.json), not their checkpoints.',
+        'record (args.yaml, summary.csv, environment.json), or files that --record has written.',
     )
     add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder of a run, or one that holds some')
+    add('runs', nargs='+', metavar='RUN', help='folder of a run or one that holds some, or a file of --record')
     add('--table', default=None, metavar='NAME', help='such as cc-table1; `ccl-timm reproduce` lists them')
     add('--format', default='md', choices=tuple(FORMATS), help='md: Markdown; html: one file, with pictures')
     add('-o', '--output', default='', metavar='FILE', help='write to this new file')
-    add('--record', default='', metavar='DIR', help='copy what each run recorded, without checkpoints, to DIR/NAME')
-    add('--diff', action='store_true', help='settings, versions and data that two runs differ in, then their figures')
+    add('--record', default='', metavar='FILE', help='record the runs in this file (.jsonl), one line per run')
+    add('--diff', action='store_true', help='settings, versions and data that two runs differ in, then their results')
     return parser
 
 
-def _check_record(found: list[Result], folder: Path) -> None:
-    """Raise a UserError unless each run has a new folder of its own to be recorded in, and can be read."""
-    names = [result.folder.name for result in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"Two of these runs lie in folders called '{name}': record them to different folders.")
-        if (folder / name).exists():
-            raise UserError(f"'{folder / name}' exists already: name another folder with --record.")
-    for result in found:
-        run_dir.read_environment(result.folder)
-
-
-def _record(found: list[Result], folder: Path) -> None:
-    for result in found:
-        (folder / result.folder.name).mkdir(parents=True)
-        write_record(result.folder, folder / result.folder.name)
-    log_info(f'{len(found)} records written: {folder}')
-
-
 def table_report(table: Table, found: list[Result]) -> Report:
-    """A paper's table: as the paper prints it, then figure by figure, with tests.
+    """A paper's table: as the paper prints it, then one line per group of runs, with tests.
 
     Args:
-        table: rows with the paper's figures.
-        found: runs; those that are of no row are named on stderr.
+        table: rows with the paper's values.
+        found: runs; those that belong to no row are named on stderr.
     """
-    places = results.assign(table, found)
-    groups = [own for place in places for own in place.groups]
-    placed = {result.folder for own in groups for result in own.results}
-    everything = groups + results.group([result for result in found if result.folder not in placed])
+    matched = match_rows(table, found)
+    groups = [group for match in matched for group in match.groups]
+    used = {result.source for group in groups for result in group.results}
+    everything = groups + group_by_seed([result for result in found if result.source not in used])
     comparisons = _comparisons(everything)
     records = []
-    for place in places:
-        named = {'row': place.row.name, 'data': place.row.dataset}
-        for words, own in zip(place.settings or [''], place.groups or [None], strict=True):
-            theirs = _theirs(place, table, own)
-            records.append({**named, 'settings': words, **_ours(own, everything, comparisons), **theirs})
-    sections = [_layout(table, places)]
-    if groups:
-        sections.append(_details(records))
-    if tested := _papers_tests(table):
-        sections.append(tested)
+    for match in matched:
+        named = {'row': match.row.name, 'data': match.row.dataset}
+        for settings, group in zip(match.distinguishing_settings or [''], match.groups or [None], strict=True):
+            ours, theirs = _ours(group, everything, comparisons), _theirs(match, table, group)
+            records.append({**named, 'settings': settings, **ours, **theirs})
+    sections = [_layout(table, matched)] + ([_details(records)] if groups else [])
     papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
     notes = [_LEGEND, *papers, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
-    labels = [f'{place.row.dataset}, top-1 %' for place in places for _ in place.groups]
+    labels = [f'{match.row.dataset}, top-1 %' for match in matched for _ in match.groups]
     names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
     return Report(table.title, sections, notes, records, _curves(groups, labels, names), _pictures(groups))
 
 
 def plain_report(found: list[Result]) -> Report:
-    """A table of any runs, those that differ in their seeds only together."""
-    groups = results.group(found)
+    """A table of any runs; those that differ in their seeds only are put together."""
+    groups = group_by_seed(found)
     comparisons = _comparisons(groups)
     records = []
-    for own, words in zip(groups, results.distinguishing_settings(groups, _COLUMNS), strict=True):
-        named = {key: own.settings[key] for key in ('model', 'loss')}
-        data = own.settings.get('dataset') or own.settings['data_dir'] or 'images'
-        records.append({**named, 'data': data, 'settings': words, **_ours(own, groups, comparisons)})
+    for group, settings in zip(groups, distinguishing_settings(groups, _COLUMNS), strict=True):
+        named = {key: group.settings[key] for key in ('model', 'loss')}
+        data = group.settings.get('dataset') or group.settings['data_dir'] or 'images'
+        records.append({**named, 'data': data, 'settings': settings, **_ours(group, groups, comparisons)})
     labels = [f'{record["data"]}, top-1 %' for record in records]
     names = [', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records]
     notes = [_LEGEND, *_welch_note(comparisons)]
@@ -147,20 +129,20 @@ def plain_report(found: list[Result]) -> Report:
 
 
 def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str, Any]:
-    """What was measured; of nothing, the same keys without values."""
+    """What was measured; the same keys without values where nothing was."""
     last, best = (own.last, own.best) if own else ([], [])
-    ce = results.baseline_of(own, groups) if own else None
+    ce = baseline_of(own, groups) if own else None
     return {
         'seeds': [result.seed for result in own.results] if own else [],
         'epochs': own.epochs if own else None,
         'train_fraction': own.settings['train_fraction'] if own else None,
         **_summary('last_epoch', last),
         **_summary('best_epoch', best),
-        'ce_head': results.head_of(ce.settings) if ce else None,
+        'ce_head': head_of(ce.settings) if ce else None,
         'p_ce': welch(last, ce.last) if ce else None,
         'against_ce': difference(last, ce.last, comparisons) if ce else '',
-        'other_parts': own.parts if own else {},
-        'folders': [result.folder.as_posix() for result in own.results] if own else [],
+        'extra_splits': own.extra_top1 if own else {},
+        'runs': [result.source for result in own.results] if own else [],
     }
 
 
@@ -172,14 +154,14 @@ def _summary(name: str, values: list[float]) -> dict[str, Any]:
     }
 
 
-def _theirs(place: Place, table: Table, own: Group | None) -> dict[str, Any]:
-    """What the paper prints, and how ours stands to it."""
-    paper, largest = place.row.paper or (None, None)
-    other = _best_other(place.row, table)
+def _theirs(match: MatchedRow, table: Table, own: Group | None) -> dict[str, Any]:
+    """What the paper prints, and how ours compares with it."""
+    paper, largest = match.row.paper or (None, None)
+    other = _best_other(match.row, table)
     last = own.last if own else []
-    whole = own is not None and own.epochs == place.epochs and not own.settings['train_fraction']
+    whole = own is not None and own.epochs == match.epochs and not own.settings['train_fraction']
     return {
-        'recipe_epochs': place.epochs,
+        'recipe_epochs': match.epochs,
         'paper': paper,
         'paper_margin': largest,
         'difference': statistics.fmean(last) - paper if last and paper is not None else None,
@@ -189,31 +171,8 @@ def _theirs(place: Place, table: Table, own: Group | None) -> dict[str, Any]:
     }
 
 
-def _papers_tests(table: Table) -> Section | None:
-    """The p values that the paper prints, beside those that its means and margins leave room for; None without any."""
-    rows = []
-    printed = {(row.name, row.dataset): row.paper for row in table.rows}
-    for test in table.tests:
-        (mean, largest), (constant, _) = printed[test.row, test.dataset], printed[test.against, test.dataset]
-        low, high = p_bounds(mean, largest, constant, table.seeds)
-        one_sided = (low / 2, high / 2)
-        rows.append((
-            test.row, test.dataset, show_printed((mean, largest)), f'{mean - constant:+.2f} to {test.against}',
-            f'{test.p:.2g}', _interval(one_sided, test.p), _interval((low, high), test.p),
-        ))  # fmt: skip
-    caption = f"The paper's tests, and p as far as {table.seeds} runs of its means and largest deviations tell it"
-    header = ('row', 'data', "paper's", 'difference', "paper's p", 'one-sided p', 'two-sided p')
-    return Section(caption, header, rows) if rows else None
-
-
-def _interval(bounds: tuple[float, float], p: float) -> str:
-    """Smallest and largest p, and whether the printed one lies between them."""
-    low, high = bounds
-    return f'{low:.2g} to {high:.2g}' + ('' if low <= p <= high else ': not the printed one')
-
-
 def _best_other(row: Row, table: Table) -> Row | None:
-    """The row of another loss, on the same backbone and data, with the highest figure printed."""
+    """The row of another loss, on the same backbone and data, with the highest printed value."""
     backbone, loss = row.name.partition(':')[0], _loss(row)
     others = [
         other
@@ -225,12 +184,12 @@ def _best_other(row: Row, table: Table) -> Row | None:
 
 
 def _loss(row: Row) -> str:
-    return row.words[row.words.index('--loss') + 1]
+    return row.args[row.args.index('--loss') + 1]
 
 
 def _comparisons(groups: list[Group]) -> int:
     """How many tests against cross-entropy these runs allow: those with two seeds or more on both sides."""
-    baselines = [(own, results.baseline_of(own, groups)) for own in groups]
+    baselines = [(own, baseline_of(own, groups)) for own in groups]
     return sum(welch(own.last, ce.last) is not None for own, ce in baselines if ce)
 
 
@@ -244,12 +203,12 @@ def _welch_note(comparisons: int) -> list[str]:
     ]
 
 
-def _layout(table: Table, places: list[Place]) -> Section:
+def _layout(table: Table, matched: list[MatchedRow]) -> Section:
     """Rows and data sets as the paper has them, ours beside the paper's."""
     printed = any(row.paper for row in table.rows)
     whose = ('ours', "paper's") if printed else ('ours',)
     header = ['row', *(f'{name}, {one}' for name in table.datasets for one in whose)]
-    cells = {(place.row.name, place.row.dataset): (_cell(place), show_printed(place.row.paper)) for place in places}
+    cells = {(match.row.name, match.row.dataset): (_cell(match), show_printed(match.row.paper)) for match in matched}
     rows = [
         (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
         for name in dict.fromkeys(row.name for row in table.rows)
@@ -258,14 +217,14 @@ def _layout(table: Table, places: list[Place]) -> Section:
     return Section(caption, tuple(header), rows)
 
 
-def _cell(place: Place) -> str:
-    if not place.groups:
+def _cell(match: MatchedRow) -> str:
+    if not match.groups:
         return 'not run'
-    own = place.groups[0]
-    short = '' if own.epochs == place.epochs else f', {own.epochs} of {place.epochs} epochs'
+    own = match.groups[0]
+    short = '' if own.epochs == match.epochs else f', {own.epochs} of {match.epochs} epochs'
     fraction = own.settings['train_fraction']
     short += f', {show_share(fraction)} of the images' if fraction else ''
-    return f'{show_figures(own.last)} (n={len(own.last)}{short})'
+    return f'{show_values(own.last)} (n={len(own.last)}{short})'
 
 
 def _details(records: list[dict[str, Any]]) -> Section:
@@ -273,7 +232,7 @@ def _details(records: list[dict[str, Any]]) -> Section:
     rows = []
     for record in (record for record in records if record['seeds']):
         cells = {name: str(record[name]) for name in ('row', 'model', 'loss', 'data', 'settings') if name in record}
-        cells['last epoch'] = show_figures(record['last_epoch'])
+        cells['last epoch'] = show_values(record['last_epoch'])
         cells['seeds'] = str(len(record['seeds']))
         cells['epochs'] = str(record['epochs'])
         cells['of the images'] = show_share(record['train_fraction'])
@@ -283,11 +242,13 @@ def _details(records: list[dict[str, Any]]) -> Section:
             cells['difference'] = f'{record["difference"]:+.2f}'
             cells['against the best other'] = _against_other(record)
         cells['against our ce'] = record['against_ce'] and f'{record["against_ce"]} [{record["ce_head"]}]'
-        cells['best epoch'] = show_figures(record['best_epoch'])
-        cells['other parts'] = ', '.join(f'{part} {show_figures(own)}' for part, own in record['other_parts'].items())
+        cells['best epoch'] = show_values(record['best_epoch'])
+        cells['extra splits'] = ', '.join(
+            f'{split} {show_values(own)}' for split, own in record['extra_splits'].items()
+        )
         rows.append(cells)
     header = [name for name in max(rows, key=len) if any(row.get(name) for row in rows)]
-    return Section('Figure by figure', tuple(header), [tuple(row.get(name, '') for name in header) for row in rows])
+    return Section('Group by group', tuple(header), [tuple(row.get(name, '') for name in header) for row in rows])
 
 
 def _against_other(record: dict[str, Any]) -> str:
@@ -311,30 +272,31 @@ def _curves(groups: list[Group], labels: list[str], names: list[str]) -> dict[st
 
 def _pictures(groups: list[Group]) -> list[Path]:
     """What `ccl-timm features` has drawn of these runs."""
-    return [path for own in groups for run in own.results for path in sorted((run.folder / 'pictures').glob('*.png'))]
+    folders = [Path(run.source) / 'pictures' for group in groups for run in group.results]
+    return [path for folder in folders for path in sorted(folder.glob('*.png'))]
 
 
 def show_differences(first: Path, second: Path) -> str:
-    """What two runs differ in, in words: settings, versions and data before the figures.
+    """What two runs differ in, as text: settings, versions and data before the results.
 
     Raises:
-        UserError: one of them is no finished run.
+        UserError: one of them is not the folder of a finished run.
     """
-    one, two = results.read_result(first), results.read_result(second)
-    before, now = run_dir.read_environment(first), run_dir.read_environment(second)
-    parts = {
-        'other settings, of those that change what is computed': diff_settings(one.settings, two.settings),
+    one, two = (Result.of(RunDir(path)).finished() for path in (first, second))
+    before, now = one.environment, two.environment
+    sections = {
+        'other settings, of those that change what is computed': diff_settings(one.comparable, two.comparable),
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
         'other versions': _changes(_versions(before), _versions(now)),
         'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),
         'other data': _data_changes(before, now),
     }
     lines = [f'{first.as_posix()} -> {second.as_posix()}']
-    for name, changed in parts.items():
+    for name, changed in sections.items():
         lines += [f'{name}: {"" if changed else "none"}'.rstrip(), *(f'  {text}' for text in changed)]
     if not (before and now):
         lines.append('environment.json is missing in one of them: versions, machine and data are not known.')
-    lines.append('figures, top-1 %:')
+    lines.append('top-1 %:')
     for name in ('last', 'best'):
         was, value = getattr(one, name), getattr(two, name)
         lines.append(f'  {name} epoch: {was:.2f} -> {value:.2f} ({value - was:+.2f})')
@@ -353,6 +315,6 @@ def _versions(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...] = ()) -> list[str]:
-    """Entries that are not the same, in words."""
+    """Entries that are not the same, as text."""
     names = names or tuple(dict.fromkeys([*before, *now]))
     return [f'{key} was {before.get(key)!r}, is {now.get(key)!r}' for key in names if before.get(key) != now.get(key)]

@@ -1,4 +1,4 @@
-"""A table's rows as runs of the training script: checked, timed, run, skipped when done, resumed when cut."""
+"""A table's rows as runs of the training script: checked, timed, run, skipped when done, resumed when interrupted."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from ccl_timm.console import log_info, log_warning, show_share, table
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
-from ccl_timm.experiments.statistics import show_figures, show_printed
+from ccl_timm.experiments.results import Result
+from ccl_timm.experiments.statistics import show_printed, show_values
 from ccl_timm.experiments.tables import Row, Table, run_name
-from ccl_timm.training import checks, recipes, run_dir
+from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.run_dir import RunDir, is_done
 
-__all__ = ['Job', 'Plan', 'add_common', 'run_plan', 'common_words', 'figures', 'main', 'plan_of', 'split_words']
+__all__ = ['Job', 'Plan', 'add_common', 'common_args', 'final_top1', 'main', 'plan_of', 'run_plan', 'split_args']
 
 
 @dataclass(frozen=True)
@@ -30,43 +32,38 @@ class Job:
 
     Attributes:
         row: what it is a run of.
-        words: all of the script's words.
-        folder: the run's.
+        args: all of the script's arguments.
+        run: its folder.
     """
 
     row: Row
-    words: tuple[str, ...]
-    folder: Path
+    args: tuple[str, ...]
+    run: RunDir
 
     @functools.cached_property
     def config(self) -> TrainConfig:
         """Its configuration."""
-        return TrainConfig.resolve(list(self.words), 'ccl-timm train')
+        return TrainConfig.resolve(list(self.args), 'ccl-timm train')
 
     @property
-    def epochs(self) -> int:
-        """Epochs that it has when it is done."""
-        return self.config.planned_epochs
+    def command(self) -> list[str]:
+        """The command that runs it."""
+        return ['ccl-timm', 'train', *self.args]
 
-    def top1(self) -> list[float]:
-        """Top-1 in % on the validation part after each epoch that it was measured in; of the last if it is done."""
-        rows = run_dir.complete_rows(self.folder)
-        done = run_dir.is_done(rows, self.config.settings())
-        return [row['eval_top1'] for row in rows if 'eval_top1' in row] if done else []
-
-    def done(self) -> bool:
-        """Whether all its epochs have been trained.
+    def result(self) -> Result | None:
+        """What the run has recorded, once all its epochs have been trained.
 
         Raises:
             UserError: its folder holds a run of other settings.
         """
-        if not run_dir.is_run_dir(self.folder):
-            return False
+        if not self.run.exists():
+            return None
         try:
-            run_dir.check_same_settings(self.config, self.folder)
+            self.run.check_settings(self.config)
         except UserError as error:
             raise UserError(f'{str(error).partition(": give")[0]}: give another --output.') from error
-        return bool(self.top1())
+        result = Result.of(self.run)
+        return result if is_done(result.rows, self.config.settings()) and result.curve else None
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,13 @@ class Plan:
 
     @property
     def all_jobs(self) -> list[Job]:
-        """The jobs of all rows, seed after seed, so that a plan cut short has something on every row."""
+        """The jobs of all rows, seed after seed, so that a plan that is cut short has a run of every row."""
         return [jobs[i] for i in range(max(map(len, self.jobs.values()))) for jobs in self.jobs.values()]
 
 
 def main(argv: list[str], prog: str) -> int:
     """Check, time or run the rows of a table; 1 if a row failed."""
-    own, train_words = split_words(argv)
+    own, train_args = split_args(argv)
     args = _parser(prog).parse_strictly(own)
     if not args.table:
         rows = [(name, tables.read_table(name)) for name in tables.list_tables()]
@@ -95,16 +92,16 @@ def main(argv: list[str], prog: str) -> int:
     if len(chosen.datasets) > 1 and not args.dry_run:
         raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
     seeds = chosen.seeds if args.seeds is None else args.seeds
-    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*common_words(args), *train_words])
+    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*common_args(args), *train_args])
     return run_plan(plan, args, _result)
 
 
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        usage=f'{prog} [TABLE] [options] [-- words of the training script]',
-        description="Run rows of the papers' tables, or of ours: what is done is skipped, what was cut goes on. "
-        'Without TABLE: list them. What stands after -- goes to `timm train.py`, such as -- --workers 2.',
+        usage=f'{prog} [TABLE] [options] [-- arguments of the training script]',
+        description="Run rows of the papers' tables, or of ours: finished runs are skipped, interrupted ones resume. "
+        'Without TABLE: list them. Arguments after -- go to `timm train.py`, such as -- --workers 2.',
     )
     add = parser.add_argument
     add('table', nargs='?', default=None, metavar='TABLE', help='such as cc-table1')
@@ -116,47 +113,47 @@ def _parser(prog: str) -> Parser:
 
 
 def add_common(parser: Parser, output: str) -> None:
-    """The flags of every command that carries out a plan."""
+    """The flags of every command that runs a plan."""
     add = parser.add_argument
-    add('--seeds', type=COUNT, default=None, metavar='N', help="runs a row, 0 to N-1; default the table's")
+    add('--seeds', type=COUNT, default=None, metavar='N', help="runs per row, 0 to N-1; default the table's")
     add('--epochs', type=COUNT, default=None, metavar='N', help="default the recipe's")
-    add('--output', default=output, metavar='DIR', help=f'where the runs lie, default {output}')
+    add('--output', default=output, metavar='DIR', help=f'folder of the runs, default {output}')
     add('--dry-run', action='store_true', help='check every row and print its commands')
-    add('--estimate', action='store_true', help='time ten steps of every row and print the hours that all takes')
+    add('--estimate', action='store_true', help='time ten steps of every row and print the hours for all')
 
 
-def common_words(args: argparse.Namespace) -> list[str]:
-    """The training script's words that follow from the flags of every such command."""
+def common_args(args: argparse.Namespace) -> list[str]:
+    """The training script's arguments that follow from the flags of every such command."""
     return tables.to_cli_args({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
 
 
-def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our words, and those after ``--``, which are the training script's."""
+def split_args(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those after ``--``, which are the training script's."""
     cut = argv.index('--') if '--' in argv else len(argv)
     return argv[:cut], argv[cut + 1 :]
 
 
-def plan_of(chosen: Table, seeds: int, output: Path, words: list[str]) -> Plan:
+def plan_of(chosen: Table, seeds: int, output: Path, args: list[str]) -> Plan:
     """Make a job of each row and seed.
 
     Args:
         chosen: the table.
-        seeds: number of runs a row.
-        output: folder of the runs; each has a name made of data set, row and seed.
-        words: further words of the training script, which come before the rows' own.
+        seeds: runs per row.
+        output: folder of the runs, which are named after data set, row and seed.
+        args: further arguments of the training script, which come before the run's own.
     """
     jobs: dict[Row, list[Job]] = {}
     for row in chosen.rows:
         jobs[row] = []
         for seed in range(seeds):
-            run = {'seed': seed, 'output': str(output), 'experiment': run_name(row, seed), 'resume': 'auto'}
-            own = tables.to_cli_args(run)
-            jobs[row].append(Job(row, (*row.words, *words, *own), output / run['experiment']))
+            name = run_name(row, seed)
+            own = {'seed': seed, 'output': str(output), 'experiment': name, 'resume': 'auto'}
+            jobs[row].append(Job(row, (*row.args, *args, *tables.to_cli_args(own)), RunDir(output / name)))
     return Plan(chosen, jobs)
 
 
 def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]) -> int:
-    """Check every row, and then run all jobs and print what came out, or only print the commands, or only time them.
+    """Check every row, then run all jobs and print the results, or only print the commands, or only time them.
 
     Args:
         plan: the jobs.
@@ -173,7 +170,7 @@ def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]
         _check(jobs[0], needs_data=not args.dry_run)
     if args.dry_run:
         for job in plan.all_jobs:
-            print(shlex.join(['ccl-timm', 'train', *job.words]))
+            print(shlex.join(job.command))
         log_info(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
         return 0
     if args.estimate:
@@ -201,61 +198,41 @@ def _label(row: Row) -> str:
 
 
 def _run(job: Job) -> bool:
-    """Run a job unless it is done; whether it is done then. What goes wrong is said, and harms no other job."""
-    name = job.folder.name
-    with _locked(job.folder) as lock:
-        if lock is None:
-            log_warning(f'{name} is being trained by another process: left out')
-            return False
-        try:
-            if job.done():
-                log_info(f'{name}: done already, top-1 {job.top1()[-1]:.2f}%')
-                return True
-        except UserError as error:
-            log_warning(f'{name} failed: {error}')
-            return False
-        log_info()
-        log_info(f'{name}: {shlex.join(["ccl-timm", "train", *job.words])}')
-        command = [sys.executable, '-m', 'ccl_timm', 'train', *job.words]
-        # the child keeps the lock: it may outlive us
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=lock, check=False).returncode
+    """Run a job unless it is done; returns whether it is done then. An error is logged, and stops no other job."""
+    name = job.run.path.name
+    try:
+        if result := job.result():
+            log_info(f'{name}: done already, top-1 {result.last:.2f}%')
+            return True
+    except UserError as error:
+        log_warning(f'{name} failed: {error}')
+        return False
+    log_info()
+    log_info(f'{name}: {shlex.join(job.command)}')
+    command = [sys.executable, '-m', 'ccl_timm', *job.command[1:]]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
-        log_warning(f'{name} failed with code {code}; what it said stands above')
+        log_warning(f'{name} failed with code {code}; its messages are above')
     return code == 0
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[tuple[int, ...] | None]:
-    """Hold a run's folder against other processes; gives the descriptors that hold it, None if another one does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where nothing of the kind holds a folder
-        yield ()
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield (descriptor,)
-    except BlockingIOError:
-        yield None
-    finally:
-        os.close(descriptor)
-
-
-def figures(jobs: list[Job]) -> list[float]:
+def final_top1(jobs: list[Job]) -> list[float]:
     """Top-1 in % after the last epoch, of the jobs that are done."""
-    found = [job.top1() for job in jobs if run_dir.is_run_dir(job.folder)]
-    return [values[-1] for values in found if values]
+    found = []
+    for job in jobs:
+        with contextlib.suppress(UserError):  # a run of other settings, which was reported
+            if result := job.result():
+                found.append(result.last)
+    return found
 
 
 def _result(plan: Plan) -> str:
     rows = []
     for row, jobs in plan.jobs.items():
-        values = figures(jobs)
-        theirs = TrainConfig.resolve(list(row.words)).epochs
+        values = final_top1(jobs)
+        theirs = TrainConfig.resolve(list(row.args)).epochs
         images = show_share(jobs[0].config.train_fraction) or 'all'
-        ours = (show_figures(values), str(len(values)), str(jobs[0].epochs), images)
+        ours = (show_values(values), str(len(values)), str(jobs[0].config.planned_epochs), images)
         rows.append((_label(row), *ours, show_printed(row.paper), str(theirs)))
     header = ('row', 'ours, top-1 %', 'seeds', 'epochs', 'images', "the paper's", "the recipe's epochs")
     lines = [plan.table.title, '', table(rows, header), '']
@@ -264,7 +241,7 @@ def _result(plan: Plan) -> str:
 
 
 def _footnotes(plan: Plan) -> list[str]:
-    """What the table's notes say, and what each recipe has assumed because the paper leaves it open."""
+    """The table's notes, and what each recipe assumes because the paper leaves it open."""
     lines = [f'Note: {note}' for note in plan.table.notes]
     for name in dict.fromkeys(row.recipe for row in plan.jobs):
         assumed = recipes.read_recipe(recipes.find_recipe(name)).get('assumed') or []
@@ -277,16 +254,16 @@ def _estimate(plan: Plan) -> bool:
 
     started = time.perf_counter()
     subprocess.run([sys.executable, '-c', 'import ccl_timm.training.train'], check=True)
-    outset = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
+    startup = (time.perf_counter() - started) / 3600  # of every run: Python and its imports
     rows, total, failed = [], 0.0, False
     for row, jobs in plan.jobs.items():
         try:
-            cost = time_run(jobs[0].config, jobs[0].folder)
+            cost = time_run(jobs[0].config, jobs[0].run.path)
         except UserError as error:
             log_warning(f'{_label(row)} failed: {error}')
             failed = True
             continue
-        hours = len(jobs) * (outset + cost.hours)
+        hours = len(jobs) * (startup + cost.hours)
         total += hours
         rows.append((_label(row), f'{cost.training:.1f}', f'{cost.validation:.1f}', str(cost.epochs), str(len(jobs)),
                      _hours(hours)))  # fmt: skip

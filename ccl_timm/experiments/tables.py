@@ -1,4 +1,4 @@
-"""The papers' tables, and ours, as data: what a row trains, and the figure that a paper prints."""
+"""The papers' tables, and ours, as data: what a row trains, and the value that a paper prints."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,52 +8,41 @@ from typing import Any
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.training import recipes
 
-__all__ = ['PaperTest', 'Row', 'Table', 'to_cli_args', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
+__all__ = ['Row', 'Table', 'to_cli_args', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a table.
+    """One value of a table.
 
     Attributes:
         name: such as ``'resnet18:cc'``.
         dataset: column of the table; '' if it has one only.
-        words: of the training script, without seed and folders.
-        paper: the figure that the paper prints, top-1 in %, and the largest deviation from it or None; None for no
+        args: of the training script, without seed and folders.
+        paper: the value that the paper prints, top-1 in %, and the largest deviation from it or None; None for no
             paper.
     """
 
     name: str
     dataset: str
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     paper: tuple[float, float | None] | None = None
 
     @property
     def recipe(self) -> str:
         """The recipe's name."""
-        return self.words[self.words.index('--config') + 1]
-
-
-@dataclass(frozen=True)
-class PaperTest:
-    """A test that a paper prints: p of the runs of ``row`` against the printed value of the row ``against``."""
-
-    row: str
-    dataset: str
-    against: str
-    p: float
+        return self.args[self.args.index('--config') + 1]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table's rows in the order of its data sets, and how many runs stand behind each of its figures."""
+    """A table's rows in the order of its data sets, and the number of runs per value."""
 
     name: str
     title: str
     seeds: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    tests: tuple[PaperTest, ...] = ()
 
     @property
     def datasets(self) -> list[str]:
@@ -71,8 +60,8 @@ def read_table(name: str) -> Table:
 
     Its file has ``title``, ``seeds``, ``notes``, ``datasets`` (each with ``recipe`` and settings to ``set``) and
     ``rows`` (each with ``model``, ``loss``, settings to ``set``, settings ``in`` single data sets, perhaps a ``recipe``
-    of its own, and the ``paper``'s figures: a data set without one is not in the row). Rows without ``paper`` are of
-    ours, and in every column. ``tests`` are p values that the paper prints, see :class:`PaperTest`.
+    of its own, and the ``paper``'s values: a data set without one is not in the row). Rows without ``paper`` are ours,
+    and in every column.
 
     Raises:
         UnknownNameError: there is none of that name.
@@ -88,12 +77,11 @@ def read_table(name: str) -> Table:
         for row_name, row in content['rows'].items()
         if 'paper' not in row or dataset in row['paper']
     ]
-    tests = tuple(PaperTest(**test) for test in content.get('tests', ()))
-    return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())), tests)
+    return Table(name, content['title'], content['seeds'], tuple(rows), tuple(content.get('notes', ())))
 
 
 def select(table: Table, dataset: str | None, names: Iterable[str]) -> Table:
-    """The table with the rows asked for only.
+    """The table with the chosen rows only.
 
     Args:
         table: see :func:`read_table`.
@@ -121,12 +109,12 @@ def select(table: Table, dataset: str | None, names: Iterable[str]) -> Table:
 
 
 def tables_of(recipe: str) -> list[Table]:
-    """The tables that a recipe serves, with its rows only."""
-    served = []
+    """The tables that use a recipe, with its rows only."""
+    found = []
     for table in map(read_table, list_tables()):
         if rows := tuple(row for row in table.rows if row.recipe == recipe):
-            served.append(replace(table, rows=rows))
-    return served
+            found.append(replace(table, rows=rows))
+    return found
 
 
 def run_name(row: Row, seed: int) -> str:
@@ -135,19 +123,19 @@ def run_name(row: Row, seed: int) -> str:
 
 
 def to_cli_args(settings: dict[str, Any]) -> list[str]:
-    """Settings by name as words of the training script: ``{'batch_size': 8}`` to ``['--batch-size', '8']``."""
-    words = []
+    """Settings by name as arguments of the training script: ``{'batch_size': 8}`` to ``['--batch-size', '8']``."""
+    args = []
     for key, value in settings.items():
-        words.append(f'--{key.replace("_", "-")}')
+        args.append(f'--{key.replace("_", "-")}')
         if isinstance(value, dict):
-            words += [f'{name}={option}' for name, option in value.items()]
+            args += [f'{name}={option}' for name, option in value.items()]
         elif isinstance(value, list):
-            words += [str(item) for item in value]
+            args += [str(item) for item in value]
         elif value is False:
-            raise UserError(f"'{key}: false' cannot be said in words: a flag can only be given.")
+            raise UserError(f"'{key}: false' cannot be given on a command line: a flag can only be set.")
         elif value is not True:
-            words.append(str(value))
-    return words
+            args.append(str(value))
+    return args
 
 
 def _folder() -> Path:
@@ -163,6 +151,6 @@ def _row(name: str, row: dict[str, Any], dataset: str, column: dict[str, Any]) -
         **row.get('set', {}),
         **row.get('in', {}).get(dataset, {}),
     }
-    figure = row['paper'][dataset] if 'paper' in row else None
-    paper = tuple(figure) if isinstance(figure, list) else None if figure is None else (figure, None)
+    value = row['paper'][dataset] if 'paper' in row else None
+    paper = tuple(value) if isinstance(value, list) else None if value is None else (value, None)
     return Row(name, dataset, tuple(to_cli_args(settings)), paper)

@@ -1,7 +1,6 @@
-"""Model cards, written from what a run recorded: config.json, args.yaml, summary.csv, environment.json."""
+"""Model cards, written from what a run recorded and the config.json of its model."""
 
 import hashlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -15,30 +14,26 @@ from ccl_timm.console import show_share
 from ccl_timm.console.escape import markdown_code, markdown_text, shell_text
 from ccl_timm.data.datasets import is_folder
 from ccl_timm.errors import UserError
-from ccl_timm.experiments import results
+from ccl_timm.experiments.matching import rows_of
+from ccl_timm.experiments.results import Result
 from ccl_timm.experiments.statistics import show_printed
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.models.hub_errors import check_repository_name
-from ccl_timm.training import parts, run_dir
 from ccl_timm.training.config import TrainConfig, diff_settings
-from ccl_timm.training.origin import origin_of_settings
+from ccl_timm.training.provenance import origin_of_settings
 from ccl_timm.training.recipes import resource_dir
-from ccl_timm.training.records import without_private
 
-__all__ = ['RECORD', 'default_repository', 'is_unedited', 'render']
-
-# what a card is written from, beside parts.csv where there is one
-RECORD = ('config.json', 'args.yaml', 'summary.csv', 'environment.json')
+__all__ = ['default_repository', 'is_unedited', 'render']
 
 _STAMP = '<!-- written by ccl-timm; a card that was edited is kept when the run is pushed again. sha256 '
 _CHOSEN = (
-    'The checkpoint was chosen by its {metric} on the images that the figure is measured on, as the best of {epochs} '
-    'epochs: the figure is somewhat too good.'
+    'The checkpoint was chosen by its {metric} on the images that the accuracy is measured on, as the best of {epochs} '
+    'epochs: the accuracy is somewhat too good.'
 )
 _NOT_CHOSEN = 'The checkpoint was not chosen among epochs by its accuracy.'
 # what may differ between a run and the cross-entropy baseline of its recipe
-_FREE_IN_BASELINE = {'data_dir', *TrainConfig.names(varies='seed'), *TrainConfig.names(varies='method')}
+_IGNORED_IN_BASELINE = {'data_dir', *TrainConfig.names(varies='seed'), *TrainConfig.names(varies='method')}
 
 # torchvision's data sets that consist of a training and a test set: their name, and their repository on the Hub
 _OFFICIAL = {
@@ -59,35 +54,35 @@ def _finalize(value: Any) -> str:
     return value if isinstance(value, Markdown) else markdown_text(value)
 
 
-def render(folder: Path, repo_id: str, baseline: Path | None = None, license: str = 'apache-2.0') -> str:
+def render(
+    config: dict[str, Any], run: Result, repo_id: str, baseline: Result | None = None, license: str = 'apache-2.0'
+) -> str:
     """Write the model card of a checkpoint.
 
     Args:
-        folder: holds the RECORD; without environment.json the card says what is not known.
+        config: content of the model's config.json, as :func:`ccl_timm.hub.publish.export` writes it.
+        run: that the checkpoint is of; what its environment does not have, the card calls not recorded.
         repo_id: the repository that the card's code loads.
-        baseline: a run (args.yaml and summary.csv) of the same recipe with cross-entropy.
+        baseline: a run of the same recipe with cross-entropy.
         license: of the weights.
 
     Returns:
         The text, which ends in a mark that :func:`is_unedited` knows.
 
     Raises:
-        UserError: the folder records no run, the repository's name is none, or the baseline is of another recipe or
-            loss.
+        UserError: the repository's name is invalid, or the baseline is of another recipe or loss.
     """
     check_repository_name(repo_id)
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    settings, rows = run_dir.read_args(folder), run_dir.read_summary(folder)
-    environment = run_dir.read_environment(folder)
-    measured = next((row for row in rows if row['epoch'] == config['ccl_timm']['epoch']), {})
-    origin = environment.get('origin') or origin_of_settings(settings)
+    run = run.public()
+    measured = next((row for row in run.rows if row['epoch'] == config['ccl_timm']['epoch']), {})
+    origin = run.environment.get('origin') or origin_of_settings(run.settings)
     template = (resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8')
     content = jinja2.Environment(finalize=_finalize, autoescape=False).from_string(template)  # not HTML
     card = content.render(
-        card_data=Markdown(_front_matter(settings, measured, repo_id, license, origin).to_yaml()),
-        **_use(config, settings, repo_id),
-        **_training(config, settings, environment, origin),
-        **_results(settings, environment, rows, measured, baseline, parts.read_parts(folder)),
+        card_data=Markdown(_front_matter(run.settings, measured, repo_id, license, origin).to_yaml()),
+        **_use(config, run.settings, repo_id),
+        **_training(config, run, origin),
+        **_results(run, measured, baseline and baseline.public()),
     )
     text = str(ModelCard(card)).rstrip() + '\n'
     return f'{text}\n{_STAMP}{_digest(text)} -->\n'
@@ -103,10 +98,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def default_repository(folder: Path) -> str:
+def default_repository(config: dict[str, Any], settings: dict[str, Any]) -> str:
     """``organisation/architecture.loss_data``, the name that our own checkpoint of such a run has."""
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    settings = run_dir.read_args(folder)
     dataset = settings.get('dataset')
     data = (_data(settings).name if is_folder(dataset) else dataset).rpartition('/')[2].lower()
     name = f'{config["architecture"]}.{_loss(settings)}_{re.sub("[^a-z0-9]", "_", data)}'
@@ -148,7 +141,7 @@ class _Data(NamedTuple):
     Attributes:
         name: that people know it by.
         repository: on the Hub; None if it is not known to have one.
-        split: that was measured on, in words.
+        split: that was measured on, as text.
     """
 
     name: str
@@ -201,10 +194,9 @@ def _image_mode(config: dict[str, Any]) -> str:
     return 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
 
 
-def _training(
-    config: dict[str, Any], settings: dict[str, Any], environment: dict[str, Any], origin: dict[str, Any]
-) -> dict[str, Any]:
+def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> dict[str, Any]:
     """What was trained, on what, how."""
+    settings, environment = run.settings, run.environment
     cfg, name, loss, data = config['pretrained_cfg'], config['architecture'], _loss(settings), _data(settings)
     resolution = f'{cfg["input_size"][1]} x {cfg["input_size"][2]} px'
     options = ', '.join(f'{key}={value}' for key, value in (settings.get('loss_kwargs') or {}).items())
@@ -271,56 +263,53 @@ def _is_repository(name: str) -> bool:
     return True
 
 
-def _results(settings, environment, rows, measured, baseline: Path | None, further) -> dict[str, Any]:
-    """The figure beside the baseline's and the paper's, and how it was measured."""
-    figures = [('this model', f'{measured["eval_top1"]:.2f}' if 'eval_top1' in measured else 'not measured')]
-    same_weights = [row for row in further if row['epoch'] == measured.get('epoch')]
-    figures += [
-        (f'this model on "{row["part"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}') for row in same_weights
-    ]
-    figures.append(_baseline_figure(settings, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
-    figures += _paper_figures(settings, environment.get('recipe'))
+def _results(run: Result, measured: dict[str, float], baseline: Result | None) -> dict[str, Any]:
+    """The result beside the baseline's and the paper's, and how it was measured."""
+    values = [('this model', f'{measured["eval_top1"]:.2f}' if 'eval_top1' in measured else 'not measured')]
+    for row in run.extra_splits:
+        if row['epoch'] == measured.get('epoch'):  # with the same weights
+            values.append((f'this model on "{row["split"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}'))
+    values.append(_baseline_value(run, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
+    values += _paper_values(run)
     if 'eval_top1' not in measured:
-        return {'results': figures, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
-    metric, epoch, data = settings.get('eval_metric', 'top1'), int(measured['epoch']), _data(settings)
-    what = 'the moving average of the weights' if settings.get('model_ema') else 'the weights'
-    chosen = len(rows) > 1 and measured == run_dir.best_row(rows, metric)
+        return {'results': values, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
+    metric, epoch, data = run.settings.get('eval_metric', 'top1'), int(measured['epoch']), _data(run.settings)
+    what = 'the moving average of the weights' if run.settings.get('model_ema') else 'the weights'
+    chosen = len(run.rows) > 1 and measured == run.best_row
     return {
-        'results': figures,
+        'results': values,
         'measured': f'Measured on "{data.split}" of {data.name}, with {what} after epoch {epoch + 1}.',
-        'selection': _CHOSEN.format(metric=metric, epochs=len(rows)) if chosen else _NOT_CHOSEN,
+        'selection': _CHOSEN.format(metric=metric, epochs=len(run.rows)) if chosen else _NOT_CHOSEN,
     }
 
 
-def _baseline_figure(settings: dict[str, Any], folder: Path) -> tuple[str, str]:
-    other = without_private(run_dir.read_args(folder))
-    if _loss(other) != 'ce':
-        raise UserError(f"The baseline '{folder}' was trained with '{_loss(other)}': name a run with --loss ce.")
-    changed = diff_settings(_compared(other), _compared(settings), ignore=_FREE_IN_BASELINE)
+def _baseline_value(run: Result, baseline: Result) -> tuple[str, str]:
+    settings = baseline.settings
+    if _loss(settings) != 'ce':
+        raise UserError(f"The baseline '{baseline.source}' was trained with '{_loss(settings)}': name a run with "
+                        '--loss ce.')  # fmt: skip
+    changed = diff_settings(_comparable(settings), _comparable(run.settings), ignore=_IGNORED_IN_BASELINE)
     if changed:
-        raise UserError(f"The baseline '{folder}' is of another recipe: {', '.join(changed[:3])}.")
-    best = run_dir.best_row(run_dir.read_summary(folder), other.get('eval_metric', 'top1'))
-    if 'eval_top1' not in best:
-        raise UserError(f"The baseline '{folder}' was never measured: its summary.csv has no eval_top1.")
-    name = f'cross-entropy, same recipe: {markdown_code(other["model"])}, seed {markdown_text(other["seed"])}'
-    return Markdown(name), f'{best["eval_top1"]:.2f}'
+        raise UserError(f"The baseline '{baseline.source}' is of another recipe: {', '.join(changed[:3])}.")
+    if 'eval_top1' not in baseline.best_row:
+        raise UserError(f"The baseline '{baseline.source}' was never measured: its summary.csv has no eval_top1.")
+    name = f'cross-entropy, same recipe: {markdown_code(settings["model"])}, seed {markdown_text(settings["seed"])}'
+    return Markdown(name), f'{baseline.best:.2f}'
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run and its baseline must have in common, without folders, which a record does not have."""
-    plain = without_private(settings)
-    return {**plain, 'data': _data(plain).name, 'small_input': _small_input(settings)}
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, 'data': _data(settings).name, 'small_input': _small_input(settings)}
 
 
 def _small_input(settings: dict[str, Any]) -> bool:
     return bool(settings.get('model_kwargs', {}).get('small_input'))
 
 
-def _paper_figures(settings: dict[str, Any], recipe: str | None) -> list[tuple[str, str]]:
-    """What the papers print for the rows of their tables that the run is of; each figure once."""
+def _paper_values(run: Result) -> list[tuple[str, str]]:
+    """What the papers print for the rows of their tables that the run is of; each value once."""
     found = {}
-    for table, row, epochs in results.rows_of(settings, recipe):
+    for table, row, epochs in rows_of(run.settings, run.environment.get('recipe')):
         if row.paper:
             source = Markdown(f'the paper: {table.title}, `{row.name}`, {epochs} epochs')
             found.setdefault(show_printed(row.paper), source)
-    return [(source, figure) for figure, source in found.items()] or [('the papers, for these settings', 'not stated')]
+    return [(source, value) for value, source in found.items()] or [('the papers, for these settings', 'not stated')]

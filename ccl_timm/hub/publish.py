@@ -1,4 +1,4 @@
-"""Trained models leave the house: exported as files that timm loads or as ONNX, and pushed to the Hub with a card."""
+"""Trained models for others: exported as files that timm loads or as ONNX, and pushed to the Hub with a card."""
 
 import contextlib
 import importlib.util
@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from timm.models._hub import save_config_for_hf
 from ccl_timm import registry
 from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
+from ccl_timm.experiments.results import Result, write_record
 from ccl_timm.hub import card
 from ccl_timm.models.hub_errors import check_repository_name, explained_push
-from ccl_timm.training import run_dir
 from ccl_timm.training.checkpoints import Trained, check_outputs, load_trained
-from ccl_timm.training.records import without_private, write_record
+from ccl_timm.training.privacy import without_private
+from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.yaml_files import dump_yaml
 
-__all__ = ['export', 'push', 'record', 'write_card']
+__all__ = ['export', 'load_run', 'model_config', 'push', 'write_card']
 
 EXPORT_FILES = {'timm': ('model.safetensors', 'config.json'), 'onnx': ('model.onnx',)}
 ANSWER_SECONDS = 120.0  # how long to wait for an answer of the Hub to a push
@@ -64,17 +67,19 @@ def export(
     return [folder / name for name in names]
 
 
-def _export_timm(trained: Trained, folder: Path) -> None:
+def _export_timm(trained: Trained, folder: Path) -> dict[str, Any]:
+    """Write the weights and config.json, and return the content of that."""
     folder.mkdir(parents=True, exist_ok=True)
     timm.models.save_for_hf(trained.model, str(folder), safe_serialization=True, **_description(trained))
-    _clean_config(folder / 'config.json')
+    return _clean_config(folder / 'config.json')
 
 
-def _clean_config(path: Path) -> None:
+def _clean_config(path: Path) -> dict[str, Any]:
     # model_args hold whatever the model was built with
     config = without_private(json.loads(path.read_text(encoding='utf-8')))
     config.get('model_args', {}).pop('num_classes', None)  # transformers adds its own, and the config has it anyway
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    return config
 
 
 def _description(trained: Trained) -> dict[str, Any]:
@@ -114,32 +119,32 @@ def _export_onnx(trained: Trained, folder: Path) -> None:
     onnx.save(model, folder / 'model.onnx')
 
 
-def record(source: str | os.PathLike, folder: Path, use_ema: bool = False, weights: bool = True) -> None:
-    """Write what a run's repository on the Hub holds, and environment.json, into a folder; no folder of this machine.
+def load_run(source: str | os.PathLike, use_ema: bool = False) -> tuple[Trained, Result]:
+    """Load the checkpoint of a run, and what the run recorded.
 
     Args:
         source: folder of a run (its best checkpoint) or a checkpoint file in one.
-        folder: exists, empty.
         use_ema: the moving average instead of the weights.
-        weights: model.safetensors too.
 
     Raises:
-        UserError: the source is no run, or its figures were measured with other weights than those asked for.
+        UserError: the source is not a run, or its results were measured with other weights than those asked for.
     """
     trained = load_trained(source, use_ema)
-    run = run_dir.folder_of(Path(source))
     if not trained.settings:
-        raise UserError(f"'{source}' is an exported model: name the folder of its run, which tells how it was trained.")
-    settings = run_dir.read_args(run)
-    if bool(settings.get('model_ema')) != use_ema:
-        raise UserError(f"'{run}' was measured with the moving average of its weights: give --use-ema.")
+        raise UserError(f"'{source}' is an exported model: name the folder of its run, which has its settings.")
+    run = Result.of(RunDir.of(source))
+    if bool(run.settings.get('model_ema')) != use_ema:
+        raise UserError(f"'{run.source}' was measured with the moving average of its weights: give --use-ema.")
     check_outputs(trained)
-    if weights:
-        _export_timm(trained, folder)
-    else:
-        save_config_for_hf(trained.model, str(folder / 'config.json'), **_description(trained))
-        _clean_config(folder / 'config.json')
-    write_record(run, folder)
+    return trained, run
+
+
+def model_config(trained: Trained) -> dict[str, Any]:
+    """The content of the config.json that an export of the model has."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'config.json')
+        save_config_for_hf(trained.model, str(path), **_description(trained))
+        return _clean_config(path)
 
 
 def write_card(
@@ -154,36 +159,40 @@ def write_card(
     """Write the card of a run's checkpoint, without a network.
 
     Args:
-        source: as for :func:`record`.
+        source: folder of a run (its best checkpoint) or a checkpoint file in one.
         repo_id: the repository that the card's code loads; by default ours, named after model, loss and data.
         use_ema: the moving average instead of the weights.
-        baseline: the same recipe with cross-entropy.
+        baseline: folder of a run of the same recipe with cross-entropy.
         license: of the weights.
-        output: a new folder for README.md, for the record that it is written from, and for that of the baseline.
+        output: a new folder for README.md and what it is written from: config.json, and the run and its baseline in
+            runs.jsonl.
 
     Returns:
         The card.
 
     Raises:
-        UserError: as :func:`record` and :func:`ccl_timm.hub.card.render`, or the folder exists.
+        UserError: as :func:`load_run` and :func:`ccl_timm.hub.card.render`, or the folder exists.
     """
     if repo_id is not None:
         check_repository_name(repo_id)
     if output and Path(output).exists():
         raise UserError(f"'{output}' exists already: name a new folder with --output.")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        record(source, folder, use_ema, weights=False)
-        repo_id = repo_id or card.default_repository(folder)
-        text = card.render(folder, repo_id, Path(baseline) if baseline else None, license)
-        if output:
-            (folder / 'README.md').write_text(text, encoding='utf-8')
-            if baseline:
-                (folder / 'baseline').mkdir()
-                write_record(Path(baseline), folder / 'baseline')
-            shutil.copytree(folder, output)
-            log_info(f'written: {output}')
+    trained, run = load_run(source, use_ema)
+    config, other = model_config(trained), _read_baseline(baseline)
+    repo_id = repo_id or card.default_repository(config, run.public().settings)
+    text = card.render(config, run, repo_id, other, license)
+    if output:
+        folder = Path(output)
+        folder.mkdir(parents=True)
+        (folder / 'README.md').write_text(text, encoding='utf-8')
+        (folder / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+        write_record(folder / 'runs.jsonl', [run, replace(other, name='baseline')] if other else [run])
+        log_info(f'written: {output}')
     return text
+
+
+def _read_baseline(folder: str | os.PathLike | None) -> Result | None:
+    return Result.of(RunDir(folder)) if folder else None
 
 
 def push(
@@ -200,9 +209,9 @@ def push(
 ) -> str:
     """Put a trained model on the Hub, in a repository that is made if there is none, in one commit.
 
-    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv, parts.csv if
-    there is one, and README.md, the model card. A card that somebody edited stays. What is there already is not sent
-    again.
+    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv,
+    extra_splits.csv if there is one, and README.md, the model card. A card that somebody edited stays. What is there
+    already is not sent again.
 
     Args:
         source: folder of a run (its best checkpoint) or a checkpoint file in one.
@@ -213,7 +222,7 @@ def push(
         baseline: see :func:`ccl_timm.hub.card.render`.
         license: of the weights.
         replace_card: write over an edited card, too.
-        dry_run: say what would go up, and send nothing.
+        dry_run: list what would go up, and send nothing.
 
     Returns:
         Address of the commit that holds the model; empty for a dry run.
@@ -224,10 +233,11 @@ def push(
     check_repository_name(repo_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record(source, folder, use_ema)
-        text = card.render(folder, repo_id, Path(baseline) if baseline else None, license)
+        trained, run = load_run(source, use_ema)
+        config = _export_timm(trained, folder)
+        text = card.render(config, run, repo_id, _read_baseline(baseline), license)
         (folder / 'README.md').write_text(text, encoding='utf-8')
-        (folder / 'environment.json').unlink(missing_ok=True)
+        _write_public_files(run.public(), folder)
         for path in sorted(folder.iterdir()):
             log_info(f'{path.name:>18}  {path.stat().st_size / 1e6:9.3f} MB')
         if dry_run:
@@ -235,6 +245,15 @@ def push(
             return ''
         with explained_push(repo_id), _limited_patience():
             return _upload(folder, repo_id, private, revision, replace_card)
+
+
+def _write_public_files(run: Result, folder: Path) -> None:
+    """args.yaml, summary.csv, and extra_splits.csv if there is one."""
+    (folder / 'args.yaml').write_text(dump_yaml(run.settings), encoding='utf-8')
+    if (summary := Path(run.source, 'summary.csv')).is_file():
+        shutil.copyfile(summary, folder / 'summary.csv')
+    for row in run.extra_splits:
+        RunDir(folder).add_extra_split(row)
 
 
 def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, replace_card: bool) -> str:

@@ -13,7 +13,8 @@ from torch import nn
 
 from ccl_timm import models
 from ccl_timm.errors import UserError
-from ccl_timm.training import run_dir
+from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
+from ccl_timm.training.run_dir import RunDir
 
 __all__ = ['Trained', 'build_model', 'check_outputs', 'load_trained']
 
@@ -106,9 +107,9 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     path = Path(name.removeprefix('local-dir:'))
     if (path / 'config.json').is_file():
         return _load_exported(f'local-dir:{path}')
-    checkpoint_file = run_dir.checkpoint_of(path)
-    checkpoint = run_dir.read_checkpoint(checkpoint_file)
-    run_dir.check_intact(checkpoint_file)
+    checkpoint_file = path if path.is_file() else RunDir(path).best_or_last_checkpoint()
+    checkpoint = read_checkpoint(checkpoint_file)
+    check_intact(checkpoint_file)
     settings = _settings_of(checkpoint, checkpoint_file)
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:

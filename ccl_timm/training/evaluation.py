@@ -21,9 +21,10 @@ from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.training import parts, retrieval, run_dir
+from ccl_timm.training import retrieval
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.interrupts import WholeBatches
+from ccl_timm.training.run_dir import RunDir
 
 __all__ = ['Evaluation', 'check_labels', 'data_config_of', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
 
@@ -131,8 +132,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
             raise UserError(f"'{path}' exists already: name another file.")
     device = torch.device(pick_device(args.device))
     trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
-    if args.record:
-        _check_record(args, trained)
+    if args.save:
+        _check_save(args, trained)
     data = data_config_of(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
     dataset = open_for(data, data.val_split, config['input_size'][0], trained.class_names, named=args.split is not None)
@@ -152,8 +153,8 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
     _write_tables(args, found, names)
     result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
-    if args.record:
-        _record(args, trained, result)
+    if args.save:
+        _save(args, trained, result)
     print(f'--result\n{json.dumps({**result, "img_size": config["input_size"][-1]}, indent=4)}')
     return 0
 
@@ -179,28 +180,25 @@ def _neighbours(args, data, trained, loader, config) -> dict[str, float]:
     return found
 
 
-def _check_record(args: argparse.Namespace, trained: Trained) -> None:
-    """Raise a UserError unless figures can be kept with the run that they are of."""
-    folder = _run_folder(args)
+def _check_save(args: argparse.Namespace, trained: Trained) -> None:
+    """Raise a UserError unless the results can be saved with the run that they belong to."""
+    folder = RunDir.of(args.source or args.checkpoint).path
     if trained.epoch is None or not (folder / 'args.yaml').is_file():
-        raise UserError(f"--record keeps figures with a run, which '{folder}' is not: name a run's folder.")
+        raise UserError(f"--save keeps results with a run, which '{folder}' is not: name a run's folder.")
     if args.split is None or args.data_dir is not None or args.dataset is not None:
-        raise UserError("--record keeps figures of a part of the run's own data: name it with --split alone.")
+        raise UserError("--save keeps results of a split of the run's own data: name it with --split alone.")
     if bool(trained.settings.get('model_ema')) != args.use_ema:
         raise UserError(f"'{folder}' was measured with the moving average of its weights: give --use-ema.")
 
 
-def _record(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) -> None:
-    figures = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
-    path = parts.add_part(_run_folder(args), {'part': args.split, 'epoch': trained.epoch, **figures})
+def _save(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) -> None:
+    run = RunDir.of(args.source or args.checkpoint)
+    measured = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
+    path = run.add_extra_split({'split': args.split, 'epoch': trained.epoch, **measured})
     log_info(f'written: {path}, of epoch {trained.epoch + 1}')
-    rows = run_dir.complete_rows(path.parent)
+    rows = run.rows()
     if rows and trained.epoch != rows[-1]['epoch']:
-        log_info(f"reports show figures of a run's last epoch: {path.parent / 'last.pth.tar'}")
-
-
-def _run_folder(args: argparse.Namespace) -> Path:
-    return run_dir.folder_of(Path(args.source or args.checkpoint))
+        log_info(f"reports show results of a run's last epoch: {run.path / 'last.pth.tar'}")
 
 
 def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
@@ -230,7 +228,7 @@ def _parser(prog: str) -> Parser:
     add('--split', default=None, metavar='NAME', help='part to evaluate on')
     add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
-    add('--record', action='store_true', help="keep the figures of --split in the run's parts.csv")
+    add('--save', action='store_true', help="keep the results of --split in the run's extra_splits.csv")
     add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
     add(
         '--knn',

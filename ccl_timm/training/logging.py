@@ -107,9 +107,9 @@ class RunLogger:
         value, epoch = trainer.best
         if value is not None:
             shown = f'loss {value:.4g}' if metric == 'loss' else f'{metric.replace("top", "top-")} {value:.2f}%'
-            log_info(f'best {shown} (epoch {epoch + 1}); the run is in {trainer.folder}')
+            log_info(f'best {shown} (epoch {epoch + 1}); the run is in {trainer.run.path}')
         ema = ' --use-ema' if trainer.task.has_ema() else ''  # the best is that of the moving average
-        folder = shell_text([str(trainer.folder)])
+        folder = shell_text([str(trainer.run.path)])
         log_info(f'next: timm validate.py {folder}{ema}')
         log_info(f'      ccl-timm export {folder} DIR{ema}   ccl-timm predict {folder} IMAGES...{ema}')
 

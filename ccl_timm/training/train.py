@@ -11,12 +11,11 @@ from timm.models import safe_model_name
 
 from ccl_timm.console import is_primary, log_info
 from ccl_timm.errors import UserError
-from ccl_timm.training import run_dir
 from ccl_timm.training.checks import check_config
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.interrupts import Stopped, stopped_by_signals
-from ccl_timm.training.origin import origin
+from ccl_timm.training.provenance import environment, origin
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
 __all__ = ['main', 'train']
@@ -49,40 +48,31 @@ def train(config: TrainConfig, argv: list[str]) -> Path:
         UserError: a setting, the data, the model, the loss or the folder does not allow it; nothing is overwritten.
     """
     check_config(config)
-    with stopped_by_signals(), FolderLock() as lock:
-        folder, checkpoint = run_dir.resolve_run_dir(config, safe_model_name(config.model), lock)
-        with _explained(config, folder):
-            trainer = Trainer(config, folder, checkpoint)
+    with stopped_by_signals(), RunDir.choose(config, safe_model_name(config.model)) as run:
+        with _explained(config, run):
+            trainer = Trainer(config, run)
             trainer.logger.on_start(trainer)
             if is_primary():
-                _start_writing(trainer, lock, checkpoint, argv)
+                _start_writing(trainer, argv)
             trainer.fit()
             trainer.logger.finish()
     if torch.distributed.is_initialized():  # not after an error, whose message comes before the others are let go
         torch.distributed.destroy_process_group()
     trainer.logger.on_end(trainer)
-    return trainer.folder
+    return run.path
 
 
-def _start_writing(trainer: Trainer, lock: FolderLock, checkpoint: Path | None, argv: list[str]) -> None:
+def _start_writing(trainer: Trainer, argv: list[str]) -> None:
     """Create or continue the run's folder, write what the run is made of, and start the saver."""
-    config, continues = trainer.config, lock.folder is not None
-    if not continues:
-        trainer.folder = run_dir.create_folder(trainer.folder, lock, run_dir.is_named(config))
-    settings = trainer.setup.recorded(config)
-    information = run_dir.environment(argv, str(trainer.device), trainer.splits.fingerprint)
-    information['origin'] = origin(settings)
-    run_dir.write_run_files(trainer.folder, settings, information, trainer.splits.held_out, continues)
-    trainer.start_saver(checkpoint if continues else None)
-    if continues and checkpoint:
-        run_dir.trim_summary(trainer.folder, trainer.start_epoch)
-    elif continues:
-        (trainer.folder / 'summary.csv').unlink(missing_ok=True)
-    trainer.logger.start_tracker(trainer.folder, settings)
+    settings, splits = trainer.setup.recorded(trainer.config), trainer.splits
+    made_with = {**environment(argv, str(trainer.device), splits.fingerprint), 'origin': origin(settings)}
+    trainer.run.begin(settings, made_with, splits.held_out, trainer.start_epoch)
+    trainer.start_saver()
+    trainer.logger.start_tracker(trainer.run.path, settings)
 
 
 @contextlib.contextmanager
-def _explained(config: TrainConfig, folder: Path) -> Iterator[None]:
+def _explained(config: TrainConfig, run: RunDir) -> Iterator[None]:
     """Give the reason for a run's end in one sentence where neither the settings nor this package are to blame."""
     try:
         yield
@@ -90,7 +80,7 @@ def _explained(config: TrainConfig, folder: Path) -> Iterator[None]:
         log_info(f'stopped by {stop}' if isinstance(stop, Stopped) else 'stopped by hand')
         raise
     except (OSError, RuntimeError) as error:
-        reason = _reason(error, config, folder)
+        reason = _reason(error, config, run.path)
         if reason is None:
             raise
         raise UserError(reason) from error

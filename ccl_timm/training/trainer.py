@@ -23,7 +23,6 @@ from timm.utils import (
     distribute_bn,
     random_seed,
     reduce_tensor,
-    update_summary,
 )
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
@@ -34,13 +33,14 @@ from ccl_timm.data.loaders import make_loaders
 from ccl_timm.errors import UserError
 from ccl_timm.ops import rank, world_size
 from ccl_timm.task import create_task
-from ccl_timm.training import run_dir
+from ccl_timm.training.checkpoint_files import restore_saver
 from ccl_timm.training.checkpoints import build_model
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import evaluate, pick_device
 from ccl_timm.training.interrupts import WholeBatches, uninterrupted
 from ccl_timm.training.kernel_cropping import crop_kernels
 from ccl_timm.training.logging import RunLogger
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.setup import (
     Setup,
     class_weights,
@@ -60,8 +60,7 @@ class Trainer:
 
     Args:
         config: has been checked.
-        folder: the run's. If it holds a run, its data must be the same.
-        checkpoint: to resume from.
+        run: the run's folder, with the checkpoint to resume from. If it holds a run, its data must be the same.
 
     Attributes:
         splits: the data.
@@ -76,28 +75,26 @@ class Trainer:
         UserError: the data, the model, the loss or the checkpoint does not allow it.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, checkpoint: Path | None = None):
-        self.config, self.folder = config, folder
+    def __init__(self, config: TrainConfig, run: RunDir):
+        self.config, self.run = config, run
         self.device = _start_processes(config)
         self.splits = create_splits(config, input_channels(config))
-        if run_dir.is_run_dir(folder):
+        if run.exists():
             held_out = config.val_fraction is not None
-            self.splits.notes += run_dir.check_same_data(
-                folder, self.splits.class_names, self.splits.fingerprint, held_out
-            )
+            self.splits.notes += run.check_data(self.splits.class_names, self.splits.fingerprint, held_out)
         self.logger = RunLogger(config)
         self.saver: CheckpointSaver | None = None
         self.best: tuple[float | None, int | None] = (None, None)
         self.results: list[dict[str, Any]] = []
         self._build_task()
         self._build_optimizer()
-        self._resume(checkpoint)
+        self._resume(run.checkpoint)
         if config.torchcompile:
             self.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
         if world_size() > 1:
             self.task.prepare_distributed(device_ids=[self.device])
         with user_errors(f"The settings of the schedule '{config.sched}' do not work"):
-            self._build_schedule(checkpoint)
+            self._build_schedule(run.checkpoint)
         self.task.set_num_updates(self.start_epoch * self.updates_per_epoch)
 
     @property
@@ -189,21 +186,21 @@ class Trainer:
         self._check_finite(epoch, metrics['loss'], 'validation loss')
         return metrics
 
-    def start_saver(self, checkpoint: Path | None) -> None:
-        """Save checkpoints from now on, ranked with those up to ``checkpoint`` if the run continues from one."""
+    def start_saver(self) -> None:
+        """Save checkpoints from now on, ranked with the earlier ones if the run in the folder continues."""
         self.saver = CheckpointSaver(
             model=self.task.get_trainable_module(),
             optimizer=self.optimizer,
             args=self.config.view(**{**self.setup.recorded(self.config), 'lr': self.setup.lr}),
             amp_scaler=self.scaler,
-            checkpoint_dir=str(self.folder),
-            recovery_dir=str(self.folder),
+            checkpoint_dir=str(self.run.path),
+            recovery_dir=str(self.run.path),
             decreasing=self.metric == 'loss',
             max_history=self.config.checkpoint_hist,
             task=self.task,
         )
-        if checkpoint:
-            run_dir.restore_saver(self.saver, checkpoint)
+        if self.run.resumes and self.run.checkpoint:
+            restore_saver(self.saver, self.run.checkpoint)
             self.best = (self.saver.best_metric, self.saver.best_epoch)
 
     def _build_task(self) -> None:
@@ -279,7 +276,7 @@ class Trainer:
     def _repeat_plateau(self, checkpoint: Path) -> None:
         """Show the schedule the metrics of all epochs again: its state is in no checkpoint."""
         name = f'{"train" if self.loader_eval is None else "eval"}_{self.metric}'
-        rows = run_dir.complete_rows(run_dir.folder_of(checkpoint))
+        rows = RunDir.of(checkpoint).rows()
         metrics = {int(row['epoch']): row[name] for row in rows if name in row}
         for epoch in range(self.start_epoch):
             if self.is_measured(epoch) and epoch not in metrics:
@@ -322,7 +319,7 @@ class Trainer:
             self.results[-1]['validation'] = eval_metrics
         if self.saver is None:
             return
-        update_summary(epoch, train_metrics, eval_metrics, filename=str(self.folder / 'summary.csv'), lr=self.lr)
+        self.run.add_row(epoch, train_metrics, eval_metrics, self.lr)
         self.logger.track(epoch, {'train': {**train_metrics, 'lr': self.lr}, 'eval': eval_metrics})
         self.best = self.saver.save_checkpoint(epoch, metric=(eval_metrics or train_metrics)[self.metric])
 
@@ -330,7 +327,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f'The {name} became {loss} in epoch {epoch + 1}: lower the learning rate (now {self.lr:.3g}) '
-                f'or clip gradients with --clip-grad 1. Checkpoints of earlier epochs are in {self.folder}.'
+                f'or clip gradients with --clip-grad 1. Checkpoints of earlier epochs are in {self.run.path}.'
             )
 
     def _has_lost_patience(self, epoch: int) -> bool:

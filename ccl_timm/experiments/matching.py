@@ -1,0 +1,259 @@
+"""Results put together over their seeds, given to the rows of tables, and paired with their baselines."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ccl_timm import models
+from ccl_timm.console import log_warning
+from ccl_timm.experiments.results import Result, comparable, default_options
+from ccl_timm.experiments.tables import Row, Table, run_name, tables_of
+from ccl_timm.training.config import TrainConfig, diff_settings
+
+__all__ = [
+    'Group',
+    'MatchedRow',
+    'baseline_of',
+    'distinguishing_settings',
+    'group_by_seed',
+    'head_of',
+    'match_rows',
+    'rows_of',
+]
+
+# what may differ between runs of one group, between a run and its row in a paper's table (where the data lies, how fast
+# and how long it is trained), and between a run and the cross-entropy run that it is tested against
+_IGNORED_IN_GROUP = {*TrainConfig.names(varies='seed')}
+_IGNORED_IN_TABLE = {*_IGNORED_IN_GROUP, *TrainConfig.names(varies='budget')}
+_IGNORED_IN_BASELINE = {*_IGNORED_IN_GROUP, *TrainConfig.names(varies='method')}
+# of these, what the report always shows where a run has another value than its row
+_SHOWN_IN_TABLE = ('opt', 'opt_kwargs')
+_NAMED = 5  # runs without a row whose differences are printed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same settings with different seeds, in the order of these."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the first of them, in comparable form."""
+        return self.results[0].comparable
+
+    @property
+    def epochs(self) -> int:
+        """That they were trained for; of the longest, where patience ended some."""
+        return max(result.epochs for result in self.results)
+
+    @property
+    def last(self) -> list[float]:
+        """Top-1 in % after each one's last epoch."""
+        return [result.last for result in self.results]
+
+    @property
+    def best(self) -> list[float]:
+        """Top-1 in % after each one's best epoch."""
+        return [result.best for result in self.results]
+
+    @property
+    def extra_top1(self) -> dict[str, list[float]]:
+        """Top-1 in % on further splits, for those on which all of them were measured."""
+        measured = [result.extra_top1 for result in self.results]
+        common = [split for split in measured[0] if all(split in own for own in measured)]
+        return {split: [own[split] for own in measured] for split in common}
+
+
+@dataclass(frozen=True)
+class MatchedRow:
+    """A row of a table, with the runs of it.
+
+    Attributes:
+        row: the row.
+        wanted: its settings, in comparable form.
+        groups: of runs, which differ in settings that a row leaves open, such as the epochs; first the one closest to
+            the recipe in images and epochs. Empty if nothing was run.
+    """
+
+    row: Row
+    wanted: dict[str, Any]
+    groups: tuple[Group, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the row's recipe has."""
+        return self.wanted['epochs']
+
+    @property
+    def distinguishing_settings(self) -> list[str]:
+        """For each group, the settings that distinguish it from the others, or its optimizer from the row's."""
+        return distinguishing_settings(list(self.groups), shown={key: self.wanted[key] for key in _SHOWN_IN_TABLE})
+
+
+def group_by_seed(results: list[Result]) -> list[Group]:
+    """Put runs together that differ in their seeds only; a second run of the same seed is named and left out.
+
+    Settings that only one of two runs has, as runs of different versions do, do not separate them.
+    """
+    found: list[list[Result]] = []
+    for result in results:
+        same = next(
+            (own for own in found if not diff_settings(own[0].comparable, result.comparable, _IGNORED_IN_GROUP)), None
+        )
+        if same is None:
+            found.append([result])
+        elif other := next((own for own in same if own.seed == result.seed), None):
+            log_warning(f"left out: '{result.source}' has the settings and the seed of '{other.source}'")
+        else:
+            same.append(result)
+    return [Group(tuple(sorted(own, key=lambda result: result.seed))) for own in found]
+
+
+def match_rows(table: Table, results: list[Result]) -> list[MatchedRow]:
+    """Give runs to the rows of a table by what was trained; those that fit no row are named."""
+    wanted = {row: _wanted(row) for row in table.rows}
+    found: dict[Row, list[Result]] = {row: [] for row in table.rows}
+    unmatched = []
+    for result in results:
+        changed = {row: _changes(settings, result.comparable) for row, settings in wanted.items()}
+        fitting = _fitting(changed, result)
+        if len(fitting) == 1:
+            found[fitting[0]].append(result)
+        else:
+            unmatched.append(_why_unmatched(table, result, fitting, changed))
+    for text in unmatched[:_NAMED]:
+        log_warning(f'left out: {text}')
+    if len(unmatched) > _NAMED:
+        log_warning(f'left out: {len(unmatched) - _NAMED} more runs that are no row of {table.name}')
+    return [MatchedRow(row, wanted[row], _closest_first(own, wanted[row]['epochs'])) for row, own in found.items()]
+
+
+def _fitting(changed: dict[Row, list[str]], result: Result) -> list[Row]:
+    """The rows that a run fits; of data sets that differ in their folders only, the one that the run is named after."""
+    fitting = [row for row, changes in changed.items() if not changes]
+    if len(fitting) > 1:
+        name = result.settings.get('experiment') or ''
+        return [row for row in fitting if name == run_name(row, result.seed)] or fitting
+    return fitting
+
+
+def _why_unmatched(table: Table, result: Result, fitting: list[Row], changed: dict[Row, list[str]]) -> str:
+    if fitting:
+        rows = ', '.join(f'{row.dataset} {row.name}' for row in fitting)
+        return f"'{result.source}' fits several rows of {table.name} ({rows})"
+    row = min(changed, key=lambda row: len(changed[row]))
+    why = ', '.join(changed[row][:3])
+    return f"'{result.source}' is no row of {table.name}; closest: {row.dataset} {row.name}, but {why}"
+
+
+def _closest_first(results: list[Result], epochs: int) -> tuple[Group, ...]:
+    def distance(group: Group) -> tuple[float, int, int]:
+        return -(group.settings['train_fraction'] or 1), abs(group.epochs - epochs), -len(group.results)
+
+    return tuple(sorted(group_by_seed(results), key=distance))
+
+
+def rows_of(settings: dict[str, Any], recipe: str | None) -> list[tuple[Table, Row, int]]:
+    """The rows of the tables, and the epochs of their recipe, that a run belongs to.
+
+    Args:
+        settings: of the run.
+        recipe: that the run names.
+    """
+    own = comparable(settings)
+    found = [(table, row, _wanted(row)) for table in tables_of(recipe or '') for row in table.rows]
+    return [(table, row, wanted['epochs']) for table, row, wanted in found if not _changes(wanted, own)]
+
+
+def _wanted(row: Row) -> dict[str, Any]:
+    return comparable(TrainConfig.resolve(list(row.args)).settings())
+
+
+def _changes(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    changed = diff_settings(wanted, settings, _IGNORED_IN_TABLE)
+    classes = wanted.get('num_classes')
+    if classes and settings.get('num_classes') not in (None, classes):
+        changed.append(f'num_classes was {classes}, is {settings["num_classes"]}')
+    return changed
+
+
+def distinguishing_settings(
+    groups: list[Group], ignore: Collection[str] = (), shown: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
+    """For each group, as text, those of its settings that are not the same in all of them.
+
+    Args:
+        groups: of runs; none give none.
+        ignore: settings that are shown elsewhere, beside the seed and the epochs.
+        shown: settings by name that are also shown where a group has another value than this.
+    """
+    if not groups:
+        return []
+    first, ignored = {**groups[0].settings, **shown}, {*_IGNORED_IN_GROUP, 'epochs', *ignore}
+    keys = [
+        key
+        for key in first
+        if any(key in g.settings and diff_settings({key: first[key]}, {key: g.settings[key]}, ignored) for g in groups)
+    ]
+    return [_shown_settings(g.settings, keys) for g in groups]
+
+
+def _shown_settings(settings: dict[str, Any], keys: list[str]) -> str:
+    own = {key: settings[key] for key in keys if key in settings}
+    if 'loss_kwargs' in own:
+        usual = default_options(settings['loss'])
+        own['loss_kwargs'] = {key: value for key, value in own['loss_kwargs'].items() if usual.get(key) != value}
+    return ', '.join(f'{key}={_shown(value)}' for key, value in own.items() if value not in ({}, ''))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return '{' + ', '.join(f'{key}={item}' for key, item in value.items()) + '}'
+    return 'x'.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def baseline_of(group: Group, groups: list[Group]) -> Group | None:
+    """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
+
+    Of several, those on the same head, else those with features of the same width, of these those with a linear head.
+    """
+    own = group.settings
+    if own['loss'] == 'ce':
+        return None
+    found = [
+        other
+        for other in groups
+        if other.settings['loss'] == 'ce'
+        and _backbone(other.settings) == _backbone(own)
+        and not diff_settings(other.settings, own, _IGNORED_IN_BASELINE)
+    ]
+    return min(found, key=lambda other: _distance(other.settings, own), default=None)
+
+
+def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, bool, bool]:
+    same_width = _width(settings) == _width(own)
+    return not (same_width and head_of(settings) == head_of(own)), not same_width, head_of(settings) != 'linear'
+
+
+def _backbone(settings: dict[str, Any]) -> tuple[str, bool]:
+    """Architecture without the head, and whether it has the stem for small images."""
+    variant = models.split_variant(settings['model'])
+    return variant[0] if variant else settings['model'], bool(_model_options(settings).get('small_input'))
+
+
+def head_of(settings: dict[str, Any]) -> str:
+    """Name of the head of a run's model; ``linear`` for timm's own classifier."""
+    variant = models.split_variant(settings['model'])
+    return variant[1] if variant else 'linear'
+
+
+def _width(settings: dict[str, Any]) -> int | None:
+    """Width of the features that a head was asked for; None for its default."""
+    options = _model_options(settings)
+    return options.get('feature_dim') or options.get('hidden_features')
+
+
+def _model_options(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings.get('model_kwargs') or {}

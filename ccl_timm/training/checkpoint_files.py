@@ -1,0 +1,78 @@
+"""Training checkpoints as files: read, checked for damage, and ranked as timm's saver ranks them."""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from timm.utils import CheckpointSaver
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from ccl_timm.errors import UserError
+
+__all__ = ['check_intact', 'read_checkpoint', 'restore_saver']
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint, tensors memory-mapped, without unpickling anything but plain types.
+
+    Raises:
+        UserError: the file does not exist or is not a training checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint '{path}'.")
+    try:
+        content = load_checkpoint_metadata(path)
+    except Exception as error:  # a damaged file fails in any of the layers that read it
+        raise UserError(f"'{path}' is not a readable training checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict) or not {'state_dict', 'epoch'} <= content.keys():
+        raise UserError(f"'{path}' is not a training checkpoint: it has no model and epoch of a run in it.")
+    return content
+
+
+def check_intact(path: Path) -> None:
+    """Raise a UserError if a checkpoint's checksums do not match its content, which is read in full."""
+    if not zipfile.is_zipfile(path):
+        return  # written by an old torch, without checksums
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = _first_line(error)
+    if damaged:
+        raise UserError(f"'{path}' is damaged ({damaged}): take another checkpoint, or a copy of this one.")
+
+
+def restore_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
+    """Let a saver continue where that of a checkpoint stopped, also if it was stopped while it saved.
+
+    timm's saver writes a checkpoint, then its numbered copy, then the copy that is the best. A run killed in between
+    would rank its checkpoints in another way than one that was not, or keep no best one: missing copies are made.
+    """
+    saver.load_state_dict_from_checkpoint(str(checkpoint))
+    content = read_checkpoint(checkpoint)
+    epoch, metric = content['epoch'], content.get('metric')
+    copy = saver._checkpoint_path(epoch)
+    if metric is not None and not os.path.exists(copy):
+        full = len(saver.checkpoint_files) >= saver.max_history
+        if not full or saver.cmp(metric, saver.checkpoint_files[-1][1]):
+            if full:
+                saver._cleanup_checkpoints(1)
+            saver._duplicate(str(checkpoint), copy)
+            saver._track_checkpoint(copy, epoch, metric, update_best_file=False)
+    best = Path(saver.checkpoint_dir) / 'model_best.pth.tar'
+    its_copy = saver._checkpoint_path(saver.best_epoch)
+    if os.path.exists(its_copy) and _epoch_of(best) != saver.best_epoch:
+        saver._duplicate(its_copy, str(best))
+
+
+def _epoch_of(path: Path) -> int | None:
+    try:
+        return read_checkpoint(path)['epoch']
+    except UserError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
