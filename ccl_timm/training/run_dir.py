@@ -91,7 +91,11 @@ class RunDir:
             read_checkpoint(run.checkpoint)
             check_intact(run.checkpoint)
         if run.exists():
-            run._choose_again(config)
+            try:
+                run._choose_again(config)
+            except BaseException:
+                run._lock.release()
+                raise
         return run
 
     def _choose_again(self, config: TrainConfig) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm.training import run_dir
 from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import results
 
@@ -26,7 +26,7 @@ def test_validate_gives_the_top1_of_the_run(words, trained, folder):
     theirs = results(out)
     code, out, err = words('timm', 'validate.py', trained, '-j', '0')
     assert code == 0, err
-    best = max(row['eval_top1'] for row in run_dir.read_summary(trained))
+    best = max(row['eval_top1'] for row in RunDir(trained).rows())
     assert theirs['top1'] == pytest.approx(results(out)['top1'], abs=1e-4) == pytest.approx(best, abs=1e-4)
 
 

@@ -12,7 +12,7 @@ from ccl_timm.console.escape import csv_text, markdown_code, markdown_text, shel
 from ccl_timm.data import check
 from ccl_timm.experiments.rendering import FORMATS, Report, Section
 from ccl_timm.training import evaluation, prediction
-from ccl_timm.training.records import without_private
+from ccl_timm.training.privacy import without_private
 
 HOSTILE = [
     '<script>alert(1)</script>',

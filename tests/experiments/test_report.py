@@ -1,4 +1,4 @@
-"""report: which runs stand behind which figure, what is printed of them, what is left out and what is refused."""
+"""report: which runs are behind which value, what is printed of them, what is left out and what is refused."""
 
 import csv
 import json
@@ -10,16 +10,16 @@ import pytest
 import yaml
 from scipy import stats
 
-from ccl_timm.experiments import report, results, statistics, tables
-from ccl_timm.training import parts
+from ccl_timm.experiments import matching, report, results, tables
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.run_dir import RunDir
 
 TABLE1 = ('--config', 'cc_mnist', '--model', 'resnet18_cam', '--loss', 'cc')
 CE = ('--config', 'cc_mnist', '--model', 'resnet18_linear', '--loss', 'ce')
 
 
 def write_run(folder, words, top1, summary=None, environment=None, **more):
-    """The files of a run with these words of the training script and these figures, one an epoch."""
+    """The files of a run with these arguments of the training script and these values, one per epoch."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = TrainConfig.resolve(list(words)).settings()
@@ -53,7 +53,7 @@ def lines_of(markdown, first):
 def test_table_stands_beside_the_papers(runs_of_table1, words):
     code, out, err = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1')
     assert (code, err) == (0, '')
-    layout, line, papers, *_ = lines_of(out, 'resnet18:cc')
+    layout, line = lines_of(out, 'resnet18:cc')
     assert layout[1:3] == ['98.53 ± 0.17 (n=3, 3 of 300 epochs)', '98.52 ± 0.09']
     assert layout[3:] == ['not run', '78.23 ± 0.07', 'not run', '88.41 ± 0.06']
     header = lines_of(out, 'row')[1]
@@ -65,9 +65,6 @@ def test_table_stands_beside_the_papers(runs_of_table1, words):
     p = stats.ttest_ind([98.4, 98.5, 98.7], [97.4, 97.8], equal_var=False).pvalue
     assert cells['against our ce'].endswith(f'(p = {p:.2g}) [linear]')
     assert lines_of(out, 'vgg16:cc')[0][1] == 'not run' and lines_of(out, 'resnet18:mc')[0][-2:] == ['', '']
-    low, high = statistics.p_bounds(98.52, 0.09, 98.40, 5)  # the paper's p is against FICAL's value
-    assert papers[:5] == ['resnet18:cc', 'mnist', '98.52 ± 0.09', '+0.12 to resnet18:fical', '0.0033']
-    assert papers[5:] == [f'{low / 2:.2g} to {high / 2:.2g}', f'{low:.2g} to {high:.2g}: not the printed one']
     assert 'Note: fical is reimplemented' in out
 
 
@@ -109,7 +106,7 @@ def test_json_and_csv_have_what_summary_csv_has(runs_of_table1, words):
     assert len(records) == len(tables.read_table('cc-table1').rows)
     cc = found['resnet18:cc', 'mnist']
     assert cc['last_epoch'] == [98.4, 98.5, 98.7] and cc['best_epoch'] == [98.6, 98.5, 98.8]
-    assert cc['seeds'] == [0, 1, 2] and cc['paper'] == 98.52 and cc['folders'] == ['runs/x0', 'runs/x1', 'runs/x2']
+    assert cc['seeds'] == [0, 1, 2] and cc['paper'] == 98.52 and cc['runs'] == ['runs/x0', 'runs/x1', 'runs/x2']
     assert found['vgg16:cc', 'mnist']['last_epoch_mean'] is None
     out = words('ccl-timm', 'report', 'runs', '--table', 'cc-table1', '--format', 'csv')[1]
     rows = {(row['row'], row['data']): row for row in csv.DictReader(out.splitlines())}
@@ -130,31 +127,29 @@ def test_report_is_the_same_from_the_records_alone(runs_of_table1, words):
     assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
 
 
-def test_records_hold_all_that_the_report_tells(runs_of_table1, words):
+def test_records_hold_everything_that_the_report_prints(runs_of_table1, words):
     environment = {'command': 'timm train.py --data-dir /home/me/mnist', 'recipe': '/home/me/r.yaml'}
     focal = (*CE[:-1], 'focal')
-    write_run('runs/few', focal, [97, 98], seed=0, train_fraction=0.125, environment=environment)
-    parts.add_part(Path('runs/few'), {'part': 'test1k', 'epoch': 0, 'images': 1000, 'top1': 50, 'top5': 60, 'loss': 1})
-    parts.add_part(Path('runs/few'), {'part': 'test1k', 'epoch': 1, 'images': 1000, 'top1': 96, 'top5': 99, 'loss': 1})
-    argv = ['--table', 'cc-table1', '--record', 'results']
+    few = RunDir(write_run('runs/few', focal, [97, 98], seed=0, train_fraction=0.125, environment=environment))
+    few.add_extra_split({'split': 'test1k', 'epoch': 0, 'images': 1000, 'top1': 50, 'top5': 60, 'loss': 1})
+    few.add_extra_split({'split': 'test1k', 'epoch': 1, 'images': 1000, 'top1': 96, 'top5': 99, 'loss': 1})
+    argv = ['--table', 'cc-table1', '--record', 'results/a.jsonl']
     code, whole, err = words('ccl-timm', 'report', 'runs', *argv)
     assert code == 0, err
     assert '98.00 (n=1, 2 of 300 epochs, 12.5% of the images)' in whole and '| 12.5% ' in whole
     assert '| test1k 96.00 |' in whole and 'test1k 50' not in whole
     assert words('ccl-timm', 'report', 'results', '--table', 'cc-table1')[1] == whole
-    assert {path.name for path in Path('results/few').iterdir()} == {
-        'args.yaml', 'summary.csv', 'environment.json', 'parts.csv'
-    }  # fmt: skip
-    texts = [path.read_text() for path in Path('results').rglob('*.*')]
-    assert not any('/home' in text or '/some' in text for text in texts)
+    record = Path('results/a.jsonl').read_text()
+    assert len(record.splitlines()) == 1 + 6 and '/home' not in record and '/some' not in record
     code, out, err = words('ccl-timm', 'report', 'runs', *argv)
-    assert code == 2 and 'exists already: name another folder with --record' in err
-    write_run('more/few', TABLE1, [97], seed=9)
-    code, out, err = words('ccl-timm', 'report', 'runs', 'more', '--record', 'other')
-    assert code == 2 and "Two of these runs lie in folders called 'few'" in err
-    Path('runs/few/environment.json').write_text('{')
-    code, out, err = words('ccl-timm', 'report', 'runs', '--record', 'other')
-    assert code == 2 and "'runs/few/environment.json' is not JSON" in err and not Path('other').exists()
+    assert code == 2 and "Two runs are called '" in err and Path('results/a.jsonl').read_text() == record
+    write_run('more/extra', TABLE1, [97], seed=9)
+    assert words('ccl-timm', 'report', 'more', '--record', 'results/a.jsonl')[0] == 0
+    assert len(Path('results/a.jsonl').read_text().splitlines()) == 1 + 7
+    Path('foreign.jsonl').write_text('{}')
+    code, out, err = words('ccl-timm', 'report', 'runs', '--record', 'foreign.jsonl')
+    assert code == 2 and "'foreign.jsonl' is not a file of recorded runs" in err
+    assert Path('foreign.jsonl').read_text() == '{}'
     shares = words('ccl-timm', 'report', 'results', '--format', 'csv')[1]
     assert ',test1k=96.0' in shares
 
@@ -296,10 +291,10 @@ def test_baseline_is_on_the_same_head_or_the_linear_one_of_that_backbone(place):
     for name in names:
         model, loss = name.split('/')
         folder = write_run(name, ('--config', 'digits', '--model', model, '--loss', loss), [1])
-        groups.append(results.Group((results.read_result(folder),)))
-    found = [results.baseline_of(group, groups) for group in groups]
+        groups.append(matching.Group((results.Result.of(RunDir(folder)),)))
+    found = [matching.baseline_of(group, groups) for group in groups]
     assert found == [None, None, None, groups[0], groups[1]]
-    assert results.baseline_of(groups[3], groups[1:]) is groups[1]
+    assert matching.baseline_of(groups[3], groups[1:]) is groups[1]
 
 
 def test_baseline_has_features_as_wide_and_the_same_stem(place):
@@ -317,9 +312,9 @@ def test_baseline_has_features_as_wide_and_the_same_stem(place):
         name = '-'.join([loss, *extra])
         own = ['--model-kwargs', *extra] if extra else []
         folder = write_run(name, ('--config', 'digits', '--model', f'resnet18_{model}', '--loss', loss, *own), [1])
-        groups[name] = results.Group((results.read_result(folder),))
-    found = {name: results.baseline_of(group, list(groups.values())) for name, group in groups.items()}
-    assert {name: own.results[0].folder.name for name, own in found.items() if own} == {
+        groups[name] = matching.Group((results.Result.of(RunDir(folder)),))
+    found = {name: matching.baseline_of(group, list(groups.values())) for name, group in groups.items()}
+    assert {name: own.results[0].name for name, own in found.items() if own} == {
         'cc': 'ce',
         'cc-hidden_features=2': 'ce-feature_dim=2',
         'pod-feature_dim=64': 'ce',
@@ -328,7 +323,7 @@ def test_baseline_has_features_as_wide_and_the_same_stem(place):
     }
 
 
-def test_diff_tells_settings_versions_and_data_before_figures(place, words):
+def test_diff_prints_settings_versions_and_data_before_results(place, words):
     before = {'versions': {'torch': '2.14', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'aa', 'git_commit': 'c1'}
     now = {'versions': {'torch': '2.15', 'timm': '1'}, 'device': 'cpu', 'data_fingerprint': 'bb', 'git_commit': 'c1'}
     write_run('a', TABLE1, [98, 97.5], environment=before)
@@ -345,7 +340,7 @@ def test_diff_tells_settings_versions_and_data_before_figures(place, words):
         'other machine: none',
         'other data:',
         "  data_fingerprint was 'aa', is 'bb'",
-        'figures, top-1 %:',
+        'top-1 %:',
         '  last epoch: 97.50 -> 98.25 (+0.75)',
         '  best epoch: 98.00 -> 98.25 (+0.25)',
         '  epochs: 2 -> 2',
@@ -385,7 +380,7 @@ def test_every_table_prints_its_own_rows_and_no_others(name, place, words):
     table = tables.read_table(name)
     for number, row in enumerate(table.rows):
         experiment = '-'.join([row.dataset, *row.name.split(':'), 'seed0'])
-        write_run(f'runs/{number:03}', row.words, [10 + number / 8], experiment=experiment, seed=0)
+        write_run(f'runs/{number:03}', row.args, [10 + number / 8], experiment=experiment, seed=0)
     code, out, err = words('ccl-timm', 'report', 'runs', '--table', name, '--format', 'json')
     assert (code, err) == (0, '')
     records = json.loads(out)['records']
@@ -411,7 +406,7 @@ def test_what_the_training_script_writes_is_found(place, words, monkeypatch):
     monkeypatch.setattr(tables, '_folder', lambda: place)
     row = tables.read_table('small').rows[1]
     own = ['--epochs', '1', '--seed', '3', '--experiment', 'a', '--workers', '1', '--checkpoint-hist', '1']
-    code, out, err = words('timm', 'train.py', *row.words, *own)
+    code, out, err = words('timm', 'train.py', *row.args, *own)
     assert code == 0, err
     code, out, err = words('ccl-timm', 'report', 'output', '--table', 'small', '--format', 'json')
     assert (code, err) == (0, '')

@@ -17,7 +17,7 @@ from torch import nn
 
 from ccl_timm.experiments import compare, reproduce, tables
 from ccl_timm.heads import HEADS
-from ccl_timm.training import run_dir
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
 TINY = ['--img-size', '16', '--batch-size', '8', '--workers', '0', '--checkpoint-hist', '1']
@@ -52,7 +52,7 @@ def small(words, folder, small_table, started):
     return run
 
 
-def figures_in(out):
+def values_in(out):
     """The table alone: rows by name, without the runs' own results before it."""
     lines = out[out.index('A small table') :].splitlines()
     return {line.split('  ')[0]: line for line in lines if line.startswith('own ')}
@@ -76,21 +76,21 @@ def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
     code, resumed, err = small('--output', 'cut')
     assert code == 0, err
     assert err.count('done already') == 1 and 'resuming after 1' in err
-    assert figures_in(resumed) == figures_in(whole) and len(figures_in(whole)) == 2
+    assert values_in(resumed) == values_in(whole) and len(values_in(whole)) == 2
     runs_there = sorted(path.name for path in Path('cut/small').iterdir())
     assert runs_there == [f'own-tiny-{loss}-seed{seed}' for loss in ('cc', 'ce') for seed in (0, 1)]
 
     count = len(started)
     code, again, err = small('--output', 'cut')
-    assert (code, len(started)) == (0, count) and figures_in(again) == figures_in(whole)
+    assert (code, len(started)) == (0, count) and values_in(again) == values_in(whole)
     code, out, err = small('--output', 'cut', '--epochs', '3', '--rows', 'tiny:ce', '--seeds', '1')
     assert code == 1 and 'epochs was 2, is 3): give another --output.' in err
 
 
-def test_table_has_our_figures_and_the_papers(small):
+def test_table_has_our_values_and_the_papers(small):
     code, out, err = small('--seeds', '1')
-    row = figures_in(out)['own tiny:cc']
-    ours = run_dir.Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
+    row = values_in(out)['own tiny:cc']
+    ours = Path('output/reproduce/small/own-tiny-cc-seed0/summary.csv').read_text().splitlines()[-1].split(',')
     assert code == 0, err
     assert re.fullmatch(r'own tiny:cc +(\d+\.\d\d) +1 +2 +all +91\.25 ± 0\.50 +15', row)
     assert f'{float(ours[5]):.2f}' in row
@@ -102,16 +102,16 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(small, monkeypatch):
     monkeypatch.setattr(reproduce.subprocess, 'run', lambda c, **k: fails if 'ce' in c else run(c, **k))
     code, out, err = small('--seeds', '1')
     assert code == 1 and 'own-tiny-ce-seed0 failed with code 2' in err
-    assert re.match(r'own tiny:ce +- +0 ', figures_in(out)['own tiny:ce'])
-    assert ' 1 ' in figures_in(out)['own tiny:cc']
+    assert re.match(r'own tiny:ce +- +0 ', values_in(out)['own tiny:ce'])
+    assert ' 1 ' in values_in(out)['own tiny:cc']
 
 
-def test_run_of_another_process_is_left_alone(small, started):
+def test_run_of_another_process_is_left_alone(small):
     held = Path('output/reproduce/small/own-tiny-ce-seed0')
-    with reproduce._locked(held) as lock:
-        assert lock
+    with RunDir(held) as run:
+        run.create()
         code, out, err = small('--seeds', '1', '--rows', 'tiny:ce')
-    assert code == 1 and not started and 'is being trained by another process' in err
+    assert code == 1 and 'is in use by another process' in err and {path.name for path in held.iterdir()} == {'.lock'}
 
 
 def test_dry_run_prints_commands_and_needs_no_data(words, small_table, place):
@@ -180,7 +180,7 @@ def test_rows_of_a_comparison():
     assert [row.name for row in rows] == [
         'linear:ce', 'linear:focal', 'cosine:ce', 'cosine:arcface', 'pedcc:ce', 'pedcc:pod'
     ]  # fmt: skip
-    assert rows[3].words == ('--config', 'finetune', '--model', 'resnet18_cosine', '--loss', 'arcface')
+    assert rows[3].args == ('--config', 'finetune', '--model', 'resnet18_cosine', '--loss', 'arcface')
 
 
 def accuracy_with_cross_entropy(head, num_classes, dim=64, images=10):

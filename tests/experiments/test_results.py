@@ -1,19 +1,24 @@
-"""What we have measured: printed tables are those of the records, and a record's command gives its figures again."""
+"""What we have measured: printed tables are those of the records, and a record's command gives its values again."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ccl_timm.experiments import results, tables
-from ccl_timm.training import run_dir
+from ccl_timm.errors import UserError
+from ccl_timm.experiments.matching import match_rows
+from ccl_timm.experiments.results import read_record, read_results, write_record
+from ccl_timm.experiments.tables import read_table
+from ccl_timm.training import provenance
+from ccl_timm.training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = sorted(path.parent for path in (ROOT / 'hub_cards' / 'results').rglob('args.yaml'))
+RUNS = read_results([ROOT / 'hub_cards' / 'results'])
 PAGES = [ROOT / 'README.md', ROOT / 'hub_cards' / 'results' / 'README.md']
 # a report's table stands below a comment with the command that prints it
 TABLES = [
@@ -36,44 +41,48 @@ def test_table_is_the_reports(table, lines, words, monkeypatch):
 def test_readme_has_table_1_and_every_record_is_in_a_table():
     assert 'cc-table1' in {param.values[0] for param in TABLES}
     shown = {param.values[0] for param in TABLES}
-    found = results.read_results([str(ROOT / 'hub_cards' / 'results')])
-    placed = {
-        result.folder
-        for name in shown
-        for place in results.assign(tables.read_table(name), found)
-        for group in place.groups
-        for result in group.results
-    }
-    assert placed == {result.folder for result in found}
+    matched = [match for name in shown for match in match_rows(read_table(name), RUNS)]
+    assert {run.name for run in RUNS} == {run.name for m in matched for group in m.groups for run in group.results}
 
 
-@pytest.mark.parametrize('folder', RECORDS, ids=lambda path: path.name)
-def test_record_tells_how_it_was_made_and_nothing_of_the_machine(folder):
-    environment = run_dir.read_environment(folder)
-    assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= environment.keys()
-    assert (
-        isinstance(run_dir.read_args(folder)['seed'], int)
-        and f'--seed {run_dir.read_args(folder)["seed"]}' in (environment['command'])
-    )
-    assert not [word for word in shlex.split(environment['command']) if Path(word).is_absolute()]
-    assert {path.name for path in folder.iterdir()} <= {'args.yaml', 'summary.csv', 'environment.json', 'parts.csv'}
+def test_a_record_has_how_it_was_made_and_nothing_of_the_machine():
+    assert len(RUNS) == 72 and len(list((ROOT / 'hub_cards').rglob('*.*'))) <= 30
+    for run in RUNS:
+        assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= run.environment.keys(), run.source
+        assert isinstance(run.seed, int) and f'--seed {run.seed}' in run.environment['command'], run.source
+        assert not [word for word in shlex.split(run.environment['command']) if Path(word).is_absolute()], run.source
+
+
+def test_records_are_read_as_they_were_written_and_grow(tmp_path):
+    """Runs of other settings may follow: what is the same in all of them is then less."""
+    path, (first, second, *_) = tmp_path / 'runs.jsonl', RUNS
+    odd = replace(first, name='odd', settings={'model': 'x', 'epochs': 2}, environment={}, rows=[{'epoch': 0.0}])
+    for run in (first, second, odd):
+        write_record(path, [run])
+    known = [replace(run, source='') for run in read_record(path)]
+    assert known == [replace(run, source='') for run in (first, second, odd)]
+    with pytest.raises(UserError, match=f"Two runs are called '{first.name}'"):
+        write_record(path, [first])
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(UserError, match='is a damaged file of recorded runs'):
+        read_record(path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('folder', RECORDS, ids=lambda path: path.name)
-def test_first_epoch_again(folder, tmp_path):
+@pytest.mark.parametrize('run', RUNS, ids=lambda run: run.name)
+def test_first_epoch_again(run, tmp_path):
     """Needs CCL_TIMM_DATA, a folder of data sets and weights called as in the records, and the record's versions."""
     root = os.environ.get('CCL_TIMM_DATA')
     if not root:
         pytest.skip('CCL_TIMM_DATA names no folder of data')
-    recorded = run_dir.read_environment(folder)
-    here = run_dir.environment([], 'cpu', '')['versions']
+    recorded = run.environment
+    here = provenance.environment([], 'cpu', '')['versions']
     if here != recorded['versions']:
         pytest.skip(f'recorded with {recorded["versions"]}, here are {here}')
     for path in Path(root).resolve().iterdir():
         (tmp_path / path.name).symlink_to(path)
-    words = [*shlex.split(recorded['command'])[2:], '--epochs', '1', '--output', 'again', '--experiment', 'one']
+    argv = [*shlex.split(recorded['command'])[2:], '--epochs', '1', '--output', 'again', '--experiment', 'one']
     environment = {**os.environ, 'OMP_NUM_THREADS': str(recorded['threads'])}
-    subprocess.run([sys.executable, '-m', 'ccl_timm', 'train', *words], cwd=tmp_path, env=environment, check=True)
-    (first, *_), (again,) = run_dir.complete_rows(folder), run_dir.complete_rows(tmp_path / 'again' / 'one')
-    assert again == first
+    subprocess.run([sys.executable, '-m', 'ccl_timm', 'train', *argv], cwd=tmp_path, env=environment, check=True)
+    (again,) = RunDir(tmp_path / 'again' / 'one').rows()
+    assert again == run.rows[0]

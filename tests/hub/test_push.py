@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from safetensors.torch import load, save
 
 import ccl_timm
 from ccl_timm import cli, models
+from ccl_timm.experiments.results import read_record
 from ccl_timm.hub import card, publish
 from ccl_timm.models import builder, checkpoints
-from ccl_timm.training import parts, recipes
+from ccl_timm.training import recipes
 from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import TINY
 from ..fake_hub import FakeHub, Fault, short_patience, take_for_the_hub
@@ -245,7 +248,7 @@ def exported_run(run, tmp_path):
     return tmp_path / 'exported'
 
 
-def test_figures_and_weights_belong_together(words, run, place):
+def test_results_and_weights_belong_together(words, run, place):
     averaged = _with_settings(run, place / 'averaged', model_ema=True)
     for argv, message in (([averaged], 'give --use-ema'), ([run, '--use-ema'], 'has no moving average')):
         code, out, err = words('ccl-timm', 'card', *argv)
@@ -410,8 +413,7 @@ def test_card_and_record_of_hostile_names_and_private_settings(words, run, place
     assert r'| recipe | <code>\`r\`.yaml</code> |' in out
     config = json.loads((place / 'card' / 'config.json').read_text())
     config['label_names'] = ['<script>x</script>', '[x](javascript:y)', '\x1b[31m\n# z']
-    (place / 'card' / 'config.json').write_text(json.dumps(config))
-    text = card.render(place / 'card', REPO)
+    text = card.render(config, *read_record(place / 'card' / 'runs.jsonl'), REPO)
     assert r'3 classes: &lt;script&gt;x&lt;/script&gt;, [x\](javascript:y), &#92;x1b[31m&#92;n\# z.' in text
     assert ModelCard(text).data.model_name == REPO.partition('/')[2]
 
@@ -510,15 +512,14 @@ def test_images_of_a_folder_are_called_by_its_name(words, run, place):
 def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
     out = words('ccl-timm', 'card', run)[1]
     assert re.search(r"= timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
-    publish.record(run, place, weights=False)
-    config = json.loads(Path('config.json').read_text())
-    Path('config.json').write_text(json.dumps({**config, 'architecture': 'of_a_plugin'}))
-    assert f"= ccl_timm.create_model('hf-hub:{REPO}'" in card.render(place, REPO)
+    loaded, result = publish.load_run(run)
+    config = {**publish.model_config(loaded), 'architecture': 'of_a_plugin'}
+    assert f"= ccl_timm.create_model('hf-hub:{REPO}'" in card.render(config, result, REPO)
 
 
 def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeypatch):
-    publish.record(run, place, weights=False)
-    Path('environment.json').write_text(json.dumps({'recipe': 'bees'}))
+    loaded, result = publish.load_run(run)
+    result = replace(result, environment={'recipe': 'bees'})
     (place / 'recipes' / 'tables').mkdir(parents=True)
     (place / 'recipes' / 'bees.yaml').write_text((run / 'args.yaml').read_text())
     monkeypatch.setattr(recipes, 'recipe_folder', lambda: place / 'recipes')
@@ -528,10 +529,10 @@ def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeyp
         content = {'datasets': {'own': {'recipe': 'bees'}}, 'rows': {'a:cc': {**row, **changed}}}
         nine = {'title': 'CC-Loss, table 9', 'seeds': 1, **content}
         (place / 'recipes' / 'tables' / 'nine.yaml').write_text(yaml.safe_dump(nine))
-        return card.render(place, REPO)
+        return card.render(publish.model_config(loaded), result, REPO)
 
     assert '| the paper: CC-Loss, table 9, `a:cc`, 90 epochs | 98.70 ± 0.20 |' in printed()
-    for changed in ({'loss': 'ce'}, {'set': {'batch_size': 2}}):  # the figure is of other settings
+    for changed in ({'loss': 'ce'}, {'set': {'batch_size': 2}}):  # the value is of other settings
         assert '| the papers, for these settings | not stated |' in printed(**changed)
 
 
@@ -555,22 +556,15 @@ def test_the_cards_code_runs(pushed, place):
     assert 'The loss `cc` reads `outputs.logits` and `outputs.attention`, not `pooled`.' in text
 
 
-def test_card_is_that_of_the_recorded_run(words, run, baseline, place):
-    publish.record(run, place, weights=False)
-    assert sorted(path.name for path in place.iterdir()) == sorted(card.RECORD)
-    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
-    assert card.render(place, REPO, baseline) == out
-
-
 def test_card_is_written_with_what_it_is_written_from(words, run, baseline, place):
     run = _with_settings(run, place / 'few', train_fraction=0.25)
     for epoch in (0, 7):
-        figures = {'part': f'after{epoch}', 'epoch': epoch, 'images': 9, 'top1': 62.5, 'top5': 100.0, 'loss': 1.0}
-        parts.add_part(run, figures)
+        row = {'split': f'after{epoch}', 'epoch': epoch, 'images': 9, 'top1': 62.5, 'top5': 100.0, 'loss': 1.0}
+        RunDir(run).add_extra_split(row)
     own = _with_settings(baseline, place / 'own', train_fraction=0.25)
     code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', own, '--output', 'card')
     assert code == 0, err
-    assert out == Path('card/README.md').read_text() == card.render(Path('card'), REPO, Path('card/baseline'))
+    assert out == Path('card/README.md').read_text() == rendered(Path('card'), REPO)
     assert '25% of the training images' in out and '| this model on "after0", 9 images | 62.50 |' in out
     assert 'after7' not in out  # measured with the weights of another epoch
     code, out, err = words('ccl-timm', 'card', run, '--output', 'card')
@@ -579,7 +573,11 @@ def test_card_is_written_with_what_it_is_written_from(words, run, baseline, plac
 
 @pytest.mark.parametrize('folder', sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/config.json')))
 def test_our_cards_are_those_of_their_recorded_runs(folder):
-    baseline = folder / 'baseline'
-    repo_id = f'{checkpoints.ORGANISATION}/{folder.name}'
-    text = card.render(folder, repo_id, baseline if baseline.is_dir() else None)
+    text = rendered(folder, f'{checkpoints.ORGANISATION}/{folder.name}')
     assert text == (folder / 'README.md').read_text(encoding='utf-8')
+
+
+def rendered(folder, repo_id):
+    """The card of what a folder has recorded."""
+    run, *baseline = read_record(folder / 'runs.jsonl')
+    return card.render(json.loads((folder / 'config.json').read_text()), run, repo_id, *baseline)

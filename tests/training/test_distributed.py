@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccl_timm.training import run_dir, trainer
+from ccl_timm.training import trainer
+from ccl_timm.training.checkpoint_files import read_checkpoint
 
 from ..conftest import results, write_folder
 
@@ -113,7 +114,7 @@ def test_killed_runs_end_as_those_that_were_not(kills, place, folder, words):
     whole, cut = (Path('output/train') / name for name in ('whole', 'cut'))
     assert (whole / 'summary.csv').read_text() == (cut / 'summary.csv').read_text()
     for name in ('last.pth.tar', 'model_best.pth.tar'):
-        first, second = (run_dir.read_checkpoint(run / name) for run in (whole, cut))
+        first, second = (read_checkpoint(run / name) for run in (whole, cut))
         assert first['epoch'] == second['epoch']
         assert all(torch.equal(value, second['state_dict'][key]) for key, value in first['state_dict'].items())
     names = [{path.name for path in run.glob('checkpoint-*')} for run in (whole, cut)]

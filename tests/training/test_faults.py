@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 
 from ccl_timm import cli
-from ccl_timm.training import run_dir, trainer
+from ccl_timm.training.checkpoint_files import read_checkpoint
 from ccl_timm.training.folder_lock import FolderLock
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
 RUN = Path('output/train/a')
@@ -69,7 +70,7 @@ def assert_equal_runs(first, second):
     """Both runs measured and learnt the same."""
     assert (first / 'summary.csv').read_text() == (second / 'summary.csv').read_text()
     for name in ('last.pth.tar', 'model_best.pth.tar'):
-        one, other = (run_dir.read_checkpoint(run / name) for run in (first, second))
+        one, other = (read_checkpoint(run / name) for run in (first, second))
         assert one['epoch'] == other['epoch']
         assert all(torch.equal(value, other['state_dict'][key]) for key, value in one['state_dict'].items())
 
@@ -141,15 +142,15 @@ def test_a_signal_ends_a_run_after_it_has_saved(number, code, saving, fit, resum
         assert callable(signal.getsignal(number)), 'it would kill this process'
         signal.raise_signal(number)
 
-    write_row = trainer.update_summary
+    write_row = RunDir.add_row
     with monkeypatch.context() as patch, contextlib.nullcontext() if saving else in_second_step_of(1, stop):
         if saving:
-            patch.setattr(trainer, 'update_summary', lambda *args, **kwargs: (write_row(*args, **kwargs), stop()))
+            patch.setattr(RunDir, 'add_row', lambda *args, **kwargs: (write_row(*args, **kwargs), stop()))
         stopped, out, err = fit()
     assert stopped == code and f'stopped by {number.name}' in err
     assert signal.getsignal(number) is signal.SIG_DFL
-    rows = run_dir.complete_rows(RUN)
-    assert len(rows) == 1 and run_dir.read_checkpoint(RUN / 'last.pth.tar')['epoch'] == 0
+    rows = RunDir(RUN).rows()
+    assert len(rows) == 1 and read_checkpoint(RUN / 'last.pth.tar')['epoch'] == 0
     assert resume()[0] == 0
     assert_equal_runs(RUN, whole)
 
@@ -264,13 +265,13 @@ DAMAGE = [b'', b'{', b'\xff\xfe\x00\x80', b'[1]\n', b'!!python/object/apply:os.m
     'name, expected',
     [
         ('args.yaml', {'train': 2, 'validate': 0, 'card': 2, 'report': 2}),
-        ('environment.json', {'train': 2, 'validate': 0, 'card': 2, 'report': 0}),
+        ('environment.json', {'train': 2, 'validate': 0, 'card': 2, 'report': 2}),
         ('summary.csv', {'train': 2, 'validate': 0, 'card': 2, 'report': 2}),
     ],
 )
 @pytest.mark.parametrize('command', ['train', 'validate', 'card', 'report'])
 def test_damaged_files_of_a_run_are_named(command, name, expected, run, words, resume):
-    """Or not needed: a checkpoint holds the settings too, and reports read no environment."""
+    """Or not needed: a checkpoint holds the settings too."""
     for damage in DAMAGE if name != 'summary.csv' else [b'\xff\xfe\x00\x80', b'epoch,lr\nx,y\n', b'\0\n\0\n']:
         (run / name).write_bytes(damage)
         before = content(run)
@@ -349,7 +350,7 @@ def test_a_full_disk_loses_nothing(fault, fit, resume, whole, no_large_files, mo
                 result = fit()
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         else:
-            with in_second_step_of(1, lambda: patch.setattr(trainer, 'update_summary', lambda *a, **k: full_disk())):
+            with in_second_step_of(1, lambda: patch.setattr(RunDir, 'add_row', lambda *a, **k: full_disk())):
                 result = fit()
     assert_refused(result, "'output/train/a' cannot be written", 'MB free', '--resume auto resumes')
     code, out, err = resume()
@@ -363,7 +364,7 @@ def test_a_full_disk_loses_nothing(fault, fit, resume, whole, no_large_files, mo
         ('timm', 'train.py', *ARGS, '--output', 'full'),
         ('ccl-timm', 'export', RUN, 'full'),
         ('ccl-timm', 'card', RUN, '-o', 'full'),
-        ('ccl-timm', 'report', RUN, '--record', 'full'),
+        ('ccl-timm', 'report', RUN, '--record', 'full/a.jsonl'),
         ('ccl-timm', 'data', 'digits', 'full'),
     ],
     ids=['train', 'export', 'card', 'report', 'digits'],

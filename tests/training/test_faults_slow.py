@@ -19,7 +19,8 @@ import torch
 
 from ccl_timm import cli
 from ccl_timm.losses import LOSSES, loss_class
-from ccl_timm.training import run_dir
+from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import write_folder
 
@@ -84,9 +85,9 @@ def kill_at_random(argv, log, kills, longest, draw):
 
 def content(run):
     """All that a run's folder holds, except its name and how and when it was started."""
-    settings = run_dir.read_args(run)
+    settings = RunDir(run).settings()
     del settings['experiment']
-    checkpoints = {path.name: run_dir.read_checkpoint(path) for path in run.glob('*.pth.tar')}
+    checkpoints = {path.name: read_checkpoint(path) for path in run.glob('*.pth.tar')}
     for checkpoint in checkpoints.values():
         del checkpoint['args']
     files = {path.name for path in run.iterdir()}

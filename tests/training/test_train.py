@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from ccl_timm.losses import LOSSES, loss_class
-from ccl_timm.training import run_dir
-from ccl_timm.training.folder_lock import FolderLock
+from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
 from ..conftest import TINY, results, write_folder
@@ -79,7 +79,7 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     assert information['command'].startswith('timm train.py --model test_resnet_cam --loss cc')
     assert {'versions', 'git_commit', 'device', 'plugins', 'data_fingerprint'} <= information.keys()
     assert (information['git_commit'] is not None) == (Path(__file__).parents[2] / '.git').exists()
-    checkpoint = run_dir.read_checkpoint(run / 'last.pth.tar')
+    checkpoint = read_checkpoint(run / 'last.pth.tar')
     assert checkpoint['args'].class_names == ['ant', 'bee', 'cat']
     assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())
 
@@ -112,7 +112,7 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
     assert summary('output/train/whole') == summary('output/train/cut')
     information = json.loads(Path('output/train/cut/environment.json').read_text())
     assert '--resume' not in information['command'] and '--resume auto' in information['resumed'][0]['command']
-    whole, cut = (run_dir.read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
+    whole, cut = (read_checkpoint(Path(f'output/train/{name}/last.pth.tar')) for name in ('whole', 'cut'))
     for key in ('state_dict', 'state_dict_ema'):
         assert all(torch.equal(value, cut[key][name]) for name, value in whole[key].items())
 
@@ -122,7 +122,7 @@ def test_damaged_last_checkpoint_does_not_lose_the_run(tiny):
     last = Path('output/train/a/last.pth.tar')
     last.unlink()
     last.write_bytes(b'cut off in the middle')
-    assert run_dir.newest_checkpoint(last.parent).name == 'checkpoint-1.pth.tar'
+    assert RunDir(last.parent).newest_checkpoint().name == 'checkpoint-1.pth.tar'
 
 
 def test_a_run_is_never_written_over(tiny):
@@ -141,7 +141,7 @@ def test_held_out_share_is_kept_with_the_run(words, place):
     code, out, err = words('timm', 'train.py', *TINY, *argv)
     assert code == 0, err
     rows = Path('output/train/a/split.csv').read_text().splitlines()
-    assert rows[0] == 'file,part' and sum(row.endswith(',validation') for row in rows) == 6
+    assert rows[0] == 'file,split' and sum(row.endswith(',validation') for row in rows) == 6
     code, out, err = words('timm', 'validate.py', 'output/train/a', '-j', '0')
     assert code == 0 and results(out)['images'] == 6
 
@@ -321,13 +321,17 @@ def test_real_folder_without_validation_part(words, place):
 
 
 def test_runs_that_begin_together_get_folders_of_their_own(place):
-    locks = [FolderLock() for _ in range(3)]
-    folders = {run_dir.create_folder(Path('output/train/same'), lock, named=False) for lock in locks}
-    assert len(folders) == 3
-    for lock, folder in zip(locks, list(folders), strict=True):
-        (folder / 'args.yaml').touch()
-        lock.release()
-    assert run_dir.create_folder(Path('output/train/same'), FolderLock(), named=False) not in folders
+    runs = [RunDir('output/train/same') for _ in range(3)]
+    for run in runs:
+        run.create()
+    paths = {run.path for run in runs}
+    assert len(paths) == 3
+    for run in runs:
+        (run.path / 'args.yaml').touch()
+        run.__exit__()
+    late = RunDir('output/train/same')
+    late.create()
+    assert late.path not in paths
 
 
 def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):

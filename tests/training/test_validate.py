@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
-from ccl_timm.training import parts, run_dir
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import data_config_of, evaluate, open_for
 from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
+from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import results, write_folder
 
@@ -78,22 +78,22 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
 def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     run = shutil.copytree(trained, place / 'run')
     for part in ('train', 'validation', 'train'):
-        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--record')
+        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--save')
         assert code == 0, err
-    rows = parts.read_parts(run)
-    assert [row['part'] for row in rows] == ['validation', 'train']
+    rows = RunDir(run).extra_splits()
+    assert [row['split'] for row in rows] == ['validation', 'train']
     assert (rows[-1]['top1'], rows[-1]['images']) == (results(out)['top1'], results(out)['images'])
-    assert rows[-1]['epoch'] + 1 == len(run_dir.complete_rows(run)) and 'reports show' not in err
+    assert rows[-1]['epoch'] + 1 == len(RunDir(run).rows()) and 'reports show' not in err
     (run / 'last.pth.tar').rename(run / 'newer.pth.tar')
     shutil.copy(run / 'checkpoint-0.pth.tar', run / 'last.pth.tar')
-    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--record')
-    assert code == 0 and "reports show figures of a run's last epoch" in err and len(parts.read_parts(run)) == 3
+    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--save')
+    assert code == 0 and "reports show results of a run's last epoch" in err and len(RunDir(run).extra_splits()) == 3
 
 
 @pytest.mark.parametrize(
     'source, argv, message',
     [
-        ('run', [], "of a part of the run's own data: name it with --split alone"),
+        ('run', [], "of a split of the run's own data: name it with --split alone"),
         ('run', ['--split', 'train', '--data-dir', 'images'], 'name it with --split alone'),
         ('run', ['--split', 'train', '--use-ema'], 'no moving average'),
         ('alone/last.pth.tar', ['--split', 'train'], "with a run, which 'alone' is not"),
@@ -103,17 +103,19 @@ def test_figures_are_kept_with_no_other_run(source, argv, message, words, traine
     shutil.copytree(trained, 'run')
     Path('alone').mkdir()
     shutil.copy(trained / 'last.pth.tar', 'alone')
-    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--record')
+    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--save')
     assert code == 2 and message in err
-    assert not Path('run/parts.csv').exists() and not Path('alone/parts.csv').exists()
+    assert not Path('run/extra_splits.csv').exists() and not Path('alone/extra_splits.csv').exists()
 
 
 def test_a_foreign_parts_csv_stays(words, trained, place):
     shutil.copytree(trained, 'run')
-    Path('run/parts.csv').write_text('screw,price\n1,2\n')
-    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--record')
-    assert code == 2 and 'is no table of parts' in err and Path('run/parts.csv').read_text() == 'screw,price\n1,2\n'
-    assert "left out: 'run/parts.csv'" in words('ccl-timm', 'report', 'run')[2]
+    Path('run/extra_splits.csv').write_text('screw,price\n1,2\n')
+    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save')
+    assert (
+        code == 2 and 'is not a table that' in err and Path('run/extra_splits.csv').read_text() == 'screw,price\n1,2\n'
+    )
+    assert "left out: 'run/extra_splits.csv'" in words('ccl-timm', 'report', 'run')[2]
 
 
 def test_neighbours_are_sought_among_the_images_trained_on(place):
