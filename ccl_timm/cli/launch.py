@@ -132,7 +132,8 @@ def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, li
     if own.config:
         recipe = recipes.read_recipe(recipes.find_recipe(own.config))
         own.model = _typed_model(rest) or recipe.get('model')
-        recipe = recipes.split_options(recipe, own.loss, own.model)
+        classes = _typed(rest, '--num-classes', type=int)
+        recipe = recipes.split_options(recipe, own.loss, own.model, classes)
         _refuse_builtin_only(recipe, own.config)
         recipes.check_modules(recipe, _typed(rest, '--device-modules', nargs='*'), own.config)
         copy = scratch / 'recipe.yaml'

@@ -230,7 +230,8 @@ class TrainConfig(RunConfig, ScheduleConfig, OptimConfig, LossConfig, ModelConfi
     def _read_recipe(cls, name: str, given: dict[str, Any], prog: str) -> dict[str, Any]:
         """A recipe's settings, checked; what only describes it is left out."""
         path = recipes.find_recipe(name)
-        recipe = recipes.split_options(recipes.read_recipe(path), given.get('loss'), given.get('model'))
+        typed = (given.get(name) for name in ('loss', 'model', 'num_classes'))
+        recipe = recipes.split_options(recipes.read_recipe(path), *typed)
         recipes.check_modules(recipe, given.get('device_modules'), path)
         checked = {}
         for key, value in recipe.items():

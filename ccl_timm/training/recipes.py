@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ccl_timm import losses
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.training.yaml_files import read_yaml
 
@@ -110,23 +111,27 @@ def describe(name: str) -> tuple[str, str]:
     return first.lstrip('# ').rstrip('.'), read_recipe(path).get('dataset') or 'folder'
 
 
-def split_options(recipe: dict[str, Any], typed_loss: str | None, typed_model: str | None) -> dict[str, Any]:
+def split_options(
+    recipe: dict[str, Any], typed_loss: str | None, typed_model: str | None, typed_classes: int | None = None
+) -> dict[str, Any]:
     """Return the recipe with the options of the loss and the model in use, and without those of others.
 
     A recipe may hold options that suit its data for several losses and models:
     ``loss_options: {arcface: {scale: 16}, ...}`` and ``model_options: {'*_pedcc': {feature_dim: 256}, ...}``, models by
     name or pattern. Its ``loss_kwargs`` belong to its own loss, and do not go with another one that was typed; its
-    ``model_kwargs`` go with every model.
+    ``model_kwargs`` go with every model. ``margin_classes: 196`` gives losses with a margin the scale and the margin
+    that suit so many classes, or as many as were typed.
 
     Raises:
-        UserError: they are no mappings.
+        UserError: they are not mappings, or not a number.
     """
     recipe = dict(recipe)
     of_losses, of_models = (_options(recipe, name) for name in ('loss_options', 'model_options'))
     loss, model = typed_loss or recipe.get('loss'), typed_model or recipe.get('model') or ''
     if typed_loss and typed_loss != recipe.get('loss'):
         recipe.pop('loss_kwargs', None)
-    found: dict[str, dict[str, Any]] = {'loss_kwargs': dict(of_losses.get(loss, {})), 'model_kwargs': {}}
+    margins = _margin_options(loss, recipe.pop('margin_classes', None), typed_classes)
+    found: dict[str, dict[str, Any]] = {'loss_kwargs': {**margins, **of_losses.get(loss, {})}, 'model_kwargs': {}}
     for pattern, options in of_models.items():
         if fnmatch.fnmatchcase(model, pattern):
             found['model_kwargs'] |= options
@@ -134,6 +139,21 @@ def split_options(recipe: dict[str, Any], typed_loss: str | None, typed_model: s
         if options:
             recipe[key] = {**options, **(recipe.get(key) or {})}
     return recipe
+
+
+def _margin_options(loss: str | None, recipe_classes: Any, typed_classes: int | None) -> dict[str, Any]:
+    """The options of a loss that suit a number of classes; none for a recipe without such a number."""
+    if recipe_classes is None or not loss or losses.is_timm_loss(loss):
+        return {}
+    if not isinstance(recipe_classes, int) or recipe_classes < 1:
+        raise UserError(f"A recipe's margin_classes is a number of classes, such as 196, not {recipe_classes!r}.")
+    try:
+        return losses.loss_class(loss).options_for(typed_classes or recipe_classes)
+    except (
+        UserError,
+        AttributeError,
+    ):  # an unknown loss is reported where it is created; a plug-in's may be a function
+        return {}
 
 
 def _options(recipe: dict[str, Any], name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def distinct_rows():
     rows = {}
     for name in tables.list_tables():
         for row in tables.read_table(name).rows:
-            args = TrainConfig.resolve(list(row.words))
+            args = TrainConfig.resolve(list(row.args))
             key = (args.model, args.loss, str(args.model_kwargs))
             rows.setdefault(key, (name, row))
     return [pytest.param(row, id=f'{name}-{row.dataset}-{row.name}') for name, row in rows.values()]
@@ -70,7 +70,7 @@ def distinct_rows():
 
 @pytest.mark.parametrize('row', distinct_rows())
 def test_row_fits(row):
-    check(row.words)
+    check(row.args)
 
 
 @pytest.mark.slow
@@ -109,7 +109,30 @@ def test_recipe_goes_through_the_launcher(name, tmp_path):
         assert {key.replace('_', '-') for key in passed} <= flags
 
 
-def test_model_loadergo_with_the_model_that_is_typed(tmp_path):
+@pytest.mark.parametrize(
+    'recipe, loss, classes, expected',
+    [
+        ('pod_cifar10', 'arcface', None, {'scale': 16, 'margin': 0.3}),
+        ('pod_imagenet', 'cm', None, {'scale': 24, 'm2': 0.2, 'm3': 0.1}),
+        ('finetune', 'amsoftmax', '1000', {'scale': 32, 'margin': 0.35}),
+        ('finetune', 'pod', None, {'alpha': 0.033}),
+        ('digits', 'ce', None, {}),
+    ],
+)
+def test_margins_follow_the_number_of_classes(recipe, loss, classes, expected, tmp_path):
+    argv = ['--config', recipe, '--loss', loss, *(['--num-classes', classes] if classes else [])]
+    assert TrainConfig.resolve(argv).loss_kwargs == expected
+    if recipe != 'digits':  # a data set that only the built-in script has
+        assert (launch._split_words(argv, tmp_path)[0].loss_kwargs or {}) == expected
+
+
+def test_number_of_classes_for_margins_is_a_number(tmp_path):
+    (tmp_path / 'bad.yaml').write_text('loss: arcface\nmargin_classes: many\n')
+    with pytest.raises(UserError, match="margin_classes is a number of classes, such as 196, not 'many'"):
+        TrainConfig.resolve(['--config', str(tmp_path / 'bad.yaml')])
+
+
+def test_model_options_go_with_the_model_that_is_typed(tmp_path):
     resolved = TrainConfig.resolve(['--config', 'pod_cifar10'])
     assert resolved.model_kwargs == {'small_input': True, 'feature_dim': 256}
     assert TrainConfig.resolve(['--config', 'pod_cifar10', '--model', 'resnet50_linear']).model_kwargs == {
