@@ -1,4 +1,7 @@
-"""Every command and every piece of Python in the README runs, in the README's order."""
+"""Every command and every piece of Python in the README files runs, in their order.
+
+Users read the commands as they would type them. Here they get small models, small batches and one epoch.
+"""
 
 import re
 import shlex
@@ -6,6 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from ccl_timm.data import datasets
 from ccl_timm.heads import HEADS
@@ -15,24 +20,34 @@ from .conftest import write_folder
 from .fake_hub import FakeHub, take_for_the_hub
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```(bash|python)\n(.*?)```', TEXT, re.S)
-LINES = [line for kind, block in BLOCKS if kind == 'bash' for line in block.splitlines() if line.strip()]
-INSTALLS = [line for line in LINES if 'pip install' in line]
+PAGES = [
+    'README.md',
+    'ccl_timm/losses/README.md',
+    'ccl_timm/models/README.md',
+    'ccl_timm/training/README.md',
+    'recipes/README.md',
+    'hub_cards/README.md',
+]
+TEXTS = {page: (ROOT / page).read_text(encoding='utf-8') for page in PAGES}
+INSTALLS = re.findall(r'^.*pip install \S.*&& .*$', TEXTS['README.md'], re.M)
+PICTURES = ('hub_cards/results/digits_attention.png',)
 
 
 @pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    """A folder with what the README speaks of, as the working directory."""
+def workdir(page, tmp_path, monkeypatch):
+    """A folder with what a page names, as the working directory."""
     write_folder(tmp_path / 'my_images')
     shutil.copytree(tmp_path / 'my_images' / 'train', tmp_path / 'photos')
+    if page == 'README.md':  # it makes this folder
+        shutil.rmtree(tmp_path / 'my_images')
     (tmp_path / 'path' / 'to').mkdir(parents=True)
     shutil.copy(ROOT / 'tests' / 'upstream_train.py', tmp_path / 'path' / 'to' / 'train.py')
+    save_file(timm.create_model('test_resnet').state_dict(), tmp_path / 'imagenet.safetensors')
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def online(monkeypatch, tmp_path_factory):
+def hub(monkeypatch, tmp_path_factory):
     """What one command sends to the Hub, another finds there."""
     with FakeHub() as hub:
         yield from take_for_the_hub(hub, monkeypatch, tmp_path_factory.mktemp('hub'))
@@ -50,33 +65,74 @@ def few_digits(monkeypatch):
     monkeypatch.setattr(datasets, 'Digits', FewDigits)
 
 
-@pytest.mark.usefixtures('workshop', 'online', 'few_digits', 'started')
-def test_readme_runs_from_top_to_bottom(words, subtests):
-    """One test, since a command uses what earlier ones made."""
-    for kind, block in BLOCKS:
+@pytest.mark.usefixtures('workdir', 'hub', 'few_digits')
+@pytest.mark.parametrize('page', PAGES)
+def test_documented_commands_and_code_run(page, words, subtests):
+    """One test a page, since a command uses what earlier ones made."""
+    for kind, block in re.findall(r'```(bash|python)\n(.*?)```', TEXTS[page], re.S):
         for item in [block] if kind == 'python' else filter(str.strip, block.splitlines()):
             if item not in INSTALLS:
                 with subtests.test(item):
-                    run_python(item) if kind == 'python' else run_command(item, words)
+                    run_python(item, page) if kind == 'python' else run_command(item, words)
 
 
-def run_command(line, words):
-    program, *argv = shlex.split(line)
-    if any(word.endswith('train.py') for word in argv):  # the smallest ResNet and one epoch: users need not read that
-        argv = [word.replace('resnet18_', 'test_resnet_') for word in argv] + ['--epochs', '1']
-    code, out, err = words(program, *argv)
-    assert code == 0, err
-
-
-def run_python(code):
+def run_python(code, page):
     names = {'__name__': 'readme'}
-    exec(compile(code, 'README.md', 'exec'), names)
+    exec(compile(code, page, 'exec'), names)
     for name in [name for name in names if name.startswith('test_')]:
         names[name]()
 
 
-def test_every_loss_and_head_is_spoken_of():
-    assert all(f'`{name}`' in TEXT for name in [*LOSSES, *HEADS])
+def run_command(line, words):
+    code, _, err = words(*cheaper(one_process(shlex.split(line))))
+    assert code == 0, err
+
+
+def one_process(argv):
+    """The same command on one process: what several do is tested elsewhere."""
+    if argv[:2] == ['timm', '--nproc']:
+        return ['timm', *argv[3:]]
+    if argv[0] == 'torchrun':
+        return ['timm', *argv[argv.index('-m') + 2 :]]
+    return argv
+
+
+def cheaper(argv):
+    """The same command for a small model, with small batches, few epochs and no further processes."""
+    command = argv[1]
+    if any(Path(arg).name == 'train.py' for arg in argv):
+        argv = [arg.replace('resnet18_', 'test_resnet_') for arg in argv]
+        argv += ['--epochs', '1', '--batch-size', '8', '--workers', '0']
+        if '--data-dir' in argv:
+            argv += ['--img-size', '32']
+        if 'finetune' in argv:  # from ImageNet weights
+            argv += ['--model', 'test_resnet_cam', '--pretrained-path', 'imagenet.safetensors']
+    elif command in ('validate.py', 'features'):
+        argv += ['--workers', '0']
+    elif command == 'compare':
+        argv = [*argv[:2], '--dry-run', '--backbone', 'test_resnet', *argv[2:]]
+    elif command == 'bench':
+        argv = [arg.replace('resnet18', 'test_resnet') for arg in argv] + ['--rounds', '1']
+        argv += ['--samples', '256', '--width', '32', '--images', '64', '--workers', '1', '--batch-size', '8']
+        argv += ['--img-size', '32']
+    return argv
+
+
+def test_commands_are_as_users_type_them():
+    """What makes them cheap belongs into this file."""
+    commands = [line for text in TEXTS.values() for line in re.findall(r'^(?:ccl-)?timm .*', text, re.M)]
+    assert len(commands) > 50
+    assert not [line for line in commands if re.search(r' -j | --workers | -b \d| --epochs ', line)]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!http)([^)#\s]+)', TEXTS[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_loss_and_head_is_in_the_readme():
+    assert all(f'`{name}`' in TEXTS['README.md'] for name in [*LOSSES, *HEADS])
 
 
 def test_two_commands_install():
@@ -84,3 +140,30 @@ def test_two_commands_install():
     assert INSTALLS[0].endswith('timm train.py --model resnet18_cam --loss cc')
     assert INSTALLS[1].endswith('pytest -n auto --dist loadscope')
     assert INSTALLS[1] in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_the_readme_is_short_and_its_pictures_are_small():
+    assert len(TEXTS['README.md'].splitlines()) <= 220
+    assert all((ROOT / picture).stat().st_size <= 120_000 for picture in PICTURES)
+
+
+def test_results_in_the_readme_are_those_of_the_records(words, monkeypatch):
+    """A table below a comment with a report's command has some of that report's rows and columns."""
+    monkeypatch.chdir(ROOT)
+    found = re.findall(r'<!-- from: (ccl-timm report .*) -->\n\n((?:\|.*\n)+)', TEXTS['README.md'])
+    assert found
+    for command, shown in found:
+        code, report, err = words(*shlex.split(command))
+        assert code == 0, err
+        recorded = {}
+        for row in read_rows(report):
+            recorded.setdefault(row['row'], {}).update(row)
+        for row in read_rows(shown):
+            assert row.items() <= recorded[row['row']].items()
+
+
+def read_rows(text):
+    """Rows of all Markdown tables of a text, by their headers."""
+    for table in re.findall(r'(?:^\|.*\n)+', text, re.M):
+        header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()]
+        yield from (dict(zip(header, row, strict=True)) for row in rows)
