@@ -56,7 +56,11 @@ def test_wheel_holds_recipes_and_runs_them(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / 'installed')
-    assert {'ccl_timm/_recipes/digits.yaml', 'ccl_timm/_hub_cards/template.md'} <= set(names)
+    assert {
+        'ccl_timm/_recipes/digits.yaml',
+        'ccl_timm/_hub_cards/template.md',
+        'ccl_timm/experiments/report.html',
+    } <= set(names)
     assert any(name.startswith('ccl_timm/plugin_template/') for name in names)
     code = 'import ccl_timm.cli; raise SystemExit(ccl_timm.cli.timm())'
     argv = ['train.py', '--model', 'resnet18_cam', '--loss', 'cc', '--epochs', '1']

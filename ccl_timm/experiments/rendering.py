@@ -6,11 +6,14 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from ccl_timm.console.escape import csv_text, markdown_text, terminal_text
+from ccl_timm.experiments import plots
 
 __all__ = ['FORMATS', 'Report', 'Section']
 
@@ -26,13 +29,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says.
+    """The content of a report.
 
     Attributes:
-        title: what it is of.
+        title: of the table, or of the runs.
         sections: for people. Captions, headers and cells are plain text: names in them may hold anything.
         notes: sentences below, in Markdown.
-        records: for programs, one a figure, with the same keys in all.
+        records: for programs, one per group of runs, with the same keys in all.
         curves: for each data set the curves to draw, see ``plots.draw_curves``.
         pictures: files to show in HTML.
     """
@@ -84,63 +87,30 @@ def _json(report: Report) -> str:
     return json.dumps(content, indent=2) + '\n'
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 80rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
-td.long { white-space: normal; min-width: 12rem; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; }
-figure { margin: 1rem 0; } img, svg { max-width: 100%; height: auto; }
-"""
-
-
-def _plain(text: str) -> str:
-    return escape(terminal_text(text))
-
-
 def _html(report: Report) -> str:
-    parts = [f'<h1>{_plain(report.title)}</h1>']
-    for section in report.sections:
-        parts += [f'<h2>{_plain(section.caption)}</h2>', _html_table(section)]
-    parts += [f'<p>{_plain(note)}</p>' for note in report.notes]
-    if report.curves:
-        from ccl_timm.experiments import plots
-
-        parts.append('<h2>Top-1 over the epochs</h2>')
-        parts += [_figure(plots.as_svg(plots.draw_curves(*item)), item[0]) for item in report.curves.items()]
-    if report.pictures:
-        parts.append('<h2>Pictures</h2>')
-        parts += [_figure(_image(path), f'{path.parent.parent.name}: {path.stem}') for path in report.pictures]
-    body = '\n'.join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f'<link rel="icon" href="data:,">\n<title>{_plain(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n'
-        f'<body>\n{body}\n</body>\n</html>\n'
-    )
+    curves = {data: plots.as_svg(plots.draw_curves(data, own)) for data, own in report.curves.items()}
+    pictures = [
+        (
+            f'{path.parent.parent.name}: {path.stem}',
+            terminal_text(path.stem),
+            base64.b64encode(path.read_bytes()).decode(),
+        )
+        for path in report.pictures
+    ]
+    return _HTML.get_template('report.html').render(report=report, curves=curves, pictures=pictures)
 
 
-def _html_table(section: Section) -> str:
-    head = ''.join(f'<th>{_plain(cell)}</th>' for cell in section.header)
-    body = '\n'.join(f'<tr>{"".join(map(_html_cell, row))}</tr>' for row in section.rows)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+def _finalize(value: Any) -> Any:
+    return value if isinstance(value, Markup) else terminal_text(value)
 
 
-def _html_cell(cell: str) -> str:
-    kind = ' class="long"' if len(cell) > 24 else ''
-    return f'<td{kind}>{_plain(cell)}</td>'
-
-
-def _figure(content: str, caption: str) -> str:
-    return f'<figure>{content}<figcaption>{_plain(caption)}</figcaption></figure>'
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{_plain(path.stem)}" src="data:image/png;base64,{data}">'
-
+_HTML = jinja2.Environment(
+    loader=jinja2.PackageLoader('ccl_timm.experiments', ''),
+    autoescape=True,
+    finalize=_finalize,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 FORMATS: dict[str, Callable[[Report], str]] = {'md': _markdown, 'csv': _csv, 'json': _json, 'html': _html}
