@@ -76,9 +76,10 @@ def render(
     run = run.public()
     measured = next((row for row in run.rows if row['epoch'] == config['ccl_timm']['epoch']), {})
     origin = run.environment.get('origin') or origin_of_settings(run.settings)
-    template = (resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8')
-    content = jinja2.Environment(finalize=_finalize, autoescape=False).from_string(template)  # not HTML
-    card = content.render(
+    environment = jinja2.Environment(finalize=_finalize, autoescape=False)  # not HTML
+    environment.filters['code'] = lambda text: Markdown(markdown_code(text))
+    template = environment.from_string((resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8'))
+    card = template.render(
         card_data=Markdown(_front_matter(run.settings, measured, repo_id, license, origin).to_yaml()),
         **_use(config, run.settings, repo_id),
         **_training(config, run, origin),
@@ -173,7 +174,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
     return {
         'model': Markdown(repr(f'hf-hub:{repo_id}')),
         'loader': Markdown('timm' if models.known_to_timm(name) else 'ccl_timm'),
-        'image_mode': _image_mode(config),
+        'image_mode': 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
         'class_names': config.get('label_names'),
         'version': needs['version'],
         'plugin_note': Markdown(f', and needs {needed}' if needed else ''),
@@ -189,46 +190,26 @@ def _loss_reads(settings: dict[str, Any]) -> str:
     return ' and '.join(f'`outputs.{key}`' for key in read if key in HeadOutputs._fields)
 
 
-def _image_mode(config: dict[str, Any]) -> str:
-    """Pillow's mode of the images."""
-    return 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB'
-
-
 def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> dict[str, Any]:
     """What was trained, on what, how."""
-    settings, environment = run.settings, run.environment
-    cfg, name, loss, data = config['pretrained_cfg'], config['architecture'], _loss(settings), _data(settings)
-    resolution = f'{cfg["input_size"][1]} x {cfg["input_size"][2]} px'
-    options = ', '.join(f'{key}={value}' for key, value in (settings.get('loss_kwargs') or {}).items())
-    versions = ', '.join(f'{key} {value}' for key, value in environment.get('versions', {}).items())
-    hardware = [environment.get('device', 'not recorded')]
-    hardware += [f'{key}: {environment[key]}' for key in ('processes', 'threads') if key in environment]
-    rate = settings.get('lr') or f'{settings["lr_base"]} for each {settings["lr_base_size"]} images'
-    stem = '3 x 3, stride 1, no max-pool (small_input=True)' if _small_input(settings) else "the backbone's own"
-    share = show_share(settings.get('train_fraction'))
-    share = f', {share} of the training images' if share else ''
-    recipe = environment.get('recipe')
-    rows = [
-        ('architecture', Markdown(markdown_code(name))),
-        ('loss', Markdown(markdown_code(loss) + markdown_text(f' ({options})' if options else ', default options'))),
-        ('data', f'{data.name}, {config["num_classes"]} classes' + share),
-        ('images', f'{resolution}, {_image_mode(config)}, mean {cfg["mean"]}, std {cfg["std"]}'),
-        ('stem', stem),
-        ('start', Markdown(_start(origin))),
-        ('epochs', f'{settings["epochs"]}, batches of {settings["batch_size"]}'),
-        ('optimizer', f'{settings["opt"]}, learning rate {rate}, weight decay {settings["weight_decay"]}'),
-        ('recipe', Markdown(markdown_code(recipe) if recipe else 'none')),
-        ('seed', settings['seed']),
-        ('hardware', ', '.join(hardware)),
-        ('versions', versions or 'not recorded'),
-    ]
+    settings, environment, cfg = run.settings, run.environment, config['pretrained_cfg']
+    command = shlex.split(environment.get('command') or 'timm train.py --config args.yaml')
     return {
-        'loss': loss,
-        'title': f'{name} trained with {loss} on {data.name}',
-        'summary': f'An image classifier with {config["num_classes"]} classes, for images of {resolution}.',
-        'trained': rows,
-        'resolution': resolution,
-        'command': Markdown(shell_text(shlex.split(environment.get('command') or 'timm train.py --config args.yaml'))),
+        'config': config,
+        'cfg': cfg,
+        'name': config['architecture'],
+        'settings': settings,
+        'environment': environment,
+        'versions': environment.get('versions', {}),
+        'data': _data(settings),
+        'share': show_share(settings.get('train_fraction')),
+        'loss': _loss(settings),
+        'loss_options': ', '.join(f'{key}={value}' for key, value in (settings.get('loss_kwargs') or {}).items()),
+        'resolution': f'{cfg["input_size"][1]} x {cfg["input_size"][2]} px',
+        'small_input': _small_input(settings),
+        'start': Markdown(_start(origin)),
+        'rate': settings.get('lr') or f'{settings["lr_base"]} for each {settings["lr_base_size"]} images',
+        'command': Markdown(shell_text(command)),
     }
 
 
