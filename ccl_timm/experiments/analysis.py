@@ -1,4 +1,4 @@
-"""What POD-Loss's paper asks of features: norms, eigenvalues, distances, and other ways to tell classes by them."""
+"""Analyses of features, as in POD-Loss's paper: norms, eigenvalues, distances, and classifiers of features."""
 
 import numpy as np
 from sklearn.covariance import ledoit_wolf
@@ -51,7 +51,7 @@ def eigenvalue_variance(features: np.ndarray, labels: np.ndarray) -> float:
 
     Variance of the D eigenvalues of the covariance of unit features (N, D) within classes: 0 if they scatter alike in
     all directions, which the SC term is for. That paper does not state of what it takes eigenvalues [inferred from the
-    size of its figures]: compare losses, not with it.
+    size of its values]: compare losses, not with it.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     classes, centres = class_centres(unit, labels)
@@ -65,7 +65,7 @@ def cosine_accuracy(features: np.ndarray, labels: np.ndarray, vectors: np.ndarra
     Args:
         features: (N, D).
         labels: (N,).
-        vectors: (K, D), one a class.
+        vectors: (K, D), one per class.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return 100 * float(((features @ unit.T).argmax(1) == labels).mean())
@@ -77,10 +77,10 @@ def gaussian_accuracy(
     """Accuracy in % of Gaussian discriminant analysis (POD-Loss, table 9): a Gaussian and a prior for each class.
 
     Covariances are shrunk by Ledoit and Wolf's rule, since classes may have fewer images than features have dimensions
-    [inferred; that paper does not tell how it fits them], and have a millionth of the mean variance in every direction.
+    [inferred; that paper does not state how it fits them], and have a millionth of the mean variance added.
 
     Args:
-        known_features: (M, D), of the training part.
+        known_features: (M, D), of the training split.
         known_labels: (M,).
         features: (N, D).
         labels: (N,).

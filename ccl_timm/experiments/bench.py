@@ -228,6 +228,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture')
     add('--losses', nargs='+', default=None, metavar='NAME', help='steps: default all')
     add('--img-size', type=COUNT, default=32, metavar='N', help='steps, loaders')
-    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images an epoch')
+    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images per epoch')
     add('-j', '--workers', type=WORKERS, default=2, metavar='N', help="loaders: of timm's")
     return parser

@@ -108,7 +108,7 @@ def _result(title: str, best: dict[tuple[str, str], tuple[str, list[float]]]) ->
         'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
         'each row, chosen on the same validation images: a little flattering, for every row alike.',
         f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {max(1, tests)} for the {tests} tests made; other "
-        'images may', 'tell otherwise. No row has label smoothing, which some of these losses do not take.',
+        'images may', 'give another result. No row has label smoothing, which some of these losses do not take.',
     ])  # fmt: skip
 
 

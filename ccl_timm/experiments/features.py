@@ -1,4 +1,4 @@
-"""A trained model's features: pictures of them, and what they tell without its classifier."""
+"""A trained model's features: pictures of them, and how well they separate classes without its classifier."""
 
 import argparse
 from pathlib import Path
@@ -19,18 +19,18 @@ __all__ = ['analyse', 'draw', 'main']
 
 
 def main(argv: list[str], prog: str) -> int:
-    """Draw a model's features, attention and confusion, and print what its features tell."""
+    """Draw a model's features, attention and confusion, and print what its features show."""
     args = _parser(prog).parse_strictly(argv)
     trained = load_trained(args.source, use_ema=args.use_ema)
-    parts = _read_parts(args, trained)
+    splits = _read_splits(args, trained)
     folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
     names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in draw(parts, names, _title(trained), folder, args.limit):
+    for path in draw(splits, names, _title(trained), folder, args.limit):
         log_info(f'written: {path}')
     weight = getattr(trained.model.get_classifier(), 'weight', None)
-    rows = analyse(parts, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
-    print(table(rows, ('', *parts)))
+    rows = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
+    print(table(rows, ('', *splits)))
     return 0
 
 
@@ -52,9 +52,12 @@ def _parser(prog: str) -> Parser:
     add('--data-dir', default=None, metavar='DIR', help="default: the run's")
     add('--dataset', default=None, metavar='NAME')
     add(
-        '--split', default=None, metavar='NAME', help='part beside the training part; default what the run validated on'
+        '--split',
+        default=None,
+        metavar='NAME',
+        help='split beside the training split; default: the one the run validated on',
     )
-    add('--limit', type=integer(2), default=1500, metavar='N', help='images of each part that t-SNE takes')
+    add('--limit', type=integer(2), default=1500, metavar='N', help='images of each split for t-SNE')
     add('--use-ema', action='store_true', help='the moving average of the weights')
     add('-b', '--batch-size', type=integer(1), default=256, metavar='N')
     add('-j', '--workers', type=WORKERS, default=4, metavar='N')
@@ -62,30 +65,30 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _read_parts(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
-    """For the training and the other part, what :func:`retrieval.extract_outputs` gives."""
+def _read_splits(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
+    """The outputs of :func:`retrieval.extract_outputs` for the training and the other split."""
     device = torch.device(evaluation.pick_device(args.device))
     data = evaluation.data_config_of(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
-    splits = {'training': data.train_split, 'test': data.val_split}
-    model, parts = trained.model.to(device), {}
-    for part, split in splits.items():
-        if not split:
-            raise UserError('The run had no part to validate on: give --split NAME.')
+    names = {'training': data.train_split, 'test': data.val_split}
+    model, splits = trained.model.to(device), {}
+    for split, name in names.items():
+        if not name:
+            raise UserError('The run had no split to validate on: give --split NAME.')
         dataset = evaluation.open_for(
             data,
-            split,
+            name,
             config['input_size'][0],
             trained.class_names,
-            training=part == 'training',
+            training=split == 'training',
             named=args.split is not None,
         )
         evaluation.check_labels(dataset, trained)
         loader = evaluation.loader_of(dataset, config, device, args.workers)
-        found = retrieval.extract_outputs(model, loader, ('features', 'logits', 'attention'), f'{part} part')
-        parts[part] = {name: value.cpu().numpy() for name, value in found.items()}
-        parts[part] |= {'features': parts[part]['features'].astype(np.float64)}
-    return parts
+        found = retrieval.extract_outputs(model, loader, ('features', 'logits', 'attention'), f'{split} split')
+        splits[split] = {key: value.cpu().numpy() for key, value in found.items()}
+        splits[split] |= {'features': splits[split]['features'].astype(np.float64)}
+    return splits
 
 
 def _title(trained: Trained) -> str:
@@ -94,11 +97,13 @@ def _title(trained: Trained) -> str:
     return f'{trained.name}{f" trained with {loss}" if loss else ""}{when}'
 
 
-def draw(parts: dict[str, dict[str, np.ndarray]], names: list[str], title: str, folder: Path, limit: int) -> list[Path]:
-    """Draw features of both parts, and attention and confusion of the test part.
+def draw(
+    splits: dict[str, dict[str, np.ndarray]], names: list[str], title: str, folder: Path, limit: int
+) -> list[Path]:
+    """Draw features of both splits, and attention and confusion of the test split.
 
     Args:
-        parts: ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and perhaps ``attention`` (N, C), by part.
+        splits: ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and perhaps ``attention`` (N, C), by split.
         names: of the classes.
         title: of the model.
         folder: where to write, which exists.
@@ -107,10 +112,10 @@ def draw(parts: dict[str, dict[str, np.ndarray]], names: list[str], title: str, 
     Returns:
         The files written.
     """
-    points, how = plots.in_the_plane({part: (own['features'], own['labels']) for part, own in parts.items()}, limit)
-    caption = '; '.join([how, *(_distances(part, own) for part, own in parts.items())])
+    points, how = plots.in_the_plane({split: (own['features'], own['labels']) for split, own in splits.items()}, limit)
+    caption = '; '.join([how, *(_distances(split, own) for split, own in splits.items())])
     drawn = {'features': plots.draw_features(points, names, title, caption.replace('; ', '\n'))}
-    test = parts['test']
+    test = splits['test']
     if 'attention' in test:
         drawn['attention'] = plots.draw_attention(test['attention'], test['labels'], names, title)
     confusion = np.zeros((len(names), len(names)), dtype=int)
@@ -121,21 +126,21 @@ def draw(parts: dict[str, dict[str, np.ndarray]], names: list[str], title: str, 
     return [folder / f'{name}.png' for name in drawn]
 
 
-def _distances(part: str, own: dict[str, np.ndarray]) -> str:
+def _distances(split: str, own: dict[str, np.ndarray]) -> str:
     intra, inter = analysis.class_distances(own['features'], own['labels'])
-    return f'{part}: mean distance to the class centre {intra:.3g}, between class centres {inter:.3g}'
+    return f'{split}: mean distance to the class centre {intra:.3g}, between class centres {inter:.3g}'
 
 
-def analyse(parts: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None) -> list[tuple[str, ...]]:
-    """What the features of each part tell, as rows of a table: a name, and a figure for each part.
+def analyse(splits: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None) -> list[tuple[str, ...]]:
+    """What the features of each split show, as rows of a table: a name, and a value for each split.
 
     Args:
-        parts: as for :func:`draw`.
+        splits: as for :func:`draw`.
         vectors: the classifier's, one a class (K, D); None if it has none.
     """
-    known = parts['training']
+    known = splits['training']
     columns: list[dict[str, Any]] = []
-    for own in parts.values():
+    for own in splits.values():
         features, labels = own['features'], own['labels']
         correct = own['logits'].argmax(1) == labels
         intra, inter = analysis.class_distances(features, labels)

@@ -22,7 +22,7 @@ __all__ = [
     'rows_of',
 ]
 
-# what may differ between runs of one group, between a run and its row in a paper's table (where the data lies, how fast
+# what may differ between runs of one group, between a run and its row in a paper's table (where the data is, how fast
 # and how long it is trained), and between a run and the cross-entropy run that it is tested against
 _IGNORED_IN_GROUP = {*TrainConfig.names(varies='seed')}
 _IGNORED_IN_TABLE = {*_IGNORED_IN_GROUP, *TrainConfig.names(varies='budget')}

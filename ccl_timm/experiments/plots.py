@@ -50,20 +50,20 @@ def _colours(count: int) -> list:
 
 
 def draw_features(
-    parts: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], title: str, caption: str
+    splits: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], title: str, caption: str
 ) -> Any:
-    """Points in the plane, coloured by class, with the classes' centres; one panel a part, all of the same scale.
+    """Points in the plane, coloured by class, with the classes' centres; one panel per split, all of the same scale.
 
     Args:
-        parts: for each part of the data its points (N, 2) and labels (N,).
+        splits: for each split its points (N, 2) and labels (N,).
         names: of the classes, by label.
         title: above.
         caption: below.
     """
-    figure = _matplotlib().figure.Figure(figsize=(6 * len(parts), 7), layout='constrained')
-    axes = figure.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
+    figure = _matplotlib().figure.Figure(figsize=(6 * len(splits), 7), layout='constrained')
+    axes = figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
     colours = _colours(len(names))
-    for axis, (part, (points, labels)) in zip(axes, parts.items(), strict=True):
+    for axis, (split, (points, labels)) in zip(axes, splits.items(), strict=True):
         classes, centres = class_centres(points, labels)
         for k, centre in zip(classes, centres, strict=True):
             own = points[labels == k]
@@ -72,9 +72,9 @@ def draw_features(
             if len(classes) <= _READABLE:
                 box = {'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75}
                 axis.annotate(names[k], centre, (6, 6), textcoords='offset points', zorder=4, fontsize=9, bbox=box)
-        axis.set_title(f'{part}, {len(points)} images')
+        axis.set_title(f'{split}, {len(points)} images')
         axis.set_aspect('equal')
-    everything = np.concatenate([points for points, _ in parts.values()])
+    everything = np.concatenate([points for points, _ in splits.values()])
     middle = (everything.min(0) + everything.max(0)) / 2
     reach = 0.53 * (everything.max(0) - everything.min(0)).max() or 1.0
     axes[0].set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
@@ -83,22 +83,22 @@ def draw_features(
     return figure
 
 
-def in_the_plane(parts: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -> tuple[dict, str]:
-    """Features as points: as they are if they are two wide, else by t-SNE of all parts together.
+def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -> tuple[dict, str]:
+    """Features as points: as they are if they are two wide, else by t-SNE of all splits together.
 
     Args:
-        parts: for each part of the data its features (N, D) and labels (N,).
-        limit: images of a part that t-SNE takes, drawn at random (the same at every call).
+        splits: for each split its features (N, D) and labels (N,).
+        limit: images of a split for t-SNE, drawn at random (the same at every call).
 
     Returns:
-        The parts with points (N, 2), and how they came about.
+        The splits with points (N, 2), and how these were computed.
     """
-    if all(features.shape[1] == 2 for features, _ in parts.values()):
-        return parts, 'the two features themselves'
+    if all(features.shape[1] == 2 for features, _ in splits.values()):
+        return splits, 'the two features themselves'
     from sklearn.manifold import TSNE
 
     chosen = {}
-    for name, (features, labels) in parts.items():
+    for name, (features, labels) in splits.items():
         order = np.sort(np.random.default_rng(0).permutation(len(labels))[:limit])
         chosen[name] = features[order], labels[order]
     together = np.concatenate([features for features, _ in chosen.values()])
@@ -106,8 +106,8 @@ def in_the_plane(parts: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) ->
     points = TSNE(init='pca', perplexity=perplexity, random_state=0).fit_transform(together)
     ends = np.cumsum([len(labels) for _, labels in chosen.values()])[:-1]
     placed = dict(zip(chosen, np.split(points, ends), strict=True))
-    words = f't-SNE of {together.shape[1]} features: near points are alike, far ones and sizes tell nothing'
-    return {name: (placed[name], chosen[name][1]) for name in chosen}, words
+    how = f't-SNE of {together.shape[1]} features: near points are alike, far distances and sizes mean nothing'
+    return {name: (placed[name], chosen[name][1]) for name in chosen}, how
 
 
 def draw_attention(attention: np.ndarray, labels: np.ndarray, names: Sequence[str], title: str) -> Any:

@@ -268,7 +268,7 @@ def _estimate(plan: Plan) -> bool:
         rows.append((_label(row), f'{cost.training:.1f}', f'{cost.validation:.1f}', str(cost.epochs), str(len(jobs)),
                      _hours(hours)))  # fmt: skip
     rows.append(('in all', '', '', '', '', _hours(total)))
-    print(table(rows, ('row', 's an epoch', 's a validation', 'epochs', 'seeds', 'hours')))
+    print(table(rows, ('row', 's per epoch', 's per validation', 'epochs', 'seeds', 'hours')))
     print('\nFrom ten steps of each row on this machine, without saving; runs that are done count too.')
     print('\n'.join(_footnotes(plan)))
     return failed

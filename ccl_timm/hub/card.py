@@ -227,7 +227,7 @@ def _start(origin: dict[str, Any]) -> str:
     known = [markdown_code(origin['architecture'])] if origin.get('architecture') else []
     known += [f'{key} {markdown_code(origin[key][:12])}' for key in ('sha256', 'commit') if origin.get(key)]
     where = {
-        'checkpoint': f'goes on from the checkpoint {markdown_code(name)}',
+        'checkpoint': f'continues from the checkpoint {markdown_code(name)}',
         'file': f'from the weights in the file {markdown_code(name)}',
         'folder': f'from the model in the folder {markdown_code(name)}',
         'hub': f'from the weights of {link or markdown_code(name)}',

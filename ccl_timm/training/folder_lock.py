@@ -19,7 +19,7 @@ class FolderLock:
     """A lock on a run's folder, as a context manager that releases it; the kernel does where the process is killed.
 
     Of several processes that train together, the first one holds it. It is an advisory lock (``flock``) on the file
-    ``.lock`` in the folder. Where the file system has no locks, a warning says so and the run goes on.
+    ``.lock`` in the folder. Where the file system has no locks, a warning is logged and the run continues.
 
     Attributes:
         folder: that is locked, or None.

@@ -20,7 +20,7 @@ _FOLDER_WITHIN = re.compile(rf'(?<![\w./\\~-])(?!//){_ROOT}(?:{_NAME}+[/\\])+{_N
 
 
 def without_private(value: Any) -> Any:
-    """A setting, a word of a command, or a dict or list of them without what is private.
+    """A setting, an argument of a command, or a dict or list of them without what is private.
 
     Of an absolute folder only the last name stays, also after ``--flag=``, ``key=``, ``local-dir:`` or within a text.
     URLs lose user names, passwords and keys in their query. Settings called ``wandb_...`` are left out. Names of
@@ -50,12 +50,14 @@ def _last_name(path: str) -> str:
 def public_command(command: str) -> str:
     """A command line without what is private; empty if it cannot be read."""
     try:
-        words = shlex.split(command)
+        arguments = shlex.split(command)
     except ValueError:
         return ''
     kept, skipping = [], False
-    for word in words:
-        skipping = word.startswith('--wandb-') or (skipping and not word.startswith('-'))  # with the flag's values
+    for argument in arguments:
+        skipping = argument.startswith('--wandb-') or (
+            skipping and not argument.startswith('-')
+        )  # with the flag's values
         if not skipping:
-            kept.append(without_private(word))
+            kept.append(without_private(argument))
     return shlex.join(kept)

@@ -24,21 +24,21 @@ __all__ = [
     'with_autoload',
 ]
 
-# registers our models in a stock script, and stops one that would train with another loss than a recipe says
+# registers our models in a stock script, and stops one that would train with another loss than the recipe's
 AUTOLOAD = 'ccl_timm.autoload'
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
 DESCRIPTIVE = ('assumed', 'config', 'data')
 
 
 def resource_dir(name: str) -> Path:
-    """Where a top-level folder lies: inside an installed package, as ``_<name>``, or beside it in a checkout."""
+    """The path of a top-level folder: inside an installed package, as ``_<name>``, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / f'_{name}'
     return installed if installed.is_dir() else package.parent / name
 
 
 def recipe_folder() -> Path:
-    """Where the packaged recipes lie: inside an installed package, beside it in a checkout."""
+    """The folder of the packaged recipes: inside an installed package, beside it in a checkout."""
     return resource_dir('recipes')
 
 
@@ -66,7 +66,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's settings as they stand.
+    """Read a recipe's settings, unchecked.
 
     Raises:
         UserError: it is not YAML, or not a mapping of settings.

@@ -1,4 +1,4 @@
-"""How well a model's features tell classes apart without its classifier: nearest neighbours."""
+"""How well a model's features separate classes without its classifier: nearest neighbours."""
 
 from collections.abc import Collection
 from typing import Any
@@ -17,12 +17,12 @@ _ROWS = 1024  # of the similarity matrix at a time
 
 @torch.inference_mode()
 def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label: str) -> dict[str, Tensor]:
-    """What a model's head gives out for a data set.
+    """The outputs of a model's head for a data set.
 
     Args:
         model: a timm model, ours or any other.
         loader: of images and labels; an image of label -1 could not be read, and is left out.
-        names: of outputs with a row an image: ``features``, ``logits``, ``attention`` ...; those that the head lacks
+        names: of outputs with one row per image: ``features``, ``logits``, ``attention`` ...; those that the head lacks
             are left out.
         label: name in front of the progress.
 
@@ -38,11 +38,11 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
             if outputs.get(name) is not None:
                 found.setdefault(name, []).append(outputs[name].float()[target >= 0])
         found.setdefault('labels', []).append(target[target >= 0])
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(batches) for name, batches in found.items()}
 
 
 def extract_features(model: nn.Module, loader: Any, label: str = 'features') -> tuple[Tensor, Tensor]:
-    """Features of a data set, as :func:`extract_outputs` takes it: what the last layer reads, scaled to length 1.
+    """Features of a data set, as :func:`extract_outputs` takes it: the input of the last layer, scaled to length 1.
 
     Returns:
         Features (N, D) float32, labels (N,), on the model's device.
@@ -70,12 +70,12 @@ def recall_at_1(features: Tensor, labels: Tensor) -> float:
 def knn_accuracy(
     features: Tensor, labels: Tensor, known_features: Tensor, known_labels: Tensor, neighbours: int
 ) -> float:
-    """Accuracy in percent of the classifier that asks the nearest known images, each voting with its cosine.
+    """Accuracy in percent of the k-nearest-neighbour classifier, in which neighbours vote with their cosine.
 
     Args:
         features: (N, D) of length 1.
         labels: (N,).
-        known_features: (M, D) of length 1, of the training part.
+        known_features: (M, D) of length 1, of the training split.
         known_labels: (M,).
         neighbours: how many vote; at most M do.
     """

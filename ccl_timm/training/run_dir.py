@@ -38,8 +38,8 @@ class RunDir:
     """The folder of a run: the only reader and writer of its files.
 
     ``args.yaml`` has the settings, ``summary.csv`` one row per epoch, ``environment.json`` command, versions and
-    machine, ``extra_splits.csv`` accuracies on further splits, ``split.csv`` which images were held out; beside them
-    lie timm's checkpoints. As a context manager it releases its lock.
+    machine, ``extra_splits.csv`` accuracies on further splits, ``split.csv`` which images were held out; timm's
+    checkpoints are beside them. As a context manager it releases its lock.
 
     Args:
         path: of the folder.
@@ -47,7 +47,7 @@ class RunDir:
     Attributes:
         path: of the folder.
         checkpoint: to resume from; None for a run from the beginning.
-        resumes: whether a run that is in the folder goes on.
+        resumes: whether a run that is in the folder is resumed.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -83,7 +83,7 @@ class RunDir:
                 to resume from.
         """
         if config.resume == 'auto' and not config.experiment:
-            raise UserError('--resume auto needs --experiment NAME: the run with that name goes on, or begins.')
+            raise UserError('--resume auto needs --experiment NAME: the run of that name is resumed, or begins.')
         run = cls(_named_folder(config, default_name))
         run._named = bool(config.experiment) and (config.resume == 'auto' or config.source('experiment') == 'cli')
         if config.resume and config.resume != 'auto':
@@ -110,7 +110,7 @@ class RunDir:
             self.checkpoint = self.checkpoint or self.newest_checkpoint()
         elif self._named:
             raise UserError(
-                f"'{self.path}' already holds a run: give --resume auto to go on with it, or another --experiment."
+                f"'{self.path}' already holds a run: give --resume auto to resume it, or another --experiment."
             )
         else:
             self.path = _free_path(self.path)
@@ -125,8 +125,8 @@ class RunDir:
         changed = diff_settings({'train_fraction': None, **self.settings()}, config.settings())
         if changed:
             raise UserError(
-                f"'{self.path}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to go "
-                'on with it, or another --experiment.'
+                f"'{self.path}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to "
+                'resume it, or another --experiment.'
             )
 
     def check_data(self, class_names: list[str] | None, fingerprint: str, held_out: bool) -> list[str]:
@@ -191,7 +191,7 @@ class RunDir:
             self._trim_summary(start_epoch)
 
     def create(self) -> None:
-        """Create a new run's folder and lock it; other files may lie there, but no run.
+        """Create a new run's folder and lock it; other files may be there, but no run.
 
         If another run has taken the folder meanwhile, the next free name is taken, unless this one was asked for.
 
@@ -206,7 +206,7 @@ class RunDir:
                 return
             if self._named:
                 raise UserError(
-                    f"'{self.path}' was filled by another run meanwhile: give --resume auto to go on with that."
+                    f"'{self.path}' was filled by another run meanwhile: give --resume auto to resume that."
                 )
             self.path = _free_path(self.path)
 
@@ -302,7 +302,7 @@ class RunDir:
         return self.path / 'extra_splits.csv'
 
     def best_or_last_checkpoint(self) -> Path:
-        """The checkpoint that the run stands for: its best one, else its last.
+        """The checkpoint to use the run's model from: the best one, else the last.
 
         Raises:
             UserError: there is no such folder, or no checkpoint in it.
