@@ -9,7 +9,7 @@ from ccl_timm import losses
 from ccl_timm.console import table
 from ccl_timm.console.arguments import RATE, Parser
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import Plan, add_common, common_args, final_top1, plan_of, run_plan, split_args
+from ccl_timm.experiments.reproduce import Plan, add_common, common_args, final_results, plan_of, run_plan, split_args
 from ccl_timm.experiments.statistics import LEVEL, difference, show_values, welch
 from ccl_timm.experiments.tables import Row, Table, to_cli_args
 from ccl_timm.training.run_dir import atomic_write
@@ -120,7 +120,7 @@ def _best_rates(plan: Plan) -> dict[tuple[str, str], tuple[str, list[float]]]:
     found: dict[tuple[str, str], tuple[str, list[float]]] = {}
     for row, jobs in plan.jobs.items():
         head, name, *rate = row.name.split(':')
-        values = final_top1(jobs)
+        values = [result.last for result in final_results(jobs)]
         known = found.get((head, name), ('', []))[1]
         if (head, name) not in found or _rank(values) > _rank(known):
             found[head, name] = (rate[0][2:] if rate else "the recipe's", values)

@@ -18,6 +18,7 @@ __all__ = [
     'distinguishing_settings',
     'group_by_seed',
     'head_of',
+    'match_row',
     'match_rows',
     'rows_of',
 ]
@@ -127,7 +128,7 @@ def match_rows(table: Table, results: list[Result]) -> list[MatchedRow]:
         log_warning(f'left out: {text}')
     if len(unmatched) > _NAMED:
         log_warning(f'left out: {len(unmatched) - _NAMED} more runs that are no row of {table.name}')
-    return [MatchedRow(row, wanted[row], _closest_first(own, wanted[row]['epochs'])) for row, own in found.items()]
+    return [match_row(row, own) for row, own in found.items()]
 
 
 def _fitting(changed: dict[Row, list[str]], result: Result) -> list[Row]:
@@ -148,11 +149,14 @@ def _why_unmatched(table: Table, result: Result, fitting: list[Row], changed: di
     return f"'{result.source}' is no row of {table.name}; closest: {row.dataset} {row.name}, but {why}"
 
 
-def _closest_first(results: list[Result], epochs: int) -> tuple[Group, ...]:
-    def distance(group: Group) -> tuple[float, int, int]:
-        return -(group.settings['train_fraction'] or 1), abs(group.epochs - epochs), -len(group.results)
+def match_row(row: Row, results: list[Result]) -> MatchedRow:
+    """A row with the runs of it."""
+    wanted = _wanted(row)
 
-    return tuple(sorted(group_by_seed(results), key=distance))
+    def distance(group: Group) -> tuple[float, int, int]:
+        return -(group.settings['train_fraction'] or 1), abs(group.epochs - wanted['epochs']), -len(group.results)
+
+    return MatchedRow(row, wanted, tuple(sorted(group_by_seed(results), key=distance)))
 
 
 def rows_of(settings: dict[str, Any], recipe: str | None) -> list[tuple[Table, Row, int]]:

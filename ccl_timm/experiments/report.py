@@ -58,7 +58,8 @@ def main(argv: list[str], prog: str) -> int:
         raise UserError(f"'{args.output}' exists already: name another file.")
     table = read_table(args.table) if args.table else None
     found = read_results(args.runs)
-    text = FORMATS[args.format](table_report(table, found) if table else plain_report(found))
+    report = table_report(table, match_rows(table, found), found) if table else plain_report(found)
+    text = FORMATS[args.format](report)
     if args.record:
         write_record(Path(args.record), found)
         log_info(f'{len(found)} runs recorded: {args.record}')
@@ -87,14 +88,14 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def table_report(table: Table, found: list[Result]) -> Report:
+def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -> Report:
     """A paper's table: as the paper prints it, then one line per group of runs, with tests.
 
     Args:
         table: rows with the paper's values.
-        found: runs; those that belong to no row are named on stderr.
+        matched: the rows with their runs.
+        found: all runs, also those of no row: the tests that they allow count.
     """
-    matched = match_rows(table, found)
     groups = [group for match in matched for group in match.groups]
     used = {result.source for group in groups for result in group.results}
     everything = groups + group_by_seed([result for result in found if result.source not in used])
@@ -228,27 +229,29 @@ def _cell(match: MatchedRow) -> str:
 
 
 def _details(records: list[dict[str, Any]]) -> Section:
-    """One line for each group of runs; columns in which no line has anything are left out."""
-    rows = []
-    for record in (record for record in records if record['seeds']):
-        cells = {name: str(record[name]) for name in ('row', 'model', 'loss', 'data', 'settings') if name in record}
-        cells['last epoch'] = show_values(record['last_epoch'])
-        cells['seeds'] = str(len(record['seeds']))
-        cells['epochs'] = str(record['epochs'])
-        cells['of the images'] = show_share(record['train_fraction'])
-        cells["recipe's epochs"] = str(record.get('recipe_epochs', ''))
-        if record.get('paper') is not None:
-            cells["paper's"] = show_printed((record['paper'], record['paper_margin']))
-            cells['difference'] = f'{record["difference"]:+.2f}'
-            cells['against the best other'] = _against_other(record)
-        cells['against our ce'] = record['against_ce'] and f'{record["against_ce"]} [{record["ce_head"]}]'
-        cells['best epoch'] = show_values(record['best_epoch'])
-        cells['extra splits'] = ', '.join(
-            f'{split} {show_values(own)}' for split, own in record['extra_splits'].items()
-        )
-        rows.append(cells)
-    header = [name for name in max(rows, key=len) if any(row.get(name) for row in rows)]
-    return Section('Group by group', tuple(header), [tuple(row.get(name, '') for name in header) for row in rows])
+    """One line for each group of runs; columns that are empty in all lines are left out."""
+    rows = [_detail(record) for record in records if record['seeds']]
+    header = [name for name in rows[0] if any(row[name] for row in rows)]
+    return Section('Group by group', tuple(header), [tuple(row[name] for name in header) for row in rows])
+
+
+def _detail(record: dict[str, Any]) -> dict[str, str]:
+    printed = record.get('paper') is not None
+    extra = record['extra_splits'].items()
+    return {
+        **{name: str(record[name]) for name in ('row', 'model', 'loss', 'data', 'settings') if name in record},
+        'last epoch': show_values(record['last_epoch']),
+        'seeds': str(len(record['seeds'])),
+        'epochs': str(record['epochs']),
+        'of the images': show_share(record['train_fraction']),
+        "recipe's epochs": str(record.get('recipe_epochs', '')),
+        "paper's": show_printed((record['paper'], record['paper_margin'])) if printed else '',
+        'difference': f'{record["difference"]:+.2f}' if printed else '',
+        'against the best other': _against_other(record) if printed else '',
+        'against our ce': record['against_ce'] and f'{record["against_ce"]} [{record["ce_head"]}]',
+        'best epoch': show_values(record['best_epoch']),
+        'extra splits': ', '.join(f'{split} {show_values(values)}' for split, values in extra),
+    }
 
 
 def _against_other(record: dict[str, Any]) -> str:

@@ -12,18 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccl_timm.console import log_info, log_warning, show_share, table
+from ccl_timm.console import log_info, log_warning, table
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
+from ccl_timm.experiments.matching import match_row
+from ccl_timm.experiments.rendering import FORMATS
+from ccl_timm.experiments.report import table_report
 from ccl_timm.experiments.results import Result
-from ccl_timm.experiments.statistics import show_printed, show_values
 from ccl_timm.experiments.tables import Row, Table, run_name
 from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.run_dir import RunDir, is_done
 
-__all__ = ['Job', 'Plan', 'add_common', 'common_args', 'final_top1', 'main', 'plan_of', 'run_plan', 'split_args']
+__all__ = ['Job', 'Plan', 'add_common', 'common_args', 'final_results', 'main', 'plan_of', 'run_plan', 'split_args']
 
 
 @dataclass(frozen=True)
@@ -216,33 +218,26 @@ def _run(job: Job) -> bool:
     return code == 0
 
 
-def final_top1(jobs: list[Job]) -> list[float]:
-    """Top-1 in % after the last epoch, of the jobs that are done."""
+def final_results(jobs: list[Job]) -> list[Result]:
+    """What the runs of the jobs that are done have recorded."""
     found = []
     for job in jobs:
         with contextlib.suppress(UserError):  # a run of other settings, which was reported
-            if result := job.result():
-                found.append(result.last)
-    return found
+            found.append(job.result())
+    return [result for result in found if result]
 
 
 def _result(plan: Plan) -> str:
-    rows = []
-    for row, jobs in plan.jobs.items():
-        values = final_top1(jobs)
-        theirs = TrainConfig.resolve(list(row.args)).epochs
-        images = show_share(jobs[0].config.train_fraction) or 'all'
-        ours = (show_values(values), str(len(values)), str(jobs[0].config.planned_epochs), images)
-        rows.append((_label(row), *ours, show_printed(row.paper), str(theirs)))
-    header = ('row', 'ours, top-1 %', 'seeds', 'epochs', 'images', "the paper's", "the recipe's epochs")
-    lines = [plan.table.title, '', table(rows, header), '']
-    lines.append('Ours: after the last epoch, mean ± largest deviation over the seeds.')
-    return '\n'.join([*lines, *_footnotes(plan)])
+    """The report of the table, and what its recipes assume."""
+    found = {row: final_results(jobs) for row, jobs in plan.jobs.items()}
+    matched = [match_row(row, results) for row, results in found.items()]
+    report = table_report(plan.table, matched, [result for results in found.values() for result in results])
+    return '\n'.join([FORMATS['md'](report), *_assumptions(plan)])
 
 
-def _footnotes(plan: Plan) -> list[str]:
-    """The table's notes, and what each recipe assumes because the paper leaves it open."""
-    lines = [f'Note: {note}' for note in plan.table.notes]
+def _assumptions(plan: Plan) -> list[str]:
+    """What each recipe assumes because the paper leaves it open."""
+    lines = []
     for name in dict.fromkeys(row.recipe for row in plan.jobs):
         assumed = recipes.read_recipe(recipes.find_recipe(name)).get('assumed') or []
         lines += [f'Recipe {name} assumes:', *(f'  - {text}' for text in assumed)]
@@ -270,7 +265,7 @@ def _estimate(plan: Plan) -> bool:
     rows.append(('in all', '', '', '', '', _hours(total)))
     print(table(rows, ('row', 's per epoch', 's per validation', 'epochs', 'seeds', 'hours')))
     print('\nFrom ten steps of each row on this machine, without saving; runs that are done count too.')
-    print('\n'.join(_footnotes(plan)))
+    print('\n'.join([*(f'Note: {note}' for note in plan.table.notes), *_assumptions(plan)]))
     return failed
 
 

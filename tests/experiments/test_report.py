@@ -247,7 +247,8 @@ def test_other_epochs_are_no_other_seeds(runs_of_table1, words):
         ['amp=True', '94.00', '1', '3'],
     ]
     assert "left out: 'runs/z' has the settings and the seed of 'runs/x2'" in err
-    report_of = report.table_report(tables.read_table('cc-table1'), results.read_results(['runs']))
+    table, found = tables.read_table('cc-table1'), results.read_results(['runs'])
+    report_of = report.table_report(table, matching.match_rows(table, found), found)
     curves = report_of.curves['mnist, top-1 %']
     assert {name: len(of_runs) for name, of_runs in curves.items()} == {
         'resnet18:ce': 2,
