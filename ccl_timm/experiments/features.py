@@ -25,10 +25,9 @@ def main(argv: list[str], prog: str) -> int:
     splits = _read_splits(args, trained)
     folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
     names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in draw(splits, names, _title(trained), folder, args.limit):
+    for path in draw(splits, names, _title(trained), folder, args.limit, args.layer):
         log_info(f'written: {path}')
-    weight = getattr(trained.model.get_classifier(), 'weight', None)
+    weight = getattr(trained.model.get_classifier(), 'weight', None) if args.layer == 'features' else None
     rows = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
     print(table(rows, ('', *splits)))
     return 0
@@ -57,6 +56,8 @@ def _parser(prog: str) -> Parser:
         metavar='NAME',
         help='split beside the training split; default: the one the run validated on',
     )
+    add('--layer', default='features', choices=('features', 'hidden'),
+        help='features: input of the last layer; hidden: output of the first layer of cam and mlp')  # fmt: skip
     add('--limit', type=integer(2), default=1500, metavar='N', help='images of each split for t-SNE')
     add('--use-ema', action='store_true', help='the moving average of the weights')
     add('-b', '--batch-size', type=integer(1), default=256, metavar='N')
@@ -66,11 +67,11 @@ def _parser(prog: str) -> Parser:
 
 
 def _read_splits(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
-    """The outputs of :func:`retrieval.extract_outputs` for the training and the other split."""
+    """The outputs for the training and the other split; ``features`` are those of --layer."""
     device = torch.device(evaluation.pick_device(args.device))
     data = evaluation.data_config_of(args, trained.settings)
     config = {**trained.data_config, 'batch_size': args.batch_size}
-    names = {'training': data.train_split, 'test': data.val_split}
+    names = {'training': data.train_split, data.val_split or 'none': data.val_split}
     model, splits = trained.model.to(device), {}
     for split, name in names.items():
         if not name:
@@ -85,7 +86,11 @@ def _read_splits(args: argparse.Namespace, trained: Trained) -> dict[str, dict[s
         )
         evaluation.check_labels(dataset, trained)
         loader = evaluation.loader_of(dataset, config, device, args.workers)
-        found = retrieval.extract_outputs(model, loader, ('features', 'logits', 'attention'), f'{split} split')
+        found = retrieval.extract_outputs(model, loader, (args.layer, 'logits', 'attention'), f'{split} split')
+        if args.layer not in found:
+            head = type(model.get_classifier()).__name__
+            raise UserError(f'Only the heads cam and mlp have --layer {args.layer}; this model has a {head}.')
+        found['features'] = found.pop(args.layer)
         splits[split] = {key: value.cpu().numpy() for key, value in found.items()}
         splits[split] |= {'features': splits[split]['features'].astype(np.float64)}
     return splits
@@ -98,29 +103,38 @@ def _title(trained: Trained) -> str:
 
 
 def draw(
-    splits: dict[str, dict[str, np.ndarray]], names: list[str], title: str, folder: Path, limit: int
+    splits: dict[str, dict[str, np.ndarray]],
+    names: list[str],
+    title: str,
+    folder: Path,
+    limit: int,
+    layer: str = 'features',
 ) -> list[Path]:
-    """Draw features of both splits, and attention and confusion of the test split.
+    """Draw features of both splits, and attention and confusion of the last one.
 
     Args:
         splits: ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and perhaps ``attention`` (N, C), by split.
         names: of the classes.
         title: of the model.
-        folder: where to write, which exists.
+        folder: where to write; created if it does not exist.
         limit: see :func:`plots.in_the_plane`.
+        layer: of which the features are, ``features`` or ``hidden``; their picture is named after it.
 
     Returns:
         The files written.
     """
     points, how = plots.in_the_plane({split: (own['features'], own['labels']) for split, own in splits.items()}, limit)
-    caption = '; '.join([how, *(_distances(split, own) for split, own in splits.items())])
-    drawn = {'features': plots.draw_features(points, names, title, caption.replace('; ', '\n'))}
-    test = splits['test']
-    if 'attention' in test:
-        drawn['attention'] = plots.draw_attention(test['attention'], test['labels'], names, title)
+    caption = '\n'.join([how, *(_distances(split, own) for split, own in splits.items())])
+    heading = title if layer == 'features' else f'{title}, {layer} layer'
+    drawn = {layer: plots.draw_features(points, names, heading, caption)}
+    name, last = list(splits.items())[-1]
+    title = f'{title}\n{name} split'
+    if 'attention' in last:
+        drawn['attention'] = plots.draw_attention(last['attention'], last['labels'], names, title)
     confusion = np.zeros((len(names), len(names)), dtype=int)
-    np.add.at(confusion, (test['labels'], test['logits'].argmax(1)), 1)
+    np.add.at(confusion, (last['labels'], last['logits'].argmax(1)), 1)
     drawn['confusion'] = plots.draw_confusion(confusion, names, title)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         plots.save(figure, folder / f'{name}.png')
     return [folder / f'{name}.png' for name in drawn]

@@ -1,6 +1,8 @@
 """Pictures, with matplotlib: features in the plane, attention of classes, confusion, curves over the epochs."""
 
 import io
+import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -8,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from ccl_timm.console.escape import terminal_text
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.analysis import class_centres
 
 __all__ = ['as_svg', 'draw_attention', 'draw_confusion', 'draw_curves', 'draw_features', 'in_the_plane', 'save']
 
 _READABLE = 20  # classes of which each can have its name in a picture
+_MARKERS = 'os^DvP'  # times ten colours: as many classes look different in a picture of features
+_LONGEST_NAME = 30
 
 
 def _matplotlib() -> ModuleType:
@@ -54,33 +59,58 @@ def draw_features(
 ) -> Any:
     """Points in the plane, coloured by class, with the classes' centres; one panel per split, all of the same scale.
 
+    Classes are named in a legend beside the panels. Up to 60 have a colour and marker of their own; of more, some look
+    alike, and there is no legend.
+
     Args:
         splits: for each split its points (N, 2) and labels (N,).
         names: of the classes, by label.
         title: above.
         caption: below.
     """
-    figure = _matplotlib().figure.Figure(figsize=(6 * len(splits), 7), layout='constrained')
+    styles = _styles()
+    shown = sorted({int(k) for _, labels in splits.values() for k in labels}) if len(names) <= len(styles) else []
+    columns = -(-len(shown) // 30)
+    legend_width = columns * (0.5 + 0.08 * max((len(_label(names[k])) for k in shown), default=0))
+    width = 6 * len(splits)
+    figure = _matplotlib().figure.Figure(figsize=(width + legend_width, 7), layout='constrained')
     axes = figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
-    colours = _colours(len(names))
+    centre_of = {}
     for axis, (split, (points, labels)) in zip(axes, splits.items(), strict=True):
-        classes, centres = class_centres(points, labels)
-        for k, centre in zip(classes, centres, strict=True):
-            own = points[labels == k]
-            axis.scatter(*own.T, s=8, color=colours[k], alpha=0.6, linewidths=0, label=names[k])
-            axis.scatter(*centre, s=70, marker='X', color=colours[k], edgecolors='black', zorder=3)
-            if len(classes) <= _READABLE:
-                box = {'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.75}
-                axis.annotate(names[k], centre, (6, 6), textcoords='offset points', zorder=4, fontsize=9, bbox=box)
-        axis.set_title(f'{split}, {len(points)} images')
+        for k, centre in zip(*class_centres(points, labels), strict=True):
+            style = styles[k % len(styles)]
+            axis.scatter(*points[labels == k].T, s=10, alpha=0.6, linewidths=0, **style)
+            centre_of[k] = axis.scatter(*centre, s=60, edgecolors='black', zorder=3, **style)
+        axis.set_title(f'{_label(split)}, {len(points)} images')
         axis.set_aspect('equal')
+    if shown:
+        handles, labels = [centre_of[k] for k in shown], [_label(names[k]) for k in shown]
+        figure.legend(handles, labels, loc='outside right upper', ncols=columns, fontsize=9)
     everything = np.concatenate([points for points, _ in splits.values()])
     middle = (everything.min(0) + everything.max(0)) / 2
     reach = 0.53 * (everything.max(0) - everything.min(0)).max() or 1.0
     axes[0].set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
-    figure.suptitle(title)
-    figure.supxlabel(caption, fontsize=9)
+    middle_of_panels = 0.5 * width / (width + legend_width)
+    figure.suptitle(_wrapped(title, width), x=middle_of_panels)
+    figure.supxlabel(caption, x=middle_of_panels, fontsize=9)
     return figure
+
+
+def _styles() -> list[dict[str, Any]]:
+    """A colour and a marker each for 60 classes."""
+    return [{'color': colour, 'marker': marker} for marker, colour in itertools.product(_MARKERS, _colours(10))]
+
+
+def _wrapped(title: str, inches: float) -> str:
+    """A title in lines that fit on a figure of this width."""
+    return '\n'.join(textwrap.fill(line, int(9 * inches)) for line in title.splitlines())
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: one line, not too long, no formula."""
+    text = terminal_text(name)
+    text = text if len(text) <= _LONGEST_NAME else f'{text[: _LONGEST_NAME - 8]}...{text[-5:]}'
+    return text.replace('$', r'\$')
 
 
 def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -> tuple[dict, str]:
@@ -106,12 +136,15 @@ def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -
     points = TSNE(init='pca', perplexity=perplexity, random_state=0).fit_transform(together)
     ends = np.cumsum([len(labels) for _, labels in chosen.values()])[:-1]
     placed = dict(zip(chosen, np.split(points, ends), strict=True))
-    how = f't-SNE of {together.shape[1]} features: near points are alike, far distances and sizes mean nothing'
+    how = f't-SNE of {together.shape[1]} features: close points are similar; large distances and sizes mean nothing'
     return {name: (placed[name], chosen[name][1]) for name in chosen}, how
 
 
 def draw_attention(attention: np.ndarray, labels: np.ndarray, names: Sequence[str], title: str) -> Any:
-    """Mean attention of each class (row) to each channel (column); channels by the class that attends to them most.
+    """Attention of each class (row) to each channel (column): its mean, and how that deviates from the channel's mean.
+
+    The channel's mean is that over the classes, each of which counts alike. Channels stand by the class that attends
+    to them most, and of one class those first in which it exceeds the channel's mean most.
 
     Args:
         attention: (N, C) in (0, 1).
@@ -120,26 +153,38 @@ def draw_attention(attention: np.ndarray, labels: np.ndarray, names: Sequence[st
         title: above.
     """
     classes, means = class_centres(attention, labels)
-    order = np.lexsort((-means.max(0), means.argmax(0)))
-    figure = _matplotlib().figure.Figure(figsize=(11, max(3, min(12, 1.5 + 0.3 * len(classes)))), layout='constrained')
-    axis = figure.subplots()
-    image = axis.imshow(means[:, order], aspect='auto', cmap='viridis', interpolation='nearest')
-    figure.colorbar(image, label='mean attention')
-    _name_classes(axis.yaxis, [names[k] for k in classes])
-    axis.set(title=title, xlabel='channel, by the class that attends to it most', ylabel='class')
+    deviations = means - means.mean(0)
+    order = np.lexsort((-deviations.max(0), deviations.argmax(0)))
+    reach = np.abs(deviations).max() or 1.0
+    height = max(3, min(12, 1.8 + 0.25 * len(classes)))
+    figure = _matplotlib().figure.Figure(figsize=(16, height), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    images = [
+        left.imshow(means[:, order], aspect='auto', cmap='viridis', interpolation='nearest'),
+        right.imshow(
+            deviations[:, order], aspect='auto', cmap='RdBu_r', vmin=-reach, vmax=reach, interpolation='nearest'
+        ),
+    ]
+    titles = ('mean attention', "deviation from the channel's mean")
+    for axis, image, what in zip((left, right), images, titles, strict=True):
+        figure.colorbar(image, ax=axis)
+        axis.set(title=what, xlabel='channel, by the class that attends to it most')
+    left.set_ylabel('class')
+    _name_classes(left.yaxis, [names[k] for k in classes])
+    figure.suptitle(title)
     return figure
 
 
 def _name_classes(axis: Any, names: list[str]) -> None:
     if len(names) <= 2 * _READABLE:
-        axis.set_ticks(range(len(names)), names)
+        axis.set_ticks(range(len(names)), map(_label, names))
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> Any:
     """Counts (K, K) of images by class (row) and prediction (column), coloured by their share of the class."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    size = min(12, 3 + 0.25 * len(names))
-    figure = _matplotlib().figure.Figure(figsize=(size + 1, size), layout='constrained')
+    size = min(12, max(5, 3 + 0.25 * len(names)))
+    figure = _matplotlib().figure.Figure(figsize=(size + 1.5, size), layout='compressed')
     axis = figure.subplots()
     image = axis.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
     figure.colorbar(image, label='share of the class')
@@ -151,7 +196,8 @@ def draw_confusion(confusion: np.ndarray, names: Sequence[str], title: str) -> A
     _name_classes(axis.yaxis, list(names))
     if max(map(len, names)) > 3:
         axis.tick_params('x', rotation=90)
-    axis.set(title=title, xlabel='prediction', ylabel='class')
+    axis.set(xlabel='prediction', ylabel='class')
+    figure.suptitle(_wrapped(title, size + 1.5))
     return figure
 
 

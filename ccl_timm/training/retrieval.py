@@ -22,8 +22,8 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
     Args:
         model: a timm model, ours or any other.
         loader: of images and labels; an image of label -1 could not be read, and is left out.
-        names: of outputs with one row per image: ``features``, ``logits``, ``attention`` ...; those that the head lacks
-            are left out.
+        names: of outputs with one row per image: ``features``, ``logits``, ``attention`` ..., and ``hidden``, the
+            output of the first linear layer of the heads ``cam`` and ``mlp``; those that the head lacks are left out.
         label: name in front of the progress.
 
     Returns:
@@ -33,7 +33,10 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
     found: dict[str, list[Tensor]] = {}
     for images, target in Progress(loader, label, 50):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-        outputs = read_head(model.get_classifier(), pooled)._asdict()
+        head = model.get_classifier()
+        outputs = read_head(head, pooled)._asdict()
+        if 'hidden' in names and hasattr(head, 'hidden'):
+            outputs['hidden'] = head.hidden(pooled)
         for name in names:
             if outputs.get(name) is not None:
                 found.setdefault(name, []).append(outputs[name].float()[target >= 0])

@@ -8,12 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.metrics.pairwise import cosine_similarity
 
 from ccl_timm import cli
 from ccl_timm.experiments import analysis, plots
+from ccl_timm.training import retrieval
+from ccl_timm.training.checkpoints import load_trained
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 TINY = ['--img-size', '16', '-b', '8', '-j', '0', '--epochs', '2', '--checkpoint-hist', '1']
@@ -104,11 +107,15 @@ def test_pictures_show_what_they_are_given():
     assert np.allclose(
         [own.get_offsets()[0] for own in first.collections[1::2]], analysis.class_centres(points, labels)[1]
     )
-    assert [text.get_text() for text in first.texts] == names
+    assert first.get_title().startswith('training, ') and second.get_title().startswith('test, ')
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names  # beside the panels, not over points
 
     attention = np.array([[0.1, 0.9, 0.2], [0.3, 0.7, 0.2], [0.8, 0.1, 0.1], [0.2, 0.1, 0.6]])
     figure = plots.draw_attention(attention, np.array([0, 0, 1, 2]), names, 'title')
-    assert np.allclose(figure.axes[0].images[0].get_array(), [[0.8, 0.2, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.6]])
+    means = np.array([[0.8, 0.2, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.6]])
+    assert np.allclose(figure.axes[0].images[0].get_array(), means)
+    deviation = figure.axes[1].images[0]
+    assert np.allclose(deviation.get_array(), means - means.mean(0)) and sum(deviation.get_clim()) == 0
 
     figure = plots.draw_confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), names, 'title')
     assert np.allclose(figure.axes[0].images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
@@ -158,6 +165,23 @@ def test_features_of_a_run(place_of_runs, words):
         json.loads(best.split('--result')[1])['top1'], abs=0.01
     )
     assert set(rows) >= {'top-1 %, Gaussian discriminant', 'mean distance between class centres'}
+
+
+def test_the_layer_that_the_paper_draws(place_of_runs, words, folder, tmp_path):
+    """CC-Loss's figure 3 shows f1(F), whose values have either sign; attention and ReLU come after."""
+    run = place_of_runs / 'runs' / 'cc1'
+    model = load_trained(run).model
+    images = torch.rand(8, 3, 16, 16)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    found = retrieval.extract_outputs(model, [(images, torch.zeros(8, dtype=torch.long))], ['hidden', 'features'], '')
+    assert torch.equal(found['hidden'], model.get_classifier().hidden(pooled)) and found['hidden'].min() < 0
+    code, out, err = words('ccl-timm', 'features', run, '--layer', 'hidden', '-j', '0', '-o', tmp_path)
+    assert code == 0 and (tmp_path / 'hidden.png').exists() and not (tmp_path / 'features.png').exists()
+    assert 'cosine with class vectors' not in out, err
+    argv = ['--data-dir', folder, *TINY, '--model', 'test_resnet_cosine', '--loss', 'ce', '--epochs', '1']
+    assert words('timm', 'train.py', *argv, '--output', tmp_path, '--experiment', 'other')[0] == 0
+    code, out, err = words('ccl-timm', 'features', tmp_path / 'other', '--layer', 'hidden', '-j', '0')
+    assert code == 2 and 'Only the heads cam and mlp have --layer hidden; this model has a CosineHead.' in err
 
 
 def test_features_two_wide_in_another_folder(place_of_runs, words):
