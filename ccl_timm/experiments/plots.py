@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from sklearn.manifold import TSNE
 
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.errors import UserError
@@ -125,8 +126,6 @@ def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -
     """
     if all(features.shape[1] == 2 for features, _ in splits.values()):
         return splits, 'the two features themselves'
-    from sklearn.manifold import TSNE
-
     chosen = {}
     for name, (features, labels) in splits.items():
         order = np.sort(np.random.default_rng(0).permutation(len(labels))[:limit])

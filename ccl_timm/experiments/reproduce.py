@@ -16,6 +16,7 @@ from ccl_timm.console import log_info, log_warning, table
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
+from ccl_timm.experiments.estimate import time_run
 from ccl_timm.experiments.matching import match_row
 from ccl_timm.experiments.rendering import FORMATS
 from ccl_timm.experiments.report import table_report
@@ -245,8 +246,6 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _estimate(plan: Plan) -> bool:
-    from ccl_timm.experiments.estimate import time_run
-
     started = time.perf_counter()
     subprocess.run([sys.executable, '-c', 'import ccl_timm.training.train'], check=True)
     startup = (time.perf_counter() - started) / 3600  # of every run: Python and its imports

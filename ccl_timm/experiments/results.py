@@ -154,10 +154,15 @@ def _sources(path: Path) -> list[Path]:
 def _read_finished(source: Path) -> Iterator[Result]:
     """The finished runs of a folder or a file; why others are left out is logged."""
     try:
-        for result in read_record(source) if source.is_file() else [Result.of(RunDir(source))]:
-            yield result.finished()
+        found = read_record(source) if source.is_file() else [Result.of(RunDir(source))]
     except UserError as error:
         log_warning(f'left out: {error}')
+        return
+    for result in found:
+        try:
+            yield result.finished()
+        except UserError as error:
+            log_warning(f'left out: {error}')
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def write_record(path: Path, found: Iterable[Result]) -> None:
         'settings': _shared(run.settings for run in runs),
         'environment': _shared(run.environment for run in runs),
     }
-    lines = [json.dumps(shared), *(json.dumps(_line(run, shared)) for run in runs)]
+    lines = [json.dumps(line, default=str) for line in (shared, *(_line(run, shared) for run in runs))]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, '\n'.join(lines) + '\n')
 
