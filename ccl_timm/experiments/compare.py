@@ -3,6 +3,7 @@
 import itertools
 import json
 from argparse import ArgumentTypeError
+from dataclasses import dataclass
 from pathlib import Path
 
 from ccl_timm import losses
@@ -79,52 +80,69 @@ def rows_of(backbone: str, names: list[str], rates: list[float], args: list[str]
     return tuple(rows)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A loss on a head, with its best learning rate and the values of its seeds."""
+
+    head: str
+    loss: str
+    lr: str
+    top1: list[float]
+
+
 def _write_result(plan: Plan) -> str:
     """The comparison as text, which is also written beside the runs, with all values as JSON."""
-    best, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].run.path.parent
-    text = _result(plan.table.title, best)
-    values = [{'loss': name, 'head': head, 'lr': rate, 'top1': values} for (head, name), (rate, values) in best.items()]
+    entries, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].run.path.parent
+    text = _result(plan.table.title, entries)
     atomic_write(folder / 'compare.txt', text + '\n')
-    atomic_write(folder / 'compare.json', json.dumps(values, indent=2) + '\n')
+    atomic_write(folder / 'compare.json', json.dumps([vars(entry) for entry in entries], indent=2) + '\n')
     return text
 
 
-def _result(title: str, best: dict[tuple[str, str], tuple[str, list[float]]]) -> str:
-    plain = best.get(('linear', 'ce'), ('', []))[1]
-    pairs = [(values, plain) for (head, name), (_, values) in best.items() if (head, name) != ('linear', 'ce')]
-    pairs += [(values, best[head, 'ce'][1]) for (head, name), (_, values) in best.items()
-              if name != 'ce' and head != 'linear']  # fmt: skip
-    tests = sum(welch(*pair) is not None for pair in pairs)
+def _result(title: str, entries: list[_Entry]) -> str:
+    controls = {entry.head: entry.top1 for entry in entries if entry.loss == 'ce'}
+    references = [_references(entry, controls) for entry in entries]
+    tests = sum(
+        welch(entry.top1, own) is not None
+        for entry, pair in zip(entries, references, strict=True)
+        for own in pair
+        if own is not None
+    )
     rows = []
-    for (head, name), (rate, values) in best.items():
-        control = best[head, 'ce'][1]
-        against_plain = '' if (head, name) == ('linear', 'ce') else difference(values, plain, max(1, tests))
-        against_control = '' if name == 'ce' or head == 'linear' else difference(values, control, max(1, tests))
-        label = name if name != 'ce' or head == 'linear' else 'ce (control)'
-        rows.append((label, head, rate, show_values(values), str(len(values)), against_plain, against_control))
+    for entry, pair in zip(entries, references, strict=True):
+        label = 'ce (control)' if entry.loss == 'ce' and entry.head != 'linear' else entry.loss
+        against = ('' if own is None else difference(entry.top1, own, max(1, tests)) for own in pair)
+        rows.append((label, entry.head, entry.lr, show_values(entry.top1), str(len(entry.top1)), *against))
     header = ('loss', 'head', 'lr', 'top-1 %', 'seeds', 'against ce, linear head', 'against ce, same head')
     return '\n'.join([
         title, '', table(rows, header), '',
         'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
-        'each row, chosen on the same validation images: a little flattering, for every row alike.',
-        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {max(1, tests)} for the {tests} tests made; other "
-        'images may', 'give another result. No row has label smoothing, which some of these losses do not take.',
+        'each row, chosen on the same validation images: a little too optimistic, for every row alike.',
+        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {max(1, tests)} for the {tests} tests made; other",
+        'images may give another result. No row has label smoothing, which some of these losses do not take.',
     ])  # fmt: skip
 
 
-def _best_rates(plan: Plan) -> dict[tuple[str, str], tuple[str, list[float]]]:
-    """For each head and loss, the learning rate with the best mean, and the values of its seeds.
+def _references(entry: _Entry, controls: dict[str, list[float]]) -> tuple[list[float] | None, list[float] | None]:
+    """Values of cross-entropy on the linear head, and on the same head; None where that is no comparison."""
+    is_control = entry.loss == 'ce'
+    plain = None if is_control and entry.head == 'linear' else controls['linear']
+    return plain, None if is_control or entry.head == 'linear' else controls[entry.head]
+
+
+def _best_rates(plan: Plan) -> list[_Entry]:
+    """For each head and loss, the learning rate with the best mean.
 
     A rate counts only if as many of its runs are done as of any other of that row.
     """
-    found: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    found: dict[tuple[str, str], _Entry] = {}
     for row, jobs in plan.jobs.items():
-        head, name, *rate = row.name.split(':')
+        head, loss, *rate = row.name.split(':')
         values = [result.last for result in final_results(jobs)]
-        known = found.get((head, name), ('', []))[1]
-        if (head, name) not in found or _rank(values) > _rank(known):
-            found[head, name] = (rate[0][2:] if rate else "the recipe's", values)
-    return found
+        known = found.get((head, loss))
+        if known is None or _rank(values) > _rank(known.top1):
+            found[head, loss] = _Entry(head, loss, rate[0][2:] if rate else "the recipe's", values)
+    return list(found.values())
 
 
 def _rank(values: list[float]) -> tuple[int, float]:

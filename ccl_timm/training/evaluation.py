@@ -37,7 +37,7 @@ class Evaluation:
         metrics: mean cross-entropy (``loss``); ``top1``, ``top5`` and the mean accuracy of the classes
             (``macro_top1``) in percent.
         confusion: (K, K) counts of images by class (row) and prediction (column).
-        unreadable: images that could not be read, and are in no figure.
+        unreadable: images that could not be read, and are not counted.
     """
 
     metrics: dict[str, float]
@@ -147,7 +147,7 @@ def main(argv: list[str], prog: str = 'timm validate.py') -> int:
         raise UserError(f"The model's loss on this data is {metrics['loss']}: its accuracy would mean nothing.")
     log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
     if found.unreadable:
-        log_warning(f'{found.unreadable} images could not be read, and are in none of these figures')
+        log_warning(f'{found.unreadable} images could not be read, and are not counted')
     if args.recall or args.knn:
         metrics |= _neighbours(args, data, trained, loader, config)
     names = trained.class_names or [str(k) for k in range(len(found.confusion))]
