@@ -1,5 +1,6 @@
 """Results put together over their seeds, given to the rows of tables, and paired with their baselines."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +22,7 @@ __all__ = [
     'match_row',
     'match_rows',
     'rows_of',
+    'usual_settings',
 ]
 
 # what may differ between runs of one group, between a run and its row in a paper's table (where the data is, how fast
@@ -30,6 +32,7 @@ _IGNORED_IN_TABLE = {*_IGNORED_IN_GROUP, *TrainConfig.names(varies='budget')}
 _IGNORED_IN_BASELINE = {*_IGNORED_IN_GROUP, *TrainConfig.names(varies='method')}
 # of these, what the report always shows where a run has another value than its row
 _SHOWN_IN_TABLE = ('opt', 'opt_kwargs')
+_NO_USUAL = object()  # in place of a usual value, if there is none
 _NAMED = 5  # runs without a row whose differences are printed
 
 
@@ -186,30 +189,61 @@ def _changes(wanted: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 def distinguishing_settings(
     groups: list[Group], ignore: Collection[str] = (), shown: Mapping[str, Any] = MappingProxyType({})
 ) -> list[str]:
-    """For each group, as text, those of its settings that are not the same in all of them.
+    """For each group, as text, those of its settings that differ from the usual value.
+
+    The usual value is the one that most groups have. If two values are equally common, there is none, and each group
+    shows its own.
 
     Args:
         groups: of runs; none give none.
         ignore: settings that are shown elsewhere, beside the seed and the epochs.
-        shown: settings by name that are also shown where a group has another value than this.
+        shown: usual values by name, instead of the most common ones.
     """
-    if not groups:
-        return []
-    first, ignored = {**groups[0].settings, **shown}, {*_IGNORED_IN_GROUP, 'epochs', *ignore}
-    keys = [
-        key
-        for key in first
-        if any(key in g.settings and diff_settings({key: first[key]}, {key: g.settings[key]}, ignored) for g in groups)
+    settings, ignored = _without_defaults(groups), {*_IGNORED_IN_GROUP, 'epochs', *ignore}
+    usual = {**_usual(settings), **shown}
+    # an empty value is shown only where the usual one, not empty, would be assumed
+    hidden = {*shown, *(key for key in usual if usual[key] is _NO_USUAL)}
+    return [
+        _as_text(own, [key for key in _changed(own, usual, ignored) if own[key] not in ({}, '') or key not in hidden])
+        for own in settings
     ]
-    return [_shown_settings(g.settings, keys) for g in groups]
 
 
-def _shown_settings(settings: dict[str, Any], keys: list[str]) -> str:
-    own = {key: settings[key] for key in keys if key in settings}
-    if 'loss_kwargs' in own:
-        usual = default_options(settings['loss'])
-        own['loss_kwargs'] = {key: value for key, value in own['loss_kwargs'].items() if usual.get(key) != value}
-    return ', '.join(f'{key}={_shown(value)}' for key, value in own.items() if value not in ({}, ''))
+def usual_settings(groups: list[Group], ignore: Collection[str] = ()) -> str:
+    """As text, the usual values of those settings that :func:`distinguishing_settings` shows for some groups only."""
+    settings, ignored = _without_defaults(groups), {*_IGNORED_IN_GROUP, 'epochs', *ignore}
+    usual = _usual(settings)
+    changed = {key for own in settings for key in _changed(own, usual, ignored)}
+    return _as_text(usual, [key for key in usual if key in changed and usual[key] not in (_NO_USUAL, {}, '')])
+
+
+def _without_defaults(groups: list[Group]) -> list[dict[str, Any]]:
+    """The settings of each group, without those options of the loss that have their default."""
+    found = []
+    for group in groups:
+        defaults, options = default_options(group.settings['loss']), group.settings['loss_kwargs']
+        changed = {key: value for key, value in options.items() if defaults.get(key) != value}
+        found.append({**group.settings, 'loss_kwargs': changed})
+    return found
+
+
+def _usual(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most common value of each setting; ``_NO_USUAL`` if two values are equally common."""
+    usual = {}
+    for key in {key: None for own in settings for key in own}:
+        values = {_shown(own[key]): own[key] for own in settings if key in own}
+        ranked = Counter(_shown(own[key]) for own in settings if key in own).most_common(2)
+        tied = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
+        usual[key] = _NO_USUAL if tied else values[ranked[0][0]]
+    return usual
+
+
+def _changed(settings: dict[str, Any], usual: dict[str, Any], ignored: set[str]) -> list[str]:
+    return [key for key in settings if diff_settings({key: usual[key]}, {key: settings[key]}, ignored)]
+
+
+def _as_text(settings: dict[str, Any], keys: list[str]) -> str:
+    return ', '.join(f'{key}={_shown(settings[key])}' for key in keys)
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from ccl_timm.experiments.matching import (
     group_by_seed,
     head_of,
     match_rows,
+    usual_settings,
 )
 from ccl_timm.experiments.rendering import FORMATS, Report, Section
 from ccl_timm.experiments.results import Result, read_results, write_record
@@ -125,7 +126,12 @@ def plain_report(found: list[Result]) -> Report:
         records.append({**named, 'data': data, 'settings': settings, **_ours(group, groups, comparisons)})
     labels = [f'{record["data"]}, top-1 %' for record in records]
     names = [', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records]
-    notes = [_LEGEND, *_welch_note(comparisons)]
+    usual = usual_settings(groups, _COLUMNS)
+    notes = [
+        _LEGEND,
+        *([f'Settings, unless a line shows others: {usual}.'] if usual else []),
+        *_welch_note(comparisons),
+    ]
     return Report('Runs', [_details(records)], notes, records, _curves(groups, labels, names), _pictures(groups))
 
 
