@@ -6,12 +6,13 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ['csv_text', 'markdown_code', 'markdown_text', 'shell_text', 'terminal_text']
+__all__ = ['csv_text', 'markdown_code', 'markdown_text', 'shell_text', 'terminal_text', 'utf8_text']
 
 # control characters, lone surrogates, line and paragraph separators, and format characters such as those that reverse
 # the writing direction; but not the joiners, which some scripts and emoji need
 _HIDDEN = {'Cc', 'Cf', 'Cs', 'Zl', 'Zp'}
 _JOINERS = '\u200c\u200d'
+_SURROGATES = re.compile('[\ud800-\udfff]')
 _NAMED = {'\n': '\\n', '\r': '\\r', '\t': '\\t'}
 
 # what has a meaning within a line of Markdown, in HTML, or in a formula (which the Hub renders); an underscore within a
@@ -42,6 +43,14 @@ def _visible(character: str) -> str:
     if code < 0x80:
         return _NAMED.get(character, f'\\x{code:02x}')
     return f'\\u{code:04x}' if code <= 0xFFFF else f'\\U{code:08x}'
+
+
+def utf8_text(name: str) -> str:
+    r"""A name that programs read, as text that UTF-8 can encode: bytes that are not UTF-8 become ``\xff``.
+
+    All else stays as it is. Text for people goes through the other functions of this module.
+    """
+    return _SURROGATES.sub(lambda match: _visible(match.group()), name)
 
 
 def markdown_text(value: Any) -> str:

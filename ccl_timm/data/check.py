@@ -18,9 +18,9 @@ from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import Progress, table
 from ccl_timm.console.arguments import Parser, integer
-from ccl_timm.console.escape import terminal_text
+from ccl_timm.console.escape import terminal_text, utf8_text
 from ccl_timm.data.datasets import SPLITS
-from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails, valid_text
+from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails
 from ccl_timm.errors import UserError
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
@@ -155,13 +155,13 @@ def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
     tree = scan(place)
     for folder, subfolders, files in sorted(tree.folders):
         here = Path(folder)
-        label = '' if here == place else valid_text(here.name)
+        label = '' if here == place else utf8_text(here.name)
         images = [here / name for name in files if Path(name).suffix.lower() in endings]
         others = sorted({here / name for name in files if name not in _LITTER}.difference(images))
         listing.images += [(part, label, path) for path in images]
         listing.problems['other_file'] += [_name(path, root) for path in others]
         listing.problems['not_utf8'] += [
-            _name(here / own, root) for own in (*subfolders, *files) if valid_text(own) != own
+            _name(here / own, root) for own in (*subfolders, *files) if utf8_text(own) != own
         ]
         if not label:
             listing.problems['no_class'] += [_name(path, root) for path in images]
@@ -175,7 +175,7 @@ def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
 
 def _name(path: str | Path, root: Path) -> str:
     """Name of a file relative to the folder, as text that can be printed."""
-    return valid_text(Path(path).relative_to(root).as_posix())
+    return utf8_text(Path(path).relative_to(root).as_posix())
 
 
 def _report(root: Path, parts: list[str], listing: _Listing, facts: list[Facts]) -> Report:

@@ -14,6 +14,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from ccl_timm.console import first_few, log_warning
+from ccl_timm.console.escape import utf8_text
 from ccl_timm.errors import UserError
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     'read_lines',
     'scan',
     'unreadable_if_it_fails',
-    'valid_text',
 ]
 
 
@@ -149,10 +149,10 @@ def list_images(root: str | os.PathLike, suffixes: set[str] | None = None) -> li
     suffixes = suffixes or get_img_extensions(as_set=True)
     tree = scan(root)
     if tree.repeated:
-        names = first_few([valid_text(name) for name in tree.repeated])
+        names = first_few(tree.repeated)
         log_warning(f'{len(tree.repeated)} folders are left out, since they lead to folders already read: {names}')
     if tree.closed:
-        names = first_few([valid_text(name) for name in tree.closed])
+        names = first_few(tree.closed)
         log_warning(f'{len(tree.closed)} folders are left out, since they cannot be listed: {names}')
     return sorted(
         os.path.join(folder, name)
@@ -192,19 +192,14 @@ class FolderReader(ReaderImageFolder):
 
     def _label(self, path: str, by_top_folder: bool) -> str:
         *folders, _ = os.path.relpath(path, self.root).split(os.sep)
-        return valid_text(folders[0 if by_top_folder else -1]) if folders else ''
+        return utf8_text(folders[0 if by_top_folder else -1]) if folders else ''
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, target = self.samples[index]
         return open_regular(path), target
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return valid_text(super()._filename(index, basename, absolute))
-
-
-def valid_text(name: str) -> str:
-    """The name of a file as text that can be printed and written: bytes that are not UTF-8 become escapes."""
-    return name.encode('utf-8', 'backslashreplace').decode('utf-8')
+        return utf8_text(super()._filename(index, basename, absolute))
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

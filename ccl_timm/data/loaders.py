@@ -33,8 +33,8 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
     Args:
         dataset: as timm's; the other arguments too.
         *args: likewise.
-        pad_crop: > 0: in training, zero-pad by this many pixels and crop at random, as both papers do, in the place of
-            timm's random resized crop.
+        pad_crop: > 0: in training, zero-pad by this many pixels and crop at random, in the place of timm's random
+            resized crop. CC-Loss does so on CIFAR-100 and Cars-196, POD-Loss on all its data but ImageNet.
         make: what to call in the place of timm's.
         **kwargs: likewise.
     """

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ccl_timm.console import first_few, log_warning
 from ccl_timm.console.arguments import SHARE, Parser, integer
-from ccl_timm.console.escape import shell_text
+from ccl_timm.console.escape import shell_text, terminal_text
 from ccl_timm.data import check, datasets
 from ccl_timm.data.archives import SOURCES, Layout
-from ccl_timm.data.files import FolderReader, valid_text
+from ccl_timm.data.files import FolderReader
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
@@ -91,9 +91,8 @@ def _is_file_name(name: str) -> bool:
 
 
 def _shown(name: str | os.PathLike) -> str:
-    """A name as a sentence can show it: short, without control characters."""
-    text = valid_text(os.fspath(name))
-    text = ''.join(c if c.isprintable() else '?' for c in text)
+    """A name as a sentence can show it: short, and in one line."""
+    text = terminal_text(os.fspath(name))
     return text if len(text) <= 200 else f'{text[:100]}...{text[-97:]}'
 
 

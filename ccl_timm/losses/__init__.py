@@ -219,7 +219,7 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     for plugin in registry.find_plugins('loss'):
         if plugin.name in registry.plugin_names('loss'):
             by = f'plug-in {plugin.distribution} {plugin.version}'
-            rows.append((plugin.name, '-', '-', '-', by, f'`ccl-timm losses {plugin.name}` tells'))
+            rows.append((plugin.name, '-', '-', '-', by, f'see `ccl-timm losses {plugin.name}`'))
     return sorted(rows), _HEADER
 
 

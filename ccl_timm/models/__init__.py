@@ -39,7 +39,7 @@ __all__ = [
     'variant_cfg',
 ]
 
-# the backbones of both papers, and ViTs and a VGG beside them
+# CC-Loss has vgg16 and resnet18; POD-Loss has resnet50, densenet121, mobilenetv2_100, vit_base and swin_base
 _BACKBONES = (
     'vgg16',
     'vgg16_bn',

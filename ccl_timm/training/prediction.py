@@ -13,7 +13,7 @@ import torch
 from ccl_timm.console import log_warning, table
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
-from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image, valid_text
+from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image
 from ccl_timm.errors import UserError
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.evaluation import pick_device
@@ -96,7 +96,7 @@ def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
     results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))
     _write(results, args.format)
     for path, reason in unreadable:
-        log_warning(f"'{valid_text(str(path))}' is not a readable image and was left out: {reason}")
+        log_warning(f"'{path}' is not a readable image and was left out: {reason}")
     return 1 if unreadable else 0
 
 
@@ -126,7 +126,7 @@ def _write(results: list[dict[str, Any]], form: str) -> None:
         print(json.dumps(results, indent=2))
         return
     rows = [
-        (valid_text(row['image']), str(rank), p['class'], f'{p["probability"]:.4f}')
+        (row['image'], str(rank), p['class'], f'{p["probability"]:.4f}')
         for row in results
         for rank, p in enumerate(row['predictions'], 1)
     ]

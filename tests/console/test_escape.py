@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from ccl_timm import console
-from ccl_timm.console.escape import csv_text, markdown_code, markdown_text, shell_text, terminal_text
+from ccl_timm.console.escape import csv_text, markdown_code, markdown_text, shell_text, terminal_text, utf8_text
 from ccl_timm.data import check
 from ccl_timm.experiments.rendering import FORMATS, Report, Section
 from ccl_timm.training import evaluation, prediction
@@ -76,6 +76,11 @@ def test_a_terminal_gets_one_line_of_visible_characters(capsys):
     console.log_error('a\nb')
     assert capsys.readouterr().err == 'a\\x1b[31m\\nerror: b\nwarning: \\x1b\nerror: a\\nb\n'
     assert console.table([('a\nb', '\x1b')], ('c', 'd')) == 'c     d\na\\nb  \\x1b'
+
+
+def test_names_for_programs_change_only_where_they_are_not_utf8():
+    assert utf8_text('a\n\u202e \udcff\udce9') == 'a\n\u202e \\xff\\xe9'
+    assert all(terminal_text(utf8_text(name)) == terminal_text(name) for name in HOSTILE)  # one way of escaping
 
 
 def test_a_command_is_read_back_by_bash():

@@ -161,9 +161,9 @@ def test_names_that_are_not_utf8(folder, tmp_path, words, monkeypatch, trained):
         os.rename(root / part / 'ant' / '0.png', os.fsencode(root / part / 'ant') + b'/\xff\xe9.png')
     assert words('timm', 'train.py', '--data-dir', root, *TINY)[0] == 0
     code, out, err = words('ccl-timm', 'data', 'check', root)
-    assert code == 0 and 'names that are not UTF-8' in out and r'train/ant/\udcff\udce9.png' in out
+    assert code == 0 and 'names that are not UTF-8' in out and r'train/ant/\xff\xe9.png' in out
     code, out, err = words('ccl-timm', 'predict', trained, root / 'validation')
-    assert code == 0 and r'\udcff\udce9.png' in out
+    assert code == 0 and r'\xff\xe9.png' in out
 
 
 def test_unreadable_and_vanished_images_are_left_out_of_a_measurement(folder, tmp_path, words, trained):

@@ -264,7 +264,7 @@ MESS = {
     'alpha': ['validation/bee/clear.png'],
     'palette': ['validation/bee/palette.png'],
     'other_file': ['train/bee/photo.webp'],
-    'not_utf8': [r'train/ant/\udcff.png'],
+    'not_utf8': [r'train/ant/\xff.png'],
     'hidden': ['train/bee/._0.png'],
     'repeated': ['train/loop'],
 }
