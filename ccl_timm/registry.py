@@ -1,7 +1,7 @@
-"""Other people's models and losses: found through entry points, listed without import, loaded by name.
+"""Losses, heads and models by name: ours and other packages', found through entry points and imported when named.
 
-The name of an entry point is what a user types, its value is ``module:object``. Our own models and losses are not
-here: they stand in tables in ``ccl_timm.models`` and ``ccl_timm.losses``.
+The name of an entry point is what a user types, its value is ``module:object``. Ours are declared in our own
+pyproject.toml; they cannot be switched off, and no plug-in can take their names.
 """
 
 import contextlib
@@ -20,29 +20,18 @@ from typing import Any
 from ccl_timm.errors import PluginLoadError, UserError
 
 __all__ = [
-    'GROUPS',
-    'SWITCH',
-    'Plugin',
-    'describe',
-    'find_plugins',
-    'load_all',
-    'load_plugin',
-    'plugin_names',
-    'refresh',
-    'used_plugins',
-]
+    'GROUPS', 'SWITCH', 'Entry', 'describe', 'find_plugins', 'load', 'load_all', 'names', 'our_names', 'plugin_names',
+    'refresh', 'used_plugins',
+]  # fmt: skip
 
 # kind -> entry point group
-GROUPS = {'model': 'ccl_timm.models', 'loss': 'ccl_timm.losses'}
-# environment variable. Unset: all plugins. Empty: none. 'dist-a,dist-b': those of these distributions only
+GROUPS = {'head': 'ccl_timm.heads', 'loss': 'ccl_timm.losses', 'model': 'ccl_timm.models'}
+# environment variable. Unset: all plug-ins. Empty: none. 'dist-a,dist-b': those of these distributions only
 SWITCH = 'CCL_TIMM_PLUGINS'
 
-_OWN_DISTRIBUTION = 'ccl-timm'
-_NAME_RULES = {
-    'model': (re.compile(r'[a-z0-9_]+'), 'a-z, 0-9 and _'),
-    'loss': (re.compile(r'[a-z][a-z0-9_]*'), 'a letter a-z, then a-z, 0-9 and _'),
-}
-# the metadata specification allows spaces round the colon and extras, which consumers may ignore
+_OURS = 'ccl-timm'
+_NAME = re.compile(r'[a-z][a-z0-9_]*')
+# the metadata specification allows spaces around the colon and extras, which consumers may ignore
 _VALUE = re.compile(r'(?P<module>[\w.]+)\s*:\s*(?P<object>[\w.]+)\s*(\[.*\])?')
 
 _Verify = Callable[[str, Any], None]
@@ -50,7 +39,7 @@ _Guard = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
-class Plugin:
+class Entry:
     """One entry point of an installed distribution, or a distribution whose entry points cannot be read.
 
     Attributes:
@@ -71,87 +60,88 @@ class Plugin:
 
     def __str__(self) -> str:
         by = f'{self.distribution} {self.version}'
-        if not self.name:
-            return f'{self.kind} plugins of {by}'
-        return f"{self.kind} plugin '{self.name}' of {by} ({self.value})"
+        return f"{self.kind} plugin '{self.name}' of {by} ({self.value})" if self.name else f'{self.kind}s of {by}'
 
 
-_loaded: dict[Plugin, Any] = {}
-_failed: dict[Plugin, BaseException] = {}
-_failed_modules: dict[str, BaseException] = {}
+_loaded: dict[Entry, Any] = {}
+_failed: dict[Entry | str, BaseException] = {}  # also by the name of a module
 _warned: set[str] = set()
 
 
-def find_plugins(kind: str | None = None) -> tuple[Plugin, ...]:
-    """Return all plugins of a kind (None: of every kind), disabled and broken ones too, without importing any.
-
-    Sorted by kind, name and distribution. The installed packages are read at the first call; see :func:`refresh`.
-    """
-    return tuple(plugin for plugin in _scan() if kind in (None, plugin.kind))
-
-
 def refresh() -> None:
-    """Read the installed packages anew at the next call, and try failed plugins again; what is loaded stays."""
+    """Read the installed packages anew at the next call, and try failed plug-ins again; what is loaded stays."""
     importlib.invalidate_caches()  # else a package installed a moment ago may not be seen
     _scan.cache_clear()
     _failed.clear()
-    _failed_modules.clear()
     _warned.clear()
 
 
+def find_plugins(kind: str | None = None) -> tuple[Entry, ...]:
+    """All plug-ins of a kind (None: of every kind), disabled and broken ones too; imports nothing.
+
+    Sorted by kind, name and distribution. The installed packages are read at the first call; see :func:`refresh`.
+    """
+    return tuple(entry for entry in _scan() if kind in (None, entry.kind) and entry.distribution != _OURS)
+
+
+def our_names(kind: str) -> list[str]:
+    """Names of ours, sorted.
+
+    Raises:
+        ImportError: this package is on the path, but not installed.
+    """
+    found = [entry.name for entry in _scan() if (entry.kind, entry.distribution) == (kind, _OURS)]
+    if not found and kind != 'model':
+        raise ImportError(
+            'ccl_timm is on the path but not installed: run `pip install -e .` where its pyproject.toml is.'
+        )
+    return found
+
+
 def plugin_names(kind: str) -> list[str]:
-    """Names that can be loaded, sorted: neither disabled, nor of broken metadata, nor declared twice."""
-    return [p.name for p in find_plugins(kind) if _enabled(p) and not p.error and not _clash(p)]
+    """Names of plug-ins that can be loaded, sorted: neither disabled, nor broken metadata, nor a name taken twice."""
+    return [e.name for e in find_plugins(kind) if _is_enabled(e) and not e.error and not _clash(e)]
 
 
-def load_plugin(
-    kind: str, name: str, verify: _Verify | None = None, guard: _Guard = contextlib.nullcontext
-) -> Any | None:
-    """Import the plugin of this name, and no other.
+def names(kind: str) -> list[str]:
+    """Names that :func:`load` knows, sorted."""
+    return sorted({*our_names(kind), *plugin_names(kind)})
+
+
+def load(kind: str, name: str, verify: _Verify | None = None, guard: _Guard = contextlib.nullcontext) -> Any | None:
+    """Import the object of this name, and no other.
 
     Args:
         kind: a key of GROUPS.
         name: of the entry point.
-        verify: called as ``verify(name, obj)``; raises if the object breaks the contract of its kind.
-        guard: makes the context manager in which the import happens.
+        verify: called as ``verify(name, obj)`` for a plug-in; raises if the object breaks the contract of its kind.
+        guard: makes the context manager in which a plug-in is imported.
 
     Returns:
-        The object, or None if no plugin has this name.
+        The object, or None if there is none of this name.
 
     Raises:
-        PluginLoadError: the plugin is disabled, its metadata or its import or its contract fails (a failure is
+        PluginLoadError: the plug-in is disabled, its metadata or its import or its contract fails (a failure is
             remembered, the module is not imported again), or two distributions declare the name.
     """
-    found = [plugin for plugin in find_plugins(kind) if name and plugin.name == name]
-    if not found:
-        return None
-    enabled = [plugin for plugin in found if _enabled(plugin)]
-    if not enabled:
-        first = found[0]
+    found = [entry for entry in _scan() if name and (entry.kind, entry.name) == (kind, name)]
+    if ours := next((entry for entry in found if entry.distribution == _OURS), None):
+        return _import(ours.value, contextlib.nullcontext)
+    enabled = [entry for entry in found if _is_enabled(entry)]
+    if found and not enabled:
         raise PluginLoadError(
-            f'The {first} is disabled by {SWITCH}={os.environ[SWITCH]!r}. '
-            f'Unset {SWITCH}, or add {first.distribution} to it.'
+            f'The {found[0]} is disabled by {SWITCH}={os.environ[SWITCH]!r}. '
+            f'Unset {SWITCH}, or add {found[0].distribution} to it.'
         )
-    return _load(enabled[0], verify, guard)
+    return _load(enabled[0], verify, guard) if enabled else None
 
 
 def load_all(kind: str, verify: _Verify | None = None, guard: _Guard = contextlib.nullcontext) -> dict[str, Any]:
-    """Load every enabled plugin of a kind; one that fails is left out with a warning, once.
-
-    Args:
-        kind: a key of GROUPS.
-        verify: see :func:`load_plugin`.
-        guard: likewise, entered for each plugin.
-
-    Returns:
-        Name -> object.
-    """
+    """Load every enabled plug-in of a kind, as :func:`load` does; one that fails is left out with a warning, once."""
     loaded = {}
-    for plugin in find_plugins(kind):
-        if not _enabled(plugin):
-            continue
+    for entry in filter(_is_enabled, find_plugins(kind)):
         try:
-            loaded[plugin.name] = _load(plugin, verify, guard)
+            loaded[entry.name] = _load(entry, verify, guard)
         except PluginLoadError as error:
             if str(error) not in _warned:
                 _warned.add(str(error))
@@ -160,79 +150,62 @@ def load_all(kind: str, verify: _Verify | None = None, guard: _Guard = contextli
 
 
 def used_plugins() -> list[dict[str, str]]:
-    """Kind, name, value, distribution and version of all that this process has loaded, in that order."""
-    return [{key: value for key, value in asdict(plugin).items() if key != 'error'} for plugin in _loaded]
+    """Kind, name, value, distribution and version of the plug-ins that this process has loaded, in that order."""
+    return [{key: value for key, value in asdict(entry).items() if key != 'error'} for entry in _loaded]
 
 
 def describe(
     check: Callable[[str, str], Any] | None = None,
-    reserved: Callable[[str, str], str | None] = lambda kind, name: None,
+    owner: Callable[[str, str], str | None] = lambda kind, name: None,
 ) -> list[dict[str, str | None]]:
-    """Return a row for each plugin: the fields of :class:`Plugin`, ``state``, and ``error`` (a sentence or None).
+    """A row for each plug-in: the fields of :class:`Entry`, ``state``, and ``error`` (a sentence or None).
 
-    States: available, loaded, disabled, clash (the name is taken, or two distributions declare it), broken. Nothing is
-    imported without ``check``.
+    States: available, loaded, disabled, clash (the name is taken), broken. Nothing is imported without ``check``.
 
     Args:
-        check: called as ``check(kind, name)`` for what is available or loaded; loads and verifies it. If it raises,
-            the state is broken.
-        reserved: ``reserved(kind, name)`` says in a sentence that timm or ccl-timm has this name, else None.
+        check: called as ``check(kind, name)`` for what is available or loaded; if it raises, the state is broken.
+        owner: ``owner(kind, name)`` says in a sentence who has a name beside entry points, such as timm; None: nobody.
     """
     rows = []
-    for plugin in find_plugins():
-        state, error = _state(plugin, reserved)
+    for entry in find_plugins():
+        state, error = _state(entry, owner)
         if check and state in ('available', 'loaded'):
             try:
-                check(plugin.kind, plugin.name)
-                state = 'loaded' if plugin in _loaded else state
+                check(entry.kind, entry.name)
+                state = 'loaded' if entry in _loaded else state
             except KeyboardInterrupt:
                 raise
             except BaseException as failure:
                 state, error = 'broken', _sentence(failure)
-        rows.append({**asdict(plugin), 'state': state, 'error': error})
+        rows.append({**asdict(entry), 'state': state, 'error': error})
     return rows
 
 
-def _state(plugin: Plugin, reserved: Callable[[str, str], str | None]) -> tuple[str, str | None]:
-    if not _enabled(plugin):
-        return 'disabled', plugin.error
-    if plugin.error:
-        return 'broken', plugin.error
-    if clash := _clash(plugin):
+def _state(entry: Entry, owner: Callable[[str, str], str | None]) -> tuple[str, str | None]:
+    if not _is_enabled(entry):
+        return 'disabled', entry.error
+    if entry.error or entry in _failed:
+        return 'broken', entry.error or _sentence(_failed[entry])
+    if clash := _clash(entry):
         return 'clash', clash
-    if plugin in _failed:
-        return 'broken', _sentence(_failed[plugin])
-    if plugin in _loaded:
+    if entry in _loaded:
         return 'loaded', None
-    if _module(plugin) in map(_module, _loaded):
+    modules = {other.value.partition(':')[0].strip() for other in _loaded}
+    if entry.value.partition(':')[0].strip() in modules:
         return 'available', None  # the names that this module registered when it was imported are its own
-    taken = reserved(plugin.kind, plugin.name)
+    taken = owner(entry.kind, entry.name)
     return ('clash', taken) if taken else ('available', None)
 
 
-def _module(plugin: Plugin) -> str:
-    return plugin.value.partition(':')[0].strip()
-
-
 @functools.cache
-def _scan() -> tuple[Plugin, ...]:
+def _scan() -> tuple[Entry, ...]:
     # not importlib.metadata.entry_points(): one malformed file of any distribution makes that raise for all
-    plugins: set[Plugin] = set()
-    seen = {_OWN_DISTRIBUTION}
+    entries: dict[str, list[Entry]] = {}
     for dist in importlib.metadata.distributions():
-        kinds = _kinds_in(dist)
-        if not kinds:
-            continue
-        try:
-            name = _distribution_name(dist)
-        except Exception as error:
-            where = f'a distribution in {dist.locate_file("")}'
-            plugins.update(Plugin(kind, '', '', where, 'unknown', _unreadable('METADATA', error)) for kind in kinds)
-            continue
-        if name not in seen:
-            seen.add(name)
-            plugins.update(_plugins_of(name, _first_of(name, dist)))
-    return tuple(sorted(plugins, key=lambda p: (p.kind, p.name, p.distribution, p.value)))
+        if kinds := _kinds_in(dist):
+            name, found = _read(dist, kinds)
+            entries.setdefault(name, found)  # of two installations of one distribution Python imports the first
+    return tuple(sorted({e for own in entries.values() for e in own}, key=lambda e: (e.kind, e.name, e.distribution)))
 
 
 def _kinds_in(dist: Distribution) -> list[str]:
@@ -242,122 +215,102 @@ def _kinds_in(dist: Distribution) -> list[str]:
     except UnicodeDecodeError as error:
         text = bytes(error.object).decode(errors='replace')
     except Exception:
-        text = ''  # whose it is cannot be told
+        text = ''  # its owner is unknown
     return [kind for kind, group in GROUPS.items() if group in text]
 
 
-def _first_of(name: str, dist: Distribution) -> Distribution:
-    # an older installation of the same distribution further down sys.path is not the one that Python imports
+def _read(dist: Distribution, kinds: list[str]) -> tuple[str, list[Entry]]:
+    """Normalised name of a distribution, and its entries."""
+    name, version, file = f'a distribution in {dist.locate_file("")}', 'unknown', 'METADATA'
     try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return dist  # its folder is named in another way
-
-
-def _plugins_of(name: str, dist: Distribution) -> list[Plugin]:
-    kinds = _kinds_in(dist)
-    version = 'unknown'
-    try:
+        name = _normalised(dist.metadata['Name'])
+        file = 'entry_points.txt'
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # its folder has another name
+            dist = importlib.metadata.distribution(name)
         version = dist.metadata.get('Version') or version
-        entries = list(dist.entry_points)
+        found = [(k, e.name, e.value) for k in kinds for e in dist.entry_points if e.group == GROUPS[k]]
     except Exception as error:
-        return [Plugin(kind, '', '', name, version, _unreadable('entry_points.txt', error)) for kind in kinds]
-    return [
-        Plugin(kind, entry.name, entry.value, name, version, _entry_error(kind, entry.name, entry.value))
-        for kind in kinds
-        for entry in entries
-        if entry.group == GROUPS[kind]
-    ]
+        reason = f'its {file} cannot be read ({_sentence(error)})'
+        return name, [Entry(kind, '', '', name, version, reason) for kind in kinds]
+    return name, [Entry(*entry, name, version, _entry_error(*entry)) for entry in found]
 
 
 def _entry_error(kind: str, name: str, value: str) -> str | None:
-    rule, words = _NAME_RULES[kind]
-    if not rule.fullmatch(name):
-        return f"the name '{name}' must consist of {words}"
-    if not _VALUE.fullmatch(value):
-        return f"the value '{value}' must have the form module:object"
-    return None
+    if not _NAME.fullmatch(name):
+        return f"the name '{name}' must consist of a letter a-z, then a-z, 0-9 and _"
+    return None if _VALUE.fullmatch(value) else f"the value '{value}' must have the form module:object"
 
 
-def _unreadable(file: str, error: Exception) -> str:
-    return f'its {file} cannot be read ({_sentence(error)})'
-
-
-def _distribution_name(dist: Distribution) -> str:
-    name = dist.metadata.get('Name')
+def _normalised(name: str | None) -> str:
     if not name:
         raise ValueError('no Name in it')
-    return _normalised(name)
-
-
-def _normalised(name: str) -> str:
     return re.sub(r'[-_.]+', '-', name.strip()).lower()
 
 
-def _enabled(plugin: Plugin) -> bool:
+def _is_enabled(entry: Entry) -> bool:
     switch = os.environ.get(SWITCH)
-    return switch is None or plugin.distribution in map(_normalised, switch.split(','))
+    return switch is None or entry.distribution in (_OURS, *map(_normalised, filter(str.strip, switch.split(','))))
 
 
-def _clash(plugin: Plugin) -> str | None:
-    same = [p for p in find_plugins(plugin.kind) if p.name == plugin.name and p.name and _enabled(p)]
+def _clash(entry: Entry) -> str | None:
+    same = [e for e in _scan() if e.name and (e.kind, e.name) == (entry.kind, entry.name) and _is_enabled(e)]
+    if any(e.distribution == _OURS for e in same):
+        return f'ccl_timm has a {entry.kind} of this name'
     if len(same) < 2:
         return None
-    by = ' and by '.join(f'{p.distribution} {p.version} ({p.value})' for p in same)
-    keep = _switch_without({p.distribution for p in same[1:]})
+    by = ' and by '.join(f'{e.distribution} {e.version} ({e.value})' for e in same)
     return (
-        f"the {plugin.kind} '{plugin.name}' is declared by {by}: uninstall one of them, "
-        f'or leave one out, for example with {keep}'
+        f"the {entry.kind} '{entry.name}' is declared by {by}: uninstall one of them, or leave one out, for example "
+        f'with {_switch_without({e.distribution for e in same[1:]})}'
     )
 
 
 def _switch_without(distributions: set[str]) -> str:
-    keep = {p.distribution for p in find_plugins() if _enabled(p)} - distributions
+    keep = {entry.distribution for entry in find_plugins() if _is_enabled(entry)} - distributions
     return f"{SWITCH}='{','.join(sorted(keep))}'"
 
 
-def _load(plugin: Plugin, verify: _Verify | None, guard: _Guard) -> Any:
-    if clash := _clash(plugin):
+def _load(entry: Entry, verify: _Verify | None, guard: _Guard) -> Any:
+    if clash := _clash(entry):
         raise PluginLoadError(f'Cannot choose: {clash}.')
-    if plugin.error:
-        raise PluginLoadError(_message(plugin, plugin.error))
-    if plugin in _failed:
-        raise PluginLoadError(_message(plugin, _sentence(_failed[plugin]))) from _failed[plugin]
+    if entry.error:
+        raise PluginLoadError(_message(entry, entry.error))
+    if entry in _failed:
+        raise PluginLoadError(_message(entry, _sentence(_failed[entry]))) from _failed[entry]
     try:
-        obj = _loaded[plugin] if plugin in _loaded else _import(plugin.value, guard)
+        obj = _loaded[entry] if entry in _loaded else _import(entry.value, guard)
         if verify:
-            verify(plugin.name, obj)
+            verify(entry.name, obj)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a plug-in must not end the program
-        _failed[plugin] = error
-        _loaded.pop(plugin, None)
-        raise PluginLoadError(_message(plugin, _sentence(error))) from error
-    _loaded[plugin] = obj
+        _failed[entry] = error
+        _loaded.pop(entry, None)
+        raise PluginLoadError(_message(entry, _sentence(error))) from error
+    _loaded[entry] = obj
     return obj
 
 
 def _import(value: str, guard: _Guard) -> Any:
     match = _VALUE.fullmatch(value)
     module = match['module']
-    if module in _failed_modules:
-        # another plugin's module too: importing it again would meet names that are registered already
-        raise _failed_modules[module]
+    if module in _failed:  # importing it again would meet names that are registered already
+        raise _failed[module]
     try:
         with guard():
             obj = importlib.import_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        _failed_modules[module] = error
+        _failed[module] = error
         raise
     return functools.reduce(getattr, match['object'].split('.'), obj)
 
 
-def _message(plugin: Plugin, cause: str) -> str:
+def _message(entry: Entry, cause: str) -> str:
     return (
-        f'Cannot load the {plugin}: {cause}. Uninstall or repair {plugin.distribution}, '
-        f'or leave it out with {_switch_without({plugin.distribution})}.'
+        f'Cannot load the {entry}: {cause}. Uninstall or repair {entry.distribution}, '
+        f'or leave it out with {_switch_without({entry.distribution})}.'
     )
 
 

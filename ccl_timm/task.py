@@ -12,8 +12,9 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ccl_timm.errors import UserError
-from ccl_timm.heads import HEADS, HeadOutputs
+from ccl_timm.heads import CAMHead, HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_options
+from ccl_timm.losses.base import sum_terms
 
 __all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'create_loss_for', 'probe_outputs', 'read_head']
 
@@ -30,7 +31,7 @@ def create_task(
     """Join a model and a loss into one trainable module.
 
     Args:
-        model: a timm model, ours or any other whose head gives what the loss reads.
+        model: a timm model, ours or any other whose head gives what the loss requires.
         loss: a name for :func:`ccl_timm.create_loss`, or a loss.
         device: where the loss's own state lives; default the model's device.
         dtype: kept for timm's scripts; the loss computes in float32 whatever it is.
@@ -44,7 +45,7 @@ def create_task(
         A task: ``task(images, target)['loss'].backward()``; ``task.get_eval_model()`` is the bare model.
 
     Raises:
-        UserError: the model lacks what the loss reads, or does not follow timm's seam of three calls.
+        UserError: the model lacks what the loss requires, or does not follow timm's seam of three calls.
     """
     return LossTask(model, loss, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
 
@@ -75,7 +76,7 @@ def _require_timm_model(model: nn.Module, name: str) -> None:
     if missing:
         raise UserError(
             f"'{name}' is no timm model: it has no {', '.join(missing)}. Use ccl_timm.create_model, or a head and a "
-            f'loss without a task: head = ccl_timm.heads.{HEADS["cam"].__name__}(num_features, num_classes), and '
+            f'loss without a task: head = ccl_timm.heads.{CAMHead.__name__}(num_features, num_classes), and '
             "ccl_timm.create_loss('cc')(head.outputs(pooled), target) in your own loop."
         )
 
@@ -122,7 +123,7 @@ def probe_outputs(model: nn.Module, input_size: tuple[int, int, int] | None = No
             f"'{name}' cannot be trained with these losses: its output is not get_classifier() of its pooled features "
             '(a model with several heads, for instance); use another architecture.'
         )
-    found = {**outputs._asdict(), 'feature_map': channels_first(model, feature_map)}
+    found = outputs._replace(feature_map=channels_first(model, feature_map))._asdict()
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -140,7 +141,7 @@ def create_loss_for(model: nn.Module, name: str, available: dict[str, Tensor], *
         **loss_kwargs: the loss's options.
 
     Raises:
-        UserError: the model lacks what the loss reads, or an option is wrong.
+        UserError: the model lacks what the loss requires, or an option is wrong.
     """
     facts = {key: value for key, value in _facts(available).items() if key in loss_options(name)}
     loss = create_loss(name, **{**facts, **loss_kwargs})
@@ -158,21 +159,21 @@ def _facts(available: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _check_fit(model: nn.Module, loss: Loss, loss_name: str, available: dict[str, Tensor]) -> None:
-    missing = [name for name in loss.reads if name not in available]
+    missing = [name for name in loss.requires if name not in available]
     name = _name_of(model)
-    if 'feature_map' in loss.reads and available['feature_map'].ndim != 4:
+    if 'feature_map' in loss.requires and available['feature_map'].ndim != 4:
         raise UserError(
-            f"loss '{loss_name}' reads a feature map (N, C, H, W); that of {name} is "
+            f"loss '{loss_name}' requires a feature map (N, C, H, W); that of {name} is "
             f'{tuple(available["feature_map"].shape)}: use a convolutional network.'
         )
     if not missing:
         return
     kind = type(model.get_classifier()).__name__
     kind = 'a linear classifier' if kind in ('Linear', 'NormLinear') else f'the head {kind}'
-    backbone = next((name.removesuffix(f'_{head}') for head in HEADS if name.endswith(f'_{head}')), name)
-    fits = loss.head in HEADS and is_model(backbone)  # a plug-in's loss may name a head that only its own models have
+    backbone = next((name.removesuffix(f'_{head}') for head in list_heads() if name.endswith(f'_{head}')), name)
+    fits = loss.head in list_heads() and is_model(backbone)  # a plug-in's loss may name a head of its own models only
     remedy = f'use {backbone}_{loss.head}' if fits else 'use a model whose head gives it out'
-    raise UserError(f"loss '{loss_name}' reads {' and '.join(missing)}; {name} has {kind}: {remedy}.")
+    raise UserError(f"loss '{loss_name}' requires {' and '.join(missing)}; {name} has {kind}: {remedy}.")
 
 
 class ModelWithLoss(nn.Module):
@@ -188,7 +189,7 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
-        self.reads_feature_map = 'feature_map' in loss.reads
+        self.requires_feature_map = 'feature_map' in loss.requires
         device = next(model.parameters()).device
         for name in _COUNTERS:
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
@@ -202,11 +203,10 @@ class ModelWithLoss(nn.Module):
         pooled = self.model.forward_head(feature_map, pre_logits=True)
         outputs = read_head(self.model.get_classifier(), pooled)
         logits = outputs.logits
-        if self.reads_feature_map:
-            outputs = _WithFeatureMap(outputs, channels_first(self.model, feature_map))
-        terms = self.loss.named_terms(outputs, target)
-        loss = torch.stack(list(terms.values())).sum()
-        result = {'loss': loss, 'output': logits}
+        if self.requires_feature_map:
+            outputs = outputs._replace(feature_map=channels_first(self.model, feature_map))
+        terms = self.loss.loss_dict(outputs, target)
+        result = {'loss': sum_terms(terms), 'output': logits}
         return result | {name: term.detach() for name, term in terms.items() if name not in result}
 
     def train(self, mode: bool = True) -> 'ModelWithLoss':
@@ -270,17 +270,6 @@ def _keep_missing_counters(module: ModelWithLoss, state_dict: dict[str, Any], pr
     """State dicts of older versions have no counters."""
     for name in _COUNTERS:
         state_dict.setdefault(f'{prefix}{name}', getattr(module, name))
-
-
-class _WithFeatureMap:
-    """A head's outputs plus the feature map."""
-
-    def __init__(self, outputs: Any, feature_map: Tensor):
-        self.outputs = outputs
-        self.feature_map = feature_map
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.outputs, name)
 
 
 class LossTask(TrainingTask):

@@ -1,7 +1,6 @@
 """What an installed package holds."""
 
-import importlib
-import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,29 +9,31 @@ from pathlib import Path
 import pytest
 
 import ccl_timm
-from ccl_timm.losses import LOSSES
-from ccl_timm.models import MODELS
+from ccl_timm import registry
+from ccl_timm.heads import Head
+from ccl_timm.losses import Loss
 from ccl_timm.training import recipes
 from ccl_timm.training.recipes import resource_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def declared(group):
-    """Entry points that pyproject.toml declares in a group."""
-    section = (ROOT / 'pyproject.toml').read_text().split(f'[project.entry-points."{group}"]')[1].split('\n[')[0]
-    return dict(re.findall(r'^(\w+) = "(.+)"$', section, re.M))
+def test_our_losses_and_heads_are_found_by_their_entry_points():
+    assert registry.our_names('loss') and registry.our_names('head') and not registry.our_names('model')
+    assert all(issubclass(registry.load('loss', name), Loss) for name in registry.our_names('loss'))
+    assert all(issubclass(registry.load('head', name), Head) for name in registry.our_names('head'))
 
 
-def test_our_own_entry_points_are_our_tables():
-    assert declared('ccl_timm.models') == MODELS
-    assert declared('ccl_timm.losses') == LOSSES
-
-
-@pytest.mark.parametrize('value', sorted({**MODELS, **LOSSES}.values()))
-def test_every_entry_point_leads_somewhere(value):
-    module, name = value.split(':')
-    assert callable(getattr(importlib.import_module(module), name))
+def test_without_installation_one_sentence_says_so(tmp_path):
+    shutil.copytree(ROOT / 'ccl_timm', tmp_path / 'ccl_timm')
+    code = f'import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r} and "ccl" not in p]; '
+    code += (
+        f'sys.path[:0] = [{str(tmp_path)!r}]; sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f)]; '
+    )
+    code += 'import importlib.metadata as m; real = m.distributions; '
+    code += 'm.distributions = lambda **k: [d for d in real(**k) if d.metadata["Name"] != "ccl-timm"]; import ccl_timm'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert 'ImportError: ccl_timm is on the path but not installed: run `pip install -e .`' in result.stderr
 
 
 def test_a_checkout_finds_its_recipes():

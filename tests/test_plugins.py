@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 from timm.models import _registry
 
-from ccl_timm import create_loss, models, registry
+from ccl_timm import create_loss, create_model, models, registry
 from ccl_timm.errors import PluginLoadError, UserError
 
 from .conftest import TINY
@@ -74,15 +75,50 @@ def test_good_plugins_are_found_sorted_and_loaded(install):
     ]
     assert [p.name for p in registry.find_plugins('model')] == ['net_1']
     assert registry.plugin_names('loss') == ['second', 'zeta']
-    assert registry.load_plugin('loss', 'zeta').__qualname__ == 'Outer.Inner'
-    assert registry.load_plugin('loss', 'unknown') is None
-    assert registry.load_plugin('model', 'zeta') is None
-    assert registry.load_plugin('loss', '') is None
+    assert registry.load('loss', 'zeta').__qualname__ == 'Outer.Inner'
+    assert registry.load('loss', 'unknown') is None
+    assert registry.load('model', 'zeta') is None
+    assert registry.load('loss', '') is None
 
 
-def test_our_own_distribution_is_skipped(install):
-    install('ccl_timm', LOSSES + 'ours = fake_ours:Loss\n')
-    assert registry.find_plugins() == ()
+def test_ours_stay_and_their_names_are_taken(install, monkeypatch):
+    install('plug-a', LOSSES + 'cc = fake_a:Loss\n[ccl_timm.heads]\ncam = fake_a:Head\n', fake_a='Loss = Head = 1\n')
+    monkeypatch.setenv(registry.SWITCH, 'plug-a')
+    assert registry.load('loss', 'cc').__name__ == 'CCLoss' and registry.load('head', 'cam').__name__ == 'CAMHead'
+    assert {row['error'] for row in registry.describe()} == {
+        'ccl_timm has a loss of this name', 'ccl_timm has a head of this name'
+    }  # fmt: skip
+    assert set(states().values()) == {'clash'} and 'fake_a' not in sys.modules
+
+
+HEAD = """
+from torch import nn
+from ccl_timm.heads import Head, HeadOutputs
+class Plain(Head):
+    classifier_layers = ('out',)
+    def __init__(self, in_features, num_classes, device=None, dtype=None):
+        super().__init__()
+        self.in_features = in_features
+        self.out = nn.Linear(in_features, num_classes, device=device, dtype=dtype)
+    def outputs(self, pooled):
+        return HeadOutputs(self.out(pooled), pooled, attention=pooled.sigmoid())
+    def forward(self, pooled):
+        return self.outputs(pooled).logits
+    def reset(self, num_classes):
+        self.out = nn.Linear(self.in_features, num_classes)
+class NoOutputs(Head):
+    pass
+"""
+
+
+def test_a_head_of_a_plugin_goes_on_any_backbone(install, words, folder, place):
+    install('plug-a', '[ccl_timm.heads]\nplain = fake_head:Plain\nempty = fake_head:NoOutputs\n', fake_head=HEAD)
+    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet_plain')
+    assert code == 0, err
+    assert 'Plain' in err
+    assert timm.create_model('test_resnet2_plain', num_classes=4).num_classes == 4
+    with pytest.raises(UserError, match=r'the class must have the methods outputs\(pooled\) and reset'):
+        create_model('test_resnet_empty')
 
 
 def test_found_once_until_refresh(install):
@@ -97,7 +133,7 @@ def test_missing_module(install):
     install('plug-a', LOSSES + 'gone = fake_gone:Loss\n', version='2.3')
     install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
     with pytest.raises(PluginLoadError) as caught:
-        registry.load_plugin('loss', 'gone')
+        registry.load('loss', 'gone')
     assert str(caught.value) == (
         "Cannot load the loss plugin 'gone' of plug-a 2.3 (fake_gone:Loss): ModuleNotFoundError: No module named "
         "'fake_gone'. Uninstall or repair plug-a, or leave it out with CCL_TIMM_PLUGINS='plug-b'."
@@ -110,7 +146,7 @@ def test_missing_object(install):
     with pytest.raises(
         PluginLoadError, match=r"AttributeError: module 'fake_bare' has no attribute 'Loss'\. Uninstall"
     ):
-        registry.load_plugin('loss', 'bare')
+        registry.load('loss', 'bare')
 
 
 def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
@@ -119,26 +155,26 @@ def test_failed_import_is_remembered_and_harms_no_other(install, monkeypatch):
     install('plug-a', LOSSES + 'bad = fake_bad:Loss\nworse = fake_bad:Other\n', fake_bad=code)
     install('plug-b', LOSSES + 'good = fake_good:Loss\n', fake_good='Loss = 1\n')
     with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as first:
-        registry.load_plugin('loss', 'bad')
-    assert registry.load_plugin('loss', 'good') == 1
+        registry.load('loss', 'bad')
+    assert registry.load('loss', 'good') == 1
     with pytest.raises(PluginLoadError, match='RuntimeError: no licence') as second:
-        registry.load_plugin('loss', 'bad')
+        registry.load('loss', 'bad')
     assert second.value is not first.value and second.value.__cause__ is first.value.__cause__
     with pytest.raises(PluginLoadError, match="'worse' of plug-a 1.0 .*RuntimeError: no licence"):
-        registry.load_plugin('loss', 'worse')
+        registry.load('loss', 'worse')
     assert sys.fake_imports == 1
     assert states() == {('loss', 'bad'): 'broken', ('loss', 'good'): 'loaded', ('loss', 'worse'): 'broken'}
     assert rows()['loss', 'bad']['error'] == 'RuntimeError: no licence'
     registry.refresh()
     with pytest.raises(PluginLoadError):
-        registry.load_plugin('loss', 'bad')
+        registry.load('loss', 'bad')
     assert sys.fake_imports == 2
 
 
 def test_interruption_by_hand_is_no_failure_of_a_plugin(install):
     install('plug-a', LOSSES + 'slow = fake_slow:Loss\n', fake_slow='raise KeyboardInterrupt\n')
     with pytest.raises(KeyboardInterrupt):
-        registry.load_plugin('loss', 'slow')
+        registry.load('loss', 'slow')
     assert states() == {('loss', 'slow'): 'available'}
 
 
@@ -149,7 +185,7 @@ def test_interruption_by_hand_is_no_failure_of_a_plugin(install):
         (LOSSES + 'bare = no such:thing\n', "the value 'no such:thing' must have the form module:object"),
         (LOSSES + 'Bare = fake_a:x\n', "the name 'Bare' must consist of a letter a-z, then a-z, 0-9 and _"),
         (LOSSES + '2nd = fake_a:x\n', "the name '2nd' must consist of a letter a-z, then a-z, 0-9 and _"),
-        (MODELS + 'net.tag = fake_a:x\n', "the name 'net.tag' must consist of a-z, 0-9 and _"),
+        (MODELS + 'net.tag = fake_a:x\n', "the name 'net.tag' must consist of a letter a-z, then a-z, 0-9 and _"),
     ],
 )
 def test_bad_name_or_value_is_listed_and_raised_at_use(install, entry, sentence):
@@ -159,7 +195,7 @@ def test_bad_name_or_value_is_listed_and_raised_at_use(install, entry, sentence)
     assert registry.plugin_names(plugin.kind) == []
     assert [(row['state'], row['error']) for row in registry.describe()] == [('broken', sentence)]
     with pytest.raises(PluginLoadError, match="leave it out with CCL_TIMM_PLUGINS=''") as caught:
-        registry.load_plugin(plugin.kind, plugin.name)
+        registry.load(plugin.kind, plugin.name)
     assert sentence in str(caught.value)
 
 
@@ -206,7 +242,7 @@ def test_same_name_from_two_distributions(install, monkeypatch):
     assert registry.plugin_names('loss') == []
     assert [row['state'] for row in registry.describe()] == ['clash', 'clash']
     with pytest.raises(PluginLoadError) as caught:
-        registry.load_plugin('loss', 'pod')
+        registry.load('loss', 'pod')
     assert str(caught.value) == (
         "Cannot choose: the loss 'pod' is declared by plug-a 2.0 (fake_a:Loss) and by plug-b 1.0 (fake_b:Loss): "
         "uninstall one of them, or leave one out, for example with CCL_TIMM_PLUGINS='plug-a'."
@@ -215,7 +251,7 @@ def test_same_name_from_two_distributions(install, monkeypatch):
         assert registry.load_all('loss') == {}
     assert len(record) == 1
     monkeypatch.setenv(registry.SWITCH, 'plug-b')
-    assert registry.load_plugin('loss', 'pod') == 'b'
+    assert registry.load('loss', 'pod') == 'b'
     assert [row['state'] for row in registry.describe()] == ['disabled', 'loaded']
 
 
@@ -262,15 +298,15 @@ def test_switch_has_three_meanings_and_is_read_at_each_call(install, monkeypatch
     assert registry.load_all('loss') == {}
     monkeypatch.setenv(registry.SWITCH, ' Plug_B , plug-z')
     assert registry.plugin_names('loss') == ['two']
-    assert registry.load_plugin('loss', 'two') == 'b'
+    assert registry.load('loss', 'two') == 'b'
     with pytest.raises(PluginLoadError) as caught:
-        registry.load_plugin('loss', 'one')
+        registry.load('loss', 'one')
     assert str(caught.value) == (
         "The loss plugin 'one' of plug-a 1.0 (fake_a:Loss) is disabled by CCL_TIMM_PLUGINS=' Plug_B , plug-z'. "
         'Unset CCL_TIMM_PLUGINS, or add plug-a to it.'
     )
     monkeypatch.delenv(registry.SWITCH)
-    assert registry.load_plugin('loss', 'one') == 'a'
+    assert registry.load('loss', 'one') == 'a'
 
 
 def test_verify_and_guard(install):
@@ -287,14 +323,14 @@ def test_verify_and_guard(install):
         raise UserError(f'{name} {obj} is not a Loss.')
 
     with pytest.raises(PluginLoadError, match='UserWarning: taken'):
-        registry.load_plugin('loss', 'one', guard=warnings_are_errors)
-    assert registry.load_plugin('loss', 'two') == 2
+        registry.load('loss', 'one', guard=warnings_are_errors)
+    assert registry.load('loss', 'two') == 2
     with pytest.raises(PluginLoadError, match=r'\(fake_b:Loss\): two 2 is not a Loss\. Uninstall') as caught:
-        registry.load_plugin('loss', 'two', verify=verify)
+        registry.load('loss', 'two', verify=verify)
     assert isinstance(caught.value.__cause__, UserError)
     assert registry.used_plugins() == []
     with pytest.raises(PluginLoadError, match='two 2 is not a Loss'):
-        registry.load_plugin('loss', 'two')
+        registry.load('loss', 'two')
 
 
 def test_load_all_warns_once_for_each_failure(install):
@@ -312,8 +348,8 @@ def test_load_all_warns_once_for_each_failure(install):
 def test_used_plugins(install):
     install('plug-a', LOSSES + 'one = fake_a:Loss\n' + MODELS + 'net = fake_a:net\n', fake_a='Loss = net = 1\n')
     assert registry.used_plugins() == []
-    registry.load_plugin('model', 'net')
-    registry.load_plugin('model', 'net')
+    registry.load('model', 'net')
+    registry.load('model', 'net')
     assert registry.used_plugins() == [
         {'kind': 'model', 'name': 'net', 'value': 'fake_a:net', 'distribution': 'plug-a', 'version': '1.0'}
     ]
@@ -322,10 +358,10 @@ def test_used_plugins(install):
 def test_describe_imports_nothing_and_reports_taken_names(install):
     install('plug-a', LOSSES + 'one = fake_a:Loss\n' + MODELS + 'resnet50 = fake_a:net\n', fake_a='Loss = net = 1\n')
 
-    def reserved(kind, name):
+    def owner(kind, name):
         return 'timm has a model of this name' if (kind, name) == ('model', 'resnet50') else None
 
-    assert registry.describe(reserved=reserved) == [
+    assert registry.describe(owner=owner) == [
         dict(
             kind='loss',
             name='one',
@@ -346,8 +382,8 @@ def test_describe_imports_nothing_and_reports_taken_names(install):
         ),
     ]
     assert 'fake_a' not in sys.modules
-    registry.load_plugin('model', 'resnet50')
-    assert states(reserved=reserved)['model', 'resnet50'] == 'loaded'
+    registry.load('model', 'resnet50')
+    assert states(owner=owner)['model', 'resnet50'] == 'loaded'
 
 
 def test_describe_takes_names_of_an_imported_module_for_its_own(install):
@@ -355,10 +391,10 @@ def test_describe_takes_names_of_an_imported_module_for_its_own(install):
     registered = {'c'}
 
     def check(kind, name):
-        registry.load_plugin(kind, name)
+        registry.load(kind, name)
         registered.update({'a', 'b'})
 
-    taken = {'reserved': lambda kind, name: 'taken' if name in registered else None}
+    taken = {'owner': lambda kind, name: 'taken' if name in registered else None}
     expected = {('model', 'a'): 'loaded', ('model', 'b'): 'loaded', ('model', 'c'): 'clash'}
     assert states(check=check, **taken) == expected
 
@@ -369,7 +405,7 @@ def test_describe_checks_what_is_available(install, monkeypatch):
     monkeypatch.setenv(registry.SWITCH, 'plug-a')
 
     def check(kind, name):
-        registry.load_plugin(kind, name)
+        registry.load(kind, name)
         if name == 'odd':
             raise UserError('Takes **kwargs.')
 
@@ -396,7 +432,7 @@ def test_knows_neither_torch_nor_timm():
 
 
 def test_a_loss_without_options_is_no_broken_plugin(install):
-    code = 'from ccl_timm.losses import Loss\n\nclass Plain(Loss):\n    def terms(self, outputs, target):\n'
+    code = 'from ccl_timm.losses import Loss\n\nclass Plain(Loss):\n    def compute_terms(self, outputs, target):\n'
     code += '        return {}\n'
     install('plug-plain', f'{LOSSES}plain = plain_loss:Plain\n', plain_loss=code)
     assert type(create_loss('plain')).__name__ == 'Plain'
@@ -409,7 +445,7 @@ def test_a_plugins_second_model_is_verified_too(install):
     )
     install('plug-two', f'{MODELS}two_a = two_models:two_a\ntwo_b = two_models:two_b\n', two_models=code)
     models.ensure_registered('two_a')
-    assert models.taken('two_b') is None
+    assert models.name_owner('two_b') is None
     models.ensure_registered('two_b')
     assert [plugin['name'] for plugin in registry.used_plugins()] == ['two_a', 'two_b']
 
@@ -421,10 +457,10 @@ class NoTerms(Loss):
 class Foreign:
     pass
 class Vector(Loss):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {'all': outputs.logits.sum(1)}
 class Good(Loss):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {'all': outputs.logits.square().mean()}
 def returns_nothing():
     return None
@@ -445,7 +481,7 @@ def test_check_tries_the_contract(install, words):
     assert code == 1 and {name: state for name, (state, _) in found.items()} == {
         'no_terms': 'broken', 'foreign': 'broken', 'vector': 'broken', 'good': 'loaded', 'none': 'broken'
     }  # fmt: skip
-    assert 'no method terms' in found['no_terms'][1] and 'derive from ccl_timm.Loss' in found['foreign'][1]
+    assert 'no method compute_terms' in found['no_terms'][1] and 'derive from ccl_timm.Loss' in found['foreign'][1]
     assert 'returned a NoneType' in found['none'][1]
 
 
@@ -475,10 +511,10 @@ def ending_net(pretrained=False, **kwargs):
 class WhenBuilt(Loss):
     def __init__(self):
         raise SystemExit
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {}
 class WhenCalled(Loss):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         raise SystemExit(0)
 """
 

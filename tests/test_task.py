@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import ccl_timm
-from ccl_timm.losses import LOSSES, Loss, loss_class
+from ccl_timm.losses import Loss, list_losses, loss_class
 from ccl_timm.task import ModelWithLoss, probe_outputs
 
 
@@ -33,7 +33,7 @@ class Recorder(Loss):
         self.told = []
         self.register_buffer('seen', torch.zeros(()))
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         self.seen += 1
         return {'ce': nn.functional.cross_entropy(outputs.logits, target)}
 
@@ -68,13 +68,13 @@ def test_result_has_logits_and_terms_that_sum_to_the_loss(model, batch):
 def test_loss_without_the_head_it_needs_says_what_to_use():
     with pytest.raises(ccl_timm.UserError) as caught:
         ccl_timm.create_task(timm.create_model('resnet18', num_classes=4), 'cc')
-    assert str(caught.value) == "loss 'cc' reads attention; resnet18 has a linear classifier: use resnet18_cam."
+    assert str(caught.value) == "loss 'cc' requires attention; resnet18 has a linear classifier: use resnet18_cam."
 
 
 def test_a_head_that_only_a_plugin_has_suggests_no_model_that_does_not_exist(model):
     loss = Recorder()
-    loss.reads, loss.head = ('gate',), 'gated'
-    with pytest.raises(ccl_timm.UserError, match='reads gate; resnet18_cam .*: use a model whose head gives it out'):
+    loss.requires, loss.head = ('gate',), 'gated'
+    with pytest.raises(ccl_timm.UserError, match='requires gate; resnet18_cam .*: use a model whose head gives it out'):
         ccl_timm.create_task(model, loss)
 
 
@@ -218,9 +218,9 @@ def test_compiled_equals_plain(model, batch):
     assert isinstance(compiled._bare(), ModelWithLoss)
 
 
-@pytest.mark.parametrize('name', [*LOSSES, 'ce'])
+@pytest.mark.parametrize('name', [*list_losses(), 'ce'])
 def test_task_and_loss_are_one_graph_for_all_steps(name):
-    head = loss_class(name).head or 'linear' if name in LOSSES else 'linear'
+    head = loss_class(name).head or 'linear' if name in list_losses() else 'linear'
     task = ccl_timm.create_task(ccl_timm.create_model(f'test_resnet_{head}', num_classes=4), name).train()
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
     torch._dynamo.reset()

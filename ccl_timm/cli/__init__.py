@@ -245,12 +245,12 @@ def _models(argv: list[str], prog: str) -> int:
     from ccl_timm.console import table
 
     rows = [
-        (name, f'{size / 1e6:.1f} M', ', '.join(losses.losses_for(head)))
-        for name, size, head in models.overview(args.pattern)
+        (name, f'{size / 1e6:.1f} M', ', '.join(losses.losses_for(head, outputs)))
+        for name, size, head, outputs in models.overview(args.pattern)
     ]
     if not rows:
         raise UserError(f"No model of ours matches '{args.pattern}'; any <timm architecture>_<head> works by its name.")
-    print(table(rows, ('name', 'parameters', 'losses made for it')))
+    print(table(rows, ('name', 'parameters', 'losses')))
     print('\nAny other timm architecture by its name too, such as convnext_tiny_cam.')
     return 0
 
@@ -300,7 +300,7 @@ def _features(argv: list[str], prog: str) -> int:
 
 
 def _plugins(argv: list[str], prog: str) -> int:
-    parser = _parser(prog, 'List the models and losses that other packages bring.')
+    parser = _parser(prog, 'List the losses, heads and models of other packages.')
     parser.add_argument('--check', action='store_true', help='load each and check it; exit code 1 if one fails')
     parser.add_argument('--json', action='store_true', help='as JSON')
     args = parser.parse_strictly(argv)
@@ -309,12 +309,12 @@ def _plugins(argv: list[str], prog: str) -> int:
     from ccl_timm.testing import try_loss, try_model
 
     def check(kind: str, name: str) -> None:
-        try_model(name) if kind == 'model' else try_loss(name)
+        try_loss(name) if kind == 'loss' else try_model(name if kind == 'model' else f'test_resnet_{name}')
 
     def taken(kind: str, name: str) -> str | None:
-        return models.taken(name) if kind == 'model' else losses.taken(name)
+        return {'model': models.name_owner, 'loss': losses.name_owner}.get(kind, lambda name: None)(name)
 
-    rows = registry.describe(check=check if args.check else None, reserved=taken)
+    rows = registry.describe(check=check if args.check else None, owner=taken)
     if args.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
@@ -327,7 +327,7 @@ def _plugins(argv: list[str], prog: str) -> int:
 
 
 def _new_plugin(argv: list[str], prog: str) -> int:
-    parser = _parser(prog, 'Write a small plugin package, with one model and one loss, to start from.')
+    parser = _parser(prog, 'Write a small plug-in package, with a loss, a head and a model, to start from.')
     parser.add_argument('folder', metavar='DIR', help='a new folder; the package takes its name')
     args = parser.parse_strictly(argv)
     from ccl_timm.cli.new_plugin import scaffold_plugin

@@ -11,7 +11,7 @@ __all__ = ['ClassBalancedSampler']
 
 
 class ClassBalancedSampler(Sampler[int]):
-    """Batches of P classes with K images each, so that terms over pairs of one class have pairs (inferred).
+    """Batches of P classes with K images each, so that terms over pairs of one class have pairs (our assumption).
 
     Classes come in random order, each once before any comes again, so that rare classes are seen as often as frequent
     ones. So do the images of a class. An epoch has as many batches as without balancing. The order depends on

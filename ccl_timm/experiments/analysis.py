@@ -50,8 +50,8 @@ def eigenvalue_variance(features: np.ndarray, labels: np.ndarray) -> float:
     """How unevenly features scatter around their class's centre (POD-Loss, table 5).
 
     Variance of the D eigenvalues of the covariance of unit features (N, D) within classes: 0 if they scatter alike in
-    all directions, which the SC term is for. That paper does not state of what it takes eigenvalues [inferred from the
-    size of its values]: compare losses, not with it.
+    all directions, which the SC term is for. That paper does not state what the eigenvalues are of [assumption,
+    from the size of its values]: compare losses, not with it.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     classes, centres = class_centres(unit, labels)
@@ -77,7 +77,7 @@ def gaussian_accuracy(
     """Accuracy in % of Gaussian discriminant analysis (POD-Loss, table 9): a Gaussian and a prior for each class.
 
     Covariances are shrunk by Ledoit and Wolf's rule, since classes may have fewer images than features have dimensions
-    [inferred; that paper does not state how it fits them], and have a millionth of the mean variance added.
+    [assumption; that paper does not state how it fits them], and have a millionth of the mean variance added.
 
     Args:
         known_features: (M, D), of the training split.

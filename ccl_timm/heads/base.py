@@ -1,4 +1,4 @@
-"""What a classifier head gives out, and what a model needs from it."""
+"""The outputs of a classifier head, and what a model needs from it."""
 
 from typing import NamedTuple, Optional
 
@@ -8,7 +8,9 @@ __all__ = ['Head', 'HeadOutputs']
 
 
 class HeadOutputs(NamedTuple):
-    """What a head computes from pooled features: what losses may read.
+    """What a head computes from pooled features, the one carrier from head to loss.
+
+    A head with further outputs returns a NamedTuple of its own, which has these fields too.
 
     Attributes:
         logits: (N, K), what the model returns.
@@ -18,6 +20,8 @@ class HeadOutputs(NamedTuple):
         weight: (K, D), the class vectors of the last layer, divided by their norm where logits are cosines; None if it
             has fixed centroids.
         centroids: (K, D), fixed unit vectors; None if the class vectors are learnt.
+        feature_map: (N, C, H, W), what the backbone computes before pooling; filled in by the task for a loss that
+            requires it.
     """
 
     logits: Tensor
@@ -27,10 +31,11 @@ class HeadOutputs(NamedTuple):
     cosine: Optional[Tensor] = None  # noqa: UP045
     weight: Optional[Tensor] = None  # noqa: UP045
     centroids: Optional[Tensor] = None  # noqa: UP045
+    feature_map: Optional[Tensor] = None  # noqa: UP045
 
 
 class Head(nn.Module):
-    """A classifier that stands where a timm model's last layer stood.
+    """A classifier that replaces the last layer of a timm model.
 
     Built as ``Head(in_features, num_classes, **options)`` with ``device`` and ``dtype`` among the options.
     ``forward(pooled)`` must return ``outputs(pooled).logits``.

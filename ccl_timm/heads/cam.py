@@ -56,10 +56,10 @@ class CAMHead(HeadWithLinear):
         in_features: width of F.
         num_classes: K.
         hidden_features: width D of f1 and of the attention. The paper does not state it; the default is the width of
-            F (512 for VGG16 and ResNet18), so that the layer is square and adds as little as it can [inferred].
+            F (512 for VGG16 and ResNet18), so that the layer is square and adds as little as it can [assumption].
             2 gives features in the plane. They are those after gate and ReLU, so they lie in one quadrant; the paper
             draws the outputs of f1.
-        reduction: of the squeeze-and-excitation gate; 16 is SENet's, CC-Loss states none [inferred].
+        reduction: of the squeeze-and-excitation gate; 16 is SENet's, CC-Loss states none [assumption].
 
     He initialisation of the layers before a ReLU, as the paper names it.
     """

@@ -21,17 +21,17 @@ def pedcc_centroids(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     """Predefined evenly-distributed class centroids: K unit vectors in D dimensions, as far apart as they can be.
 
     - K <= D + 1: the regular simplex, every pair at cosine -1 / (K - 1), exact in closed form (arXiv 2105.00401 has
-      the theorem and another construction; this one, a Helmert basis times a random rotation, is [inferred]).
+      the theorem and another construction; this one, a Helmert basis times a random rotation, is [assumption]).
     - D + 2 <= K <= 2 D: K - D regular simplices of about equal size in mutually orthogonal subspaces, again exact.
       Classes of one simplex are neighbours in number, at a negative cosine; all other pairs are at 0. No arrangement
       has a smaller largest cosine than 0 here (Rankin's bound), so that no energy minimisation could do better
-      [inferred; the papers do not say what they take for K > D + 1].
-    - D = 2, K > 4: the regular polygon, exact. Classes that follow each other in number are neighbours [inferred].
+      [assumption; the papers do not say what they take for K > D + 1].
+    - D = 2, K > 4: the regular polygon, exact. Classes that follow each other in number are neighbours [assumption].
     - 24 in 4 and 240 in 8 dimensions: the roots of D4 and E8, neighbours at cosine 0.5. For E8 this is the optimum, for
-      D4 the best arrangement known [inferred].
+      D4 the best arrangement known [assumption].
     - Else, K > 2 D: minimum of the soft maximum of all cosines, found by annealed L-BFGS from random points; a local
       one. Its largest cosine is within 2e-3 of the best known for 7 to 12, 20 and 24 points in 3 dimensions, 0.01 above
-      it for 13. Needs K x K memory and some seconds for K = 1000 [inferred].
+      it for 13. Needs K x K memory and some seconds for K = 1000 [assumption].
 
     Args:
         num_classes: K >= 2.

@@ -47,7 +47,7 @@ class CosineHead(Head):
             out the same, only their probabilities differ.
 
     Outputs are float32 whatever the model's type is (float64 in a float64 model). The class vectors start as random
-    directions of about unit length [inferred; their length changes nothing but how fast the optimizer turns them].
+    directions of about unit length [assumption; their length changes nothing but how fast the optimizer turns them].
     """
 
     def __init__(

@@ -12,7 +12,7 @@ class ChannelStage(nn.Conv2d):
     """3x3 convolution and ReLU that turn the last feature map into one with some channels for each class.
 
     No normalisation layer behind it: all its tensors are a weight and a bias, which timm's loader knows how to leave
-    out when the number of classes changes [inferred; the official networks have the last block this wide instead].
+    out when the number of classes changes [assumption; the official networks have the last block this wide instead].
     """
 
     def __init__(self, in_channels: int, out_channels: int, device=None, dtype=None):

@@ -17,7 +17,7 @@ class MLPHead(HeadWithLinear):
         in_features: width of F.
         num_classes: K.
         hidden_features: width D of f1. The paper does not state it; the default is the width of F, as for ``cam``
-            [inferred].
+            [assumption].
 
     He initialisation of f1, as the paper names it.
     """

@@ -186,7 +186,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
 def _loss_reads(settings: dict[str, Any]) -> str:
     """The outputs of a head that a loss reads, for a sentence; empty if they are not known here."""
     name = _loss(settings)
-    read = losses.loss_class(name).reads if name in losses.LOSSES else ()
+    read = losses.loss_class(name).requires if name in losses.list_losses() else ()
     return ' and '.join(f'`outputs.{key}`' for key in read if key in HeadOutputs._fields)
 
 

@@ -1,8 +1,7 @@
 """Losses by name: ours, plugins', and timm's own."""
 
-import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,6 @@ from ccl_timm.losses.pod import CosineLoss, NaCLoss, PODLoss, cosine_loss, norm_
 from ccl_timm.ops import force_fp32, full_precision
 
 __all__ = [
-    'LOSSES',
     'AMSoftmaxLoss',
     'ASoftmaxLoss',
     'ArcFaceLoss',
@@ -74,28 +72,9 @@ __all__ = [
     'norm_adaptive_cosine',
     'overview',
     'self_correlation',
-    'taken',
+    'name_owner',
     'takes_soft_targets',
 ]
-
-# name -> module:class; pyproject.toml declares the same as entry points
-LOSSES: dict[str, str] = {
-    'amsoftmax': 'ccl_timm.losses:AMSoftmaxLoss',
-    'arcface': 'ccl_timm.losses:ArcFaceLoss',
-    'asoftmax': 'ccl_timm.losses:ASoftmaxLoss',
-    'cc': 'ccl_timm.losses:CCLoss',
-    'center': 'ccl_timm.losses:CenterLoss',
-    'cm': 'ccl_timm.losses:CombinedMarginLoss',
-    'cosine': 'ccl_timm.losses:CosineLoss',
-    'cot': 'ccl_timm.losses:COTLoss',
-    'fical': 'ccl_timm.losses:FICALLoss',
-    'focal': 'ccl_timm.losses:FocalLoss',
-    'ical': 'ccl_timm.losses:ICALLoss',
-    'mc': 'ccl_timm.losses:MCLoss',
-    'nac': 'ccl_timm.losses:NaCLoss',
-    'pedcc': 'ccl_timm.losses:PEDCCLoss',
-    'pod': 'ccl_timm.losses:PODLoss',
-}
 
 
 class LogitsLoss(Loss):
@@ -113,14 +92,14 @@ class LogitsLoss(Loss):
         self.criterion = criterion
         self.name = name
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return the criterion's value under its name."""
         return {self.name: self.criterion(outputs.logits, target)}
 
 
 def list_losses(timm: bool = False) -> list[str]:
     """Names that :func:`create_loss` knows: ours and those of available plugins, with ``timm`` timm's too."""
-    names = {*LOSSES, *registry.plugin_names('loss')}
+    names = {*registry.names('loss')}
     return sorted(names | {t for t in LOSS_TYPES if is_timm_loss(t)} if timm else names)
 
 
@@ -135,10 +114,7 @@ def loss_class(name: str) -> type[Loss]:
     Raises:
         UnknownNameError: there is none of that name, with the closest one.
     """
-    if name in LOSSES:
-        module, _, attribute = LOSSES[name].partition(':')
-        return getattr(importlib.import_module(module), attribute)
-    found = registry.load_plugin('loss', name, verify=_verify_loss)
+    found = registry.load('loss', name, verify=_verify_loss)
     if found is None:
         raise UnknownNameError(
             f"Unknown loss '{name}'{did_you_mean(name, list_losses(timm=True))} "
@@ -173,7 +149,7 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
         **kwargs: the loss's options; see its docstring, or timm's ``create_classification_loss``.
 
     Returns:
-        A module called as ``loss(outputs, target)``, where outputs has what the loss ``reads`` as attributes.
+        A module called as ``loss(outputs, target)``, where outputs has what the loss ``requires`` as attributes.
 
     Raises:
         UnknownNameError: no such loss.
@@ -207,15 +183,14 @@ def _built(name: str, loss: Any) -> Loss:
     return loss
 
 
-def taken(name: str) -> str | None:
-    """Whether timm or this package has a loss of that name, in words; None if neither has."""
-    owner = 'ccl_timm' if name in LOSSES else 'timm' if name in LOSS_TYPES else None
-    return f'{owner} has a loss of this name' if owner else None
+def name_owner(name: str) -> str | None:
+    """A sentence if timm has a loss of that name, else None."""
+    return 'timm has a loss of this name' if name in LOSS_TYPES else None
 
 
 def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Rows and header of the table of losses; those of plug-ins are named and not imported."""
-    rows = [_row(name, loss_class(name)) for name in LOSSES]
+    rows = [_row(name, loss_class(name)) for name in registry.our_names('loss')]
     for plugin in registry.find_plugins('loss'):
         if plugin.name in registry.plugin_names('loss'):
             by = f'plug-in {plugin.distribution} {plugin.version}'
@@ -223,19 +198,29 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     return sorted(rows), _HEADER
 
 
-_HEADER = ('name', 'head', 'reads', 'soft targets', 'paper', 'inferred')
+_HEADER = ('name', 'head', 'requires', 'soft targets', 'paper', 'assumptions')
 
 
 def _row(name: str, cls: type[Loss]) -> tuple[str, ...]:
-    facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'reads', ())))
+    facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'requires', ())))
     soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
-    return (name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'inferred', '') or '-')
+    return (name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'assumptions', '') or '-')
 
 
-def losses_for(head: str) -> list[str]:
-    """Names of our losses made for a head; those ending in a linear layer take those for any head."""
-    made_for = {head, None} if head in ('cam', 'linear', 'mc', 'mlp') else {head}
-    return [name for name in LOSSES if loss_class(name).head in made_for]
+def losses_for(head: str, outputs: Iterable[str]) -> list[str]:
+    """Names of our losses that suit a head: those made for it, and those for any head that require only its outputs.
+
+    Args:
+        head: its name.
+        outputs: names of the tensors that it computes.
+    """
+    available = {*outputs, 'feature_map'}
+    suits = []
+    for name in registry.our_names('loss'):
+        cls = loss_class(name)
+        if cls.head == head or (cls.head is None and available.issuperset(cls.requires)):
+            suits.append(name)
+    return suits
 
 
 def explain(name: str) -> str:
@@ -252,12 +237,12 @@ def explain(name: str) -> str:
 def _verify_loss(name: str, obj: Any) -> None:
     if not callable(obj):
         raise TypeError('the object must be a class or function that returns a loss')
-    if taken(name):
-        raise TypeError(taken(name))
+    if name_owner(name):
+        raise TypeError(name_owner(name))
     if isinstance(obj, type) and not issubclass(obj, Loss):
         raise TypeError('the class must derive from ccl_timm.Loss')
-    if isinstance(obj, type) and obj.terms is Loss.terms:
-        raise TypeError('the class has no method terms(outputs, target)')
+    if isinstance(obj, type) and obj.compute_terms is Loss.terms:
+        raise TypeError('the class has no method compute_terms(outputs, target)')
     kinds = {p.kind for p in inspect.signature(obj).parameters.values()}
     if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
         raise TypeError('its options must be explicit: no *args or **kwargs')

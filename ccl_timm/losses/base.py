@@ -1,6 +1,7 @@
 """What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     'require',
     'require_smoothing',
     'row_norms',
+    'sum_terms',
     'mask_class',
 ]
 
@@ -104,67 +106,69 @@ def class_weight_buffer(weights: Sequence[float] | None) -> Tensor | None:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-class _Read:
-    """The tensors that a loss reads, as attributes. Unlike SimpleNamespace, torch.compile can trace it."""
+def sum_terms(terms: dict[str, Tensor]) -> Tensor:
+    """The loss: the sum of its terms."""
+    return torch.stack(list(terms.values())).sum()
 
-    def __init__(self, tensors: dict[str, Tensor]):
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
+
+def _carrier(outputs: Any, tensors: dict[str, Tensor]) -> Any:
+    """The outputs with these tensors in the place of their own."""
+    return outputs._replace(**tensors) if hasattr(outputs, '_replace') else SimpleNamespace(**tensors)
 
 
 class Loss(nn.Module):
     """Base of all losses. A subclass declares facts and computes named terms.
 
     Class attributes (tests read them):
-        reads: tensors it takes from the model: ``logits`` (N, K), ``cosine`` (N, K), ``features`` (N, D),
+        requires: tensors it takes from the model: ``logits`` (N, K), ``cosine`` (N, K), ``features`` (N, D),
             ``feature_map`` (what forward_features returns), ``attention`` (N, D), ``centroids`` (K, D),
-            ``weight`` (K, D), or any name that a plugin's head gives out.
+            ``weight`` (K, D), or any further output of a plug-in's head.
         head: the head it is made for (``'cam'``, ``'cosine'``, ``'mc'``, ``'pedcc'``), or None if every head will do.
         soft_targets: True if targets may be class probabilities (N, K), as Mixup and CutMix make them.
         uses_batch_statistics: True if a sample's loss depends on the other samples of the batch.
         paper: where the formula is from.
-        inferred: what in it no source states, and where it differs from its source; empty if nothing.
+        assumptions: what in it no source states, and where it differs from its source; empty if nothing.
     """
 
-    reads: tuple[str, ...] = ('logits',)
+    requires: tuple[str, ...] = ('logits',)
     head: str | None = None
     soft_targets: bool = False
     uses_batch_statistics: bool = False
     paper: str = ''
-    inferred: str = ''
+    assumptions: str = ''
 
     def __init__(self):
         super().__init__()  # without options: torch's own takes any
 
-    def terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
+    def compute_terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
         """Compute the loss's named terms, scalars that are already weighted: their sum is the loss.
 
         Args:
-            outputs: has the tensors of ``reads`` as attributes, float32 or float64.
+            outputs: has the tensors of ``requires`` as attributes, float32 or float64.
             target: int64 class indices (N,) in [0, K), or float class probabilities (N, K) if ``soft_targets``.
         """
-        raise NotImplementedError(f'{type(self).__name__} has no method terms(outputs, target), which every loss needs')
+        raise NotImplementedError(f'{type(self).__name__} lacks the method compute_terms(outputs, target)')
 
-    def named_terms(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
-        """Check the target, leave autocast, and return :meth:`terms` of the outputs in full precision.
+    def loss_dict(self, outputs: Any, target: Tensor) -> dict[str, Tensor]:
+        """Check the target, leave autocast, and return :meth:`compute_terms` of the outputs in full precision.
 
         Raises:
             UserError: the target's shape does not fit, or it is soft and the loss takes class indices only.
         """
-        read = {name: getattr(outputs, name) for name in self.reads}
-        first = next(iter(read.values()))
+        required = {name: full_precision(getattr(outputs, name)) for name in self.requires}
+        first = next(iter(required.values()))
         target = self._checked(target, first)
         with outside_autocast(first.device):
-            return self.terms(_Read({name: full_precision(tensor) for name, tensor in read.items()}), target)
+            return self.compute_terms(_carrier(outputs, required), target)
 
     def forward(self, outputs: Any, target: Tensor) -> Tensor:
         """Return the scalar to minimise: the sum of the named terms.
 
         Args:
-            outputs: anything with the attributes named in ``reads``: what a head's ``outputs()`` returns, or your own.
+            outputs: anything with the attributes named in ``requires``: the outputs of a head, or your own.
             target: (N,) integer class indices, or (N, K) probabilities if ``soft_targets``.
         """
-        return torch.stack(list(self.named_terms(outputs, target).values())).sum()
+        return sum_terms(self.loss_dict(outputs, target))
 
     def set_epoch(self, epoch: int | Tensor) -> None:
         """A training epoch (0-based) begins. For losses with a schedule; what they keep of it is a buffer.
@@ -185,7 +189,7 @@ class Loss(nn.Module):
 
     @classmethod
     def options_for(cls, num_classes: int) -> dict[str, float]:
-        """Options that suit so many classes better than the defaults do [inferred]; empty if there are none."""
+        """Options that suit so many classes better than the defaults do [assumption]; empty if there are none."""
         return {}
 
     def caution(self, num_classes: int) -> str | None:

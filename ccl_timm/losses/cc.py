@@ -22,14 +22,14 @@ def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | No
 
     Exact in O(N D), where the paper's matrix form takes O(N^2 D): sums over pairs are moments about class means. The
     attention is centred on the batch mean first, and every term is a sum of non-negative numbers: nothing cancels,
-    and the ratio cannot turn negative [inferred; equal to the N x N form in value and gradient]. For soft targets,
-    "same class" becomes <y_i, y_j> [inferred]. Under DDP the pairs are those of the global batch.
+    and the ratio cannot turn negative [assumption; equal to the N x N form in value and gradient]. For soft targets,
+    "same class" becomes <y_i, y_j> [assumption]. Under DDP the pairs are those of the global batch.
 
     Args:
         attention: (N, D), floating point; half precision is computed in float32.
         target: (N,) class indices, or (N, K) class probabilities whose rows sum to 1.
         num_classes: K, for class indices; found from the largest index if None (which waits for the device).
-        eps: added to the denominator; the paper names none [inferred].
+        eps: added to the denominator; the paper names none [assumption].
 
     Returns:
         Scalar >= 0. Exactly 0, with zero gradient, if there is no pair of one class or only one class at all.
@@ -105,7 +105,7 @@ class CCLoss(Loss):
 
     Args:
         weight: lambda, >= 0; the paper tunes 0, 0.5, 1, 1.5, 2 and takes 1.
-        eps: keeps the ratio finite; "a small positive constant" in the paper, which gives no value [inferred].
+        eps: keeps the ratio finite; "a small positive constant" in the paper, which gives no value [assumption].
         smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
         class_weight: K weights of the classes in the cross-entropy part; the paper has none.
 
@@ -116,12 +116,12 @@ class CCLoss(Loss):
     without structure the ratio is about 1 / (K - 1), so that at weight 1 the term starts small for many classes.
     """
 
-    reads = ('logits', 'attention')
+    requires = ('logits', 'attention')
     head = 'cam'
     soft_targets = True
     uses_batch_statistics = True
     paper = 'CC-Loss, arXiv 2010.05469, eq. 8'
-    inferred = (
+    assumptions = (
         'the value of eps; no cc term in a batch of a single class, where the ratio would be intra / eps; '
         'attention also at inference; soft targets; class weights; the global batch under DDP'
     )
@@ -141,7 +141,7 @@ class CCLoss(Loss):
         self.smoothing = smoothing
         self.register_buffer('class_weight', class_weight_buffer(class_weight), persistent=False)
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``cc``."""
         cc = channel_correlation(outputs.attention, target, outputs.logits.shape[1], self.eps)
         ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)

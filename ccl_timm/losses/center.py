@@ -65,9 +65,9 @@ class CenterLoss(Loss):
         UserError: an option out of range.
     """
 
-    reads = ('logits', 'features')
+    requires = ('logits', 'features')
     paper = 'Center loss, ECCV 2016, eq. 4 and 5'
-    inferred = "the mean with the paper's own centre update; centres of the global batch under DDP"
+    assumptions = "the mean with the paper's own centre update; centres of the global batch under DDP"
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class CenterLoss(Loss):
         bound = (3 / num_features) ** 0.5
         self.register_buffer('centers', nn.init.uniform_(torch.empty(num_classes, num_features), -bound, bound))
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``center``."""
         distances = center_distances(outputs.features, target, self.centers)
         distance = distances.mean() if self.reduction == 'mean' else all_reduce_sum(distances.sum())

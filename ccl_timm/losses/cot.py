@@ -40,7 +40,7 @@ class COTLoss(Loss):
 
     The paper takes two optimizer steps a batch: one on cross-entropy, then, after another forward pass, one on the
     complement objective, with an optimizer (and so momentum and weight decay) of its own for each. Here a batch is one
-    step [inferred]:
+    step [assumption]:
 
     - ``mode='alternate'``: the even steps minimise cross-entropy, the odd ones the complement objective, of another
       batch and with one optimizer: half the paper's updates in the same epochs.
@@ -60,9 +60,9 @@ class COTLoss(Loss):
         UserError: an unknown mode or divisor.
     """
 
-    reads = ('logits',)
+    requires = ('logits',)
     paper = 'Complement objective training, ICLR 2019'
-    inferred = 'one optimizer step a batch instead of two: half the updates in the same epochs; class weights'
+    assumptions = 'one optimizer step a batch instead of two: half the updates in the same epochs; class weights'
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class COTLoss(Loss):
         """Take over the number of optimizer steps."""
         self.step = torch.zeros_like(self.step) + step  # not in place: a compiled backward pass may read the old one
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``complement``."""
         ce = cross_entropy(outputs.logits, target, self.smoothing, self.class_weight)
         complement = complement_entropy(outputs.logits, target, self.divisor)

@@ -25,7 +25,7 @@ def focal_loss(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: Tensor
     Args:
         logits: (N, K), floating point; half precision is computed in float32.
         target: (N,) class indices, or (N, K) class probabilities: then the target-weighted mean of the loss at each
-            class [inferred].
+            class [assumption].
         gamma: >= 0; 0 is cross-entropy.
         alpha: weight of every class, or (K,) weights; None for 1.
 
@@ -48,7 +48,7 @@ class FocalLoss(Loss):
     Args:
         gamma: focusing parameter, >= 0. 2 in the paper; 0 is cross-entropy.
         alpha: class weight, a number or K of them. The paper's 0.25 balances a detector's foreground against its
-            background; among balanced classes it only rescales the loss, hence none here [inferred].
+            background; among balanced classes it only rescales the loss, hence none here [assumption].
 
     Shapes: logits (N, K); target (N,) indices or (N, K) probabilities.
     Terms: ``focal``.
@@ -57,10 +57,10 @@ class FocalLoss(Loss):
         UserError: gamma < 0, or as many class weights as there are no classes.
     """
 
-    reads = ('logits',)
+    requires = ('logits',)
     soft_targets = True
     paper = 'Focal loss, arXiv 1708.02002, eq. 5'
-    inferred = 'no class weights by default; soft targets'
+    assumptions = 'no class weights by default; soft targets'
 
     def __init__(self, gamma: float = 2.0, alpha: float | Sequence[float] | None = None):
         super().__init__()
@@ -68,7 +68,7 @@ class FocalLoss(Loss):
         self.gamma = gamma
         self.register_buffer('alpha', None if alpha is None else torch.as_tensor(alpha).float(), persistent=False)
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``focal``."""
         number, wanted = outputs.logits.shape[1], 1 if self.alpha is None else self.alpha.numel()
         require(wanted in (1, number), f'alpha has {wanted} class weights for {number} classes: give one for each.')

@@ -26,7 +26,7 @@ def mean_class_cosine(weight: Tensor) -> Tensor:
 
 @force_fp32
 def confusion_rates(logits: Tensor, target: Tensor, hard: bool = False) -> tuple[Tensor, Tensor]:
-    """Which class the samples of each class are taken for, in the global batch [inferred].
+    """Which class the samples of each class are taken for, in the global batch [assumption].
 
     Args:
         logits: (N, K).
@@ -49,7 +49,7 @@ def confusion_rates(logits: Tensor, target: Tensor, hard: bool = False) -> tuple
 
 @force_fp32
 def confusion_weighted_cosine(weight: Tensor, rates: Tensor, exponent: float, eps: float, normalize: str) -> Tensor:
-    """Cosine between class vectors, averaged over pairs of classes by how often they are confused [inferred].
+    """Cosine between class vectors, averaged over pairs of classes by how often they are confused [assumption].
 
     With ``s_ij = ((r_ij + r_ji) / 2)^exponent``, detached, for i != j::
 
@@ -92,18 +92,18 @@ class ICALLoss(Loss):
         UserError: weight < 0.
     """
 
-    reads = ('cosine', 'features', 'weight')
+    requires = ('cosine', 'features', 'weight')
     head = 'cosine'
     soft_targets = True
     paper = 'ICAL, AAAI 2019, official code'
-    inferred = 'the gradient passes through the normalisation of the class vectors; soft targets'
+    assumptions = 'the gradient passes through the normalisation of the class vectors; soft targets'
 
     def __init__(self, weight: float = 5.0):
         super().__init__()
         require(weight >= 0, f'weight must not be negative, as {weight} is.')
         self.weight = weight
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``ical``."""
         ce = cross_entropy(unnormalized_cosine_logits(outputs.features, outputs.cosine), target)
         return {'ce': ce, 'ical': self.weight * mean_class_cosine(outputs.weight)}
@@ -113,7 +113,7 @@ class FICALLoss(Loss):
     """Focal ICAL, reconstructed from its abstract: neither formula nor code could be found.
 
     The abstract has a "confusion rate-weighted cosine distance" between categories, "dynamically evaluated during each
-    iteration". Here [all inferred]: cross-entropy as in ICAL, plus :func:`confusion_weighted_cosine` of the class
+    iteration". Here [all assumptions]: cross-entropy as in ICAL, plus :func:`confusion_weighted_cosine` of the class
     vectors by the :func:`confusion_rates` of the batch.
 
     Args:
@@ -136,11 +136,11 @@ class FICALLoss(Loss):
         UserError: an option out of range, or momentum without num_classes.
     """
 
-    reads = ('cosine', 'features', 'weight')
+    requires = ('cosine', 'features', 'weight')
     head = 'cosine'
     uses_batch_statistics = True
     paper = 'FICAL, VCIP 2019, doi 10.1109/VCIP47243.2019.8965889, abstract only'
-    inferred = 'the whole formula and its constants'
+    assumptions = 'the whole formula and its constants'
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class FICALLoss(Loss):
         if momentum > 0:
             self.register_buffer('rates', torch.zeros(num_classes, num_classes))
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``fical``."""
         logits = unnormalized_cosine_logits(outputs.features, outputs.cosine)
         rates = self._rates(logits, target)

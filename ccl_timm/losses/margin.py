@@ -70,7 +70,7 @@ def additive_margin(cosine: Tensor, target: Tensor, scale: float, margin: float)
 
     Args:
         cosine: (N, K), cosines of features and class vectors; half precision is computed in float32.
-        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [assumption].
         scale: s > 0.
         margin: m; 0 is plain cross-entropy of the scaled cosines.
 
@@ -95,12 +95,12 @@ def combined_margin(
     m1 is SphereFace's margin, m2 ArcFace's, m3 that of AM-Softmax. ``cos(m1 theta + m2)`` falls up to the angle
     ``limit = (pi - m2) / m1`` and would rise again beyond. With ``threshold`` the target's logit goes on there as
     ``scale * (cos(theta) - (pi - limit) * sin(pi - limit) - m3)``: ArcFace's own continuation for m1 = 1, where that
-    angle is m2, and the same idea for another m1 [inferred].
+    angle is m2, and the same idea for another m1 [assumption].
 
     Args:
         cosine: (N, K), cosines of features and class vectors, clamped to +-(1 - 1e-7); half precision is computed in
             float32.
-        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [assumption].
         scale: s > 0.
         m1: multiplicative angular margin > 0.
         m2: additive angular margin, in radians, 0 <= m2 < pi.
@@ -130,7 +130,7 @@ def angular_margin(features: Tensor, cosine: Tensor, target: Tensor, margin: int
     Args:
         features: (N, D), not normalised; half precision is computed in float32.
         cosine: (N, K), cosines of features and class vectors.
-        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [assumption].
         margin: whole number >= 1; 1 is plain cross-entropy of ``||f|| cos``.
         annealing: lambda >= 0, how much of the plain cosine is mixed in.
 
@@ -157,17 +157,17 @@ def _psi(c: Tensor, margin: int) -> Tensor:
 class _ScaledMarginLoss(Loss):
     """A margin loss whose default scale and margin were tuned for more than 10,000 faces.
 
-    ``suggested`` has the options for few classes (up to 20), some (up to 999) and many (up to 9999) [inferred].
+    ``suggested`` has the options for few classes (up to 20), some (up to 999) and many (up to 9999) [assumption].
     """
 
-    reads = ('cosine',)
+    requires = ('cosine',)
     head = 'cosine'
     soft_targets = True
     suggested: ClassVar[tuple[dict[str, float], ...]]
 
     @classmethod
     def options_for(cls, num_classes):
-        """Options that suit so many classes better than the defaults do [inferred]; empty from 10,000 classes on."""
+        """Options that suit so many classes better than the defaults do [assumption]; empty from 10,000 classes on."""
         return (*cls.suggested, {})[bisect.bisect_left((20, 999, 9999), num_classes)]
 
     def caution(self, num_classes):
@@ -195,7 +195,7 @@ class AMSoftmaxLoss(_ScaledMarginLoss):
 
     suggested = ({'scale': 16, 'margin': 0.2}, {'scale': 24, 'margin': 0.2}, {'scale': 32, 'margin': 0.35})
     paper = 'AM-Softmax, arXiv 1801.05599'
-    inferred = 'soft targets'
+    assumptions = 'soft targets'
 
     def __init__(self, scale: float = 30.0, margin: float = 0.35):
         super().__init__()
@@ -203,7 +203,7 @@ class AMSoftmaxLoss(_ScaledMarginLoss):
         self.scale = scale
         self.margin = margin
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``amsoftmax``."""
         return {'amsoftmax': additive_margin(outputs.cosine, target, self.scale, self.margin)}
 
@@ -221,7 +221,7 @@ class ArcFaceLoss(_ScaledMarginLoss):
     Terms: ``arcface``.
 
     Cautions: scale 64 was tuned for more than 10,000 faces; ``options_for`` has smaller values for fewer classes
-    [inferred]. The POD-Loss paper does not state the values of its comparison.
+    [assumption]. The POD-Loss paper does not state the values of its comparison.
 
     Raises:
         UserError: an option out of range.
@@ -229,7 +229,7 @@ class ArcFaceLoss(_ScaledMarginLoss):
 
     suggested = ({'scale': 16, 'margin': 0.3}, {'scale': 24, 'margin': 0.3}, {'scale': 32, 'margin': 0.5})
     paper = 'ArcFace, arXiv 1801.07698'
-    inferred = 'soft targets'
+    assumptions = 'soft targets'
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, threshold: bool = True):
         super().__init__()
@@ -238,7 +238,7 @@ class ArcFaceLoss(_ScaledMarginLoss):
         self.margin = margin
         self.threshold = threshold
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``arcface``."""
         loss = combined_margin(outputs.cosine, target, self.scale, 1.0, self.margin, 0.0, self.threshold)
         return {'arcface': loss}
@@ -271,7 +271,7 @@ class CombinedMarginLoss(_ScaledMarginLoss):
         {'scale': 32, 'm2': 0.3, 'm3': 0.2},
     )
     paper = 'ArcFace, arXiv 1801.07698, combined margin'
-    inferred = 'the continuation beyond the angle up to which the margin falls, for m1 other than 1; soft targets'
+    assumptions = 'the continuation beyond the angle up to which the margin falls, for m1 other than 1; soft targets'
 
     def __init__(self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2):
         super().__init__()
@@ -281,7 +281,7 @@ class CombinedMarginLoss(_ScaledMarginLoss):
         self.m2 = m2
         self.m3 = m3
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``cm``."""
         return {'cm': combined_margin(outputs.cosine, target, self.scale, self.m1, self.m2, self.m3)}
 
@@ -318,11 +318,11 @@ class ASoftmaxLoss(Loss):
         UserError: an option out of range.
     """
 
-    reads = ('cosine', 'features')
+    requires = ('cosine', 'features')
     head = 'cosine'
     soft_targets = True
     paper = 'SphereFace, arXiv 1704.08063; annealing from its official code'
-    inferred = 'annealing by optimizer steps; soft targets'
+    assumptions = 'annealing by optimizer steps; soft targets'
 
     def __init__(
         self,
@@ -348,7 +348,7 @@ class ASoftmaxLoss(Loss):
         # not in place: a compiled backward pass may read the old one
         self.iteration = torch.zeros_like(self.iteration) + step
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``asoftmax``."""
         now = (self.iteration + 1).to(outputs.cosine.dtype)
         annealing = self.lambda_base * (1 + self.lambda_gamma * now) ** -self.lambda_power

@@ -19,11 +19,11 @@ def channel_discriminality(feature_map: Tensor, target: Tensor, num_classes: int
 
     Args:
         feature_map: (N, C, H, W), C >= K; the first channels belong to class 0, and so on. Where K does not divide C,
-            the last C mod K classes have one channel more than the others [inferred].
+            the last C mod K classes have one channel more than the others [assumption].
         target: (N,) class indices.
         num_classes: K.
         keep: (C,) bool, channels that take part, at least one of each class; None for all. Others count as -inf, not
-            as 0: a map need not be positive [inferred].
+            as 0: a map need not be positive [assumption].
 
     Returns:
         Scalar >= 0.
@@ -47,7 +47,7 @@ def channel_diversity(feature_map: Tensor, num_classes: int) -> Tensor:
         num_classes: K.
 
     Returns:
-        Scalar in [1 / xi, 1], to be maximised. Where classes differ in xi, each is divided by its own [inferred].
+        Scalar in [1 / xi, 1], to be maximised. Where classes differ in xi, each is divided by its own [assumption].
     """
     shares = feature_map.flatten(2).softmax(2)
     groups = _groups(shares, num_classes)
@@ -92,7 +92,7 @@ class MCLoss(Loss):
     Terms: ``ce``, ``discriminality``, ``diversity``.
 
     The mask of L_dis is drawn from torch's generator at every call in training, one for the whole batch. In evaluation
-    all channels take part, so that the value does not depend on chance [inferred].
+    all channels take part, so that the value does not depend on chance [assumption].
 
     Models: ``resnet18_mc`` and ``vgg16_mc`` have a last convolution with xi = 3 channels for each class; on a stock
     convolutional network the channels are divided among the classes, as the paper does with pretrained ones. The
@@ -105,10 +105,10 @@ class MCLoss(Loss):
             without places (tokens), or with only one, where no channel can differ from another.
     """
 
-    reads = ('logits', 'feature_map')
+    requires = ('logits', 'feature_map')
     head = 'mc'
     paper = 'MC-Loss, arXiv 2002.04264, weights of its official code'
-    inferred = (
+    assumptions = (
         'the network: a 3x3 convolution without batch norm, average pooling and one linear layer, where the official '
         'one widens its last block and has max pooling, batch norm and two linear layers; which classes get one '
         'channel more, and their diversity; masking by -inf; no mask in evaluation'
@@ -134,7 +134,7 @@ class MCLoss(Loss):
         self.discriminality_weight = discriminality_weight
         self.diversity_weight = diversity_weight
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce``, ``discriminality`` and ``diversity``."""
         maps = outputs.feature_map
         _check_map(maps, self.num_channels)

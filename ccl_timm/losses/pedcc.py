@@ -52,11 +52,11 @@ class PEDCCLoss(Loss):
         UserError: an option out of range.
     """
 
-    reads = ('features', 'centroids')
+    requires = ('features', 'centroids')
     head = 'pedcc'
     soft_targets = True
     paper = 'PEDCC-Loss, arXiv 1904.06008; POD-Loss, arXiv 2111.15449, eq. 2 to 4'
-    inferred = 'the mean of the distances over the batch; the symbols of eq. 4, read from its words; soft targets'
+    assumptions = 'the mean of the distances over the batch; the symbols of eq. 4, read from its words; soft targets'
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class PEDCCLoss(Loss):
         self.root = root
         self.reduction = reduction
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``amsoftmax`` and ``mse``."""
         features, centroids = outputs.features, outputs.centroids.to(outputs.features.dtype)
         amsoftmax = additive_margin(l2_normalize(features) @ centroids.T, target, self.scale, self.margin)

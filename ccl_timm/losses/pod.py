@@ -21,10 +21,10 @@ def norm_adaptive_cosine(
     Args:
         features: (N, D), not normalised; half precision is computed in float32.
         centroids: (K, D), unit rows.
-        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [assumption].
         delta: >= 0; 0 is the cosine loss.
         denominator: ``'root'`` as above (official code), or ``'sum'`` for ``||f|| + delta``, the paper's wording in
-            another reading [inferred].
+            another reading [assumption].
 
     Returns:
         Scalar in [0, 4].
@@ -49,7 +49,7 @@ def cosine_loss(features: Tensor, centroids: Tensor, target: Tensor) -> Tensor:
     Args:
         features: (N, D), floating point, not normalised; a zero feature has cosine 0.
         centroids: (K, D), unit rows.
-        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [inferred].
+        target: (N,) class indices, or (N, K) class probabilities for the target-weighted mean [assumption].
 
     Returns:
         Scalar in [0, 4].
@@ -66,7 +66,7 @@ def self_correlation(features: Tensor, centroids: Tensor, target: Tensor) -> Ten
         (1 / (D - 1)) * sum over i != j of R_ij^2
 
     From the D x D matrix if D <= N, and else from the N x N matrix ``X X^T``, whose squares have the same sum: work
-    min(D^2, N^2) * max(N, D). Under DDP N is the global batch and the D x D matrices are summed [inferred].
+    min(D^2, N^2) * max(N, D). Under DDP N is the global batch and the D x D matrices are summed [assumption].
 
     Args:
         features: (N, D), not normalised; half precision is computed in float32.
@@ -101,13 +101,13 @@ class CosineLoss(Loss):
     is largest at 120.
     """
 
-    reads = ('features', 'centroids')
+    requires = ('features', 'centroids')
     head = 'pedcc'
     soft_targets = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 9'
-    inferred = 'soft targets'
+    assumptions = 'soft targets'
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``cosine``."""
         return {'cosine': cosine_loss(outputs.features, outputs.centroids, target)}
 
@@ -119,7 +119,7 @@ class NaCLoss(Loss):
     ``delta`` in epoch 0. The norms are those of the features as they come in training, without a pass of their own.
 
     Args:
-        alpha: >= 0; 0.01, in the paper for 100 epochs. For E epochs 1 / E goes equally far [inferred].
+        alpha: >= 0; 0.01, in the paper for 100 epochs. For E epochs 1 / E goes equally far [assumption].
         delta: of the first epoch, >= 0.
         denominator: ``'root'`` or ``'sum'``, see :func:`norm_adaptive_cosine`.
         norm: ``'features'``, as in the paper, or ``'logits'``: of the vector of the K products with the centroids, as
@@ -139,11 +139,11 @@ class NaCLoss(Loss):
         UserError: an option out of range.
     """
 
-    reads = ('features', 'centroids')
+    requires = ('features', 'centroids')
     head = 'pedcc'
     soft_targets = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 17, official code'
-    inferred = 'soft targets; the mean norm of the global batch under DDP'
+    assumptions = 'soft targets; the mean norm of the global batch under DDP'
 
     def __init__(self, alpha: float = 0.01, delta: float = 0.05, denominator: str = 'root', norm: str = 'features'):
         super().__init__()
@@ -167,7 +167,7 @@ class NaCLoss(Loss):
         self.mean_norm.zero_()
         self.count.zero_()
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``nac``."""
         features, centroids = outputs.features, outputs.centroids
         if self.training and torch.is_grad_enabled():
@@ -208,7 +208,7 @@ class PODLoss(NaCLoss):
     soft_targets = False
     uses_batch_statistics = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 20, official code'
-    inferred = 'the global batch under DDP; 0 for a batch of one'
+    assumptions = 'the global batch under DDP; 0 for a batch of one'
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class PODLoss(NaCLoss):
         require(weight >= 0, f'weight must not be negative, as {weight} is.')
         self.weight = weight
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``nac`` and ``sc``."""
         sc = self_correlation(outputs.features, outputs.centroids, target)
         return {**super().terms(outputs, target), 'sc': self.weight * sc}

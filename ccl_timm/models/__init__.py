@@ -19,7 +19,7 @@ from torch import nn
 
 from ccl_timm import registry
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import head_name, output_names
 from ccl_timm.models import on_demand, weights
 from ccl_timm.models.builder import build_variant, register_variant, variant_cfg
 from ccl_timm.models.on_demand import split_variant
@@ -35,7 +35,7 @@ __all__ = [
     'overview',
     'register_variant',
     'split_variant',
-    'taken',
+    'name_owner',
     'variant_cfg',
 ]
 
@@ -56,11 +56,7 @@ _NAMED = [(backbone, head) for backbone in _BACKBONES for head in ('cam', 'cosin
 _NAMED += [('resnet18', 'mc'), ('vgg16', 'mc'), ('resnet18', 'linear'), ('resnet50', 'linear'), ('vgg16', 'linear')]
 _NAMED += [('resnet18', 'mlp'), ('vgg16', 'mlp'), ('vgg16_bn', 'mlp')]
 
-# name -> module:function; pyproject.toml declares the same as entry points
-MODELS: dict[str, str] = {}
-for _backbone, _head in _NAMED:
-    globals()[f'{_backbone}_{_head}'] = register_variant(_backbone, _head)
-    MODELS[f'{_backbone}_{_head}'] = f'{__name__}:{_backbone}_{_head}'
+MODELS = tuple(register_variant(backbone, head).__name__ for backbone, head in _NAMED)
 on_demand.install()
 
 
@@ -173,7 +169,7 @@ def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:
 
 def _register(architecture: str, location: str = '', config: dict[str, Any] | None = None) -> None:
     name, _ = split_model_name_tag(architecture)
-    if taken(name) or registry.load_plugin('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
+    if name_owner(name) or registry.load('model', name, verify=_verify_model, guard=_no_overwriting) is not None:
         return
     if is_model(name):
         return
@@ -204,8 +200,8 @@ def load_plugins() -> None:
     registry.load_all('model', verify=_verify_model, guard=_no_overwriting)
 
 
-def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
-    """Name, number of parameters at 1000 classes, and head of our named models and plugins' that match a pattern.
+def overview(pattern: str = '*') -> list[tuple[str, int, str, list[str]]]:
+    """Name, parameters at 1000 classes, head and its outputs, of our named models and plug-ins' that match a pattern.
 
     A plug-in's model that cannot be built is left out with a warning.
     """
@@ -213,17 +209,17 @@ def overview(pattern: str = '*') -> list[tuple[str, int, str]]:
     for name in fnmatch.filter([*MODELS, *registry.plugin_names('model')], pattern):
         try:
             model = create_model(name, device='meta')
-            head = next((key for key, value in HEADS.items() if type(model.get_classifier()) is value), 'any')
+            head = model.get_classifier()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too, whatever a plug-in's function raises
             warnings.warn(f"Left out: '{name}' ({type(error).__name__}: {error})", stacklevel=2)
             continue
-        rows.append((name, sum(p.numel() for p in model.parameters()), head))
+        rows.append((name, sum(p.numel() for p in model.parameters()), head_name(head) or 'any', output_names(head)))
     return rows
 
 
-def taken(name: str) -> str | None:
+def name_owner(name: str) -> str | None:
     """Whether timm or this package has a model of that name, in words; None if neither has."""
     if not is_model(name):
         return None

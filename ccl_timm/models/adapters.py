@@ -210,9 +210,9 @@ def make_small_input(model: nn.Module, name: str) -> None:
     """Replace, in place, the stem that is made for 224 px by one that keeps the resolution of small images.
 
     - ResNet, DenseNet: a 3x3 stride-1 convolution (new weights) in the place of the 7x7 stride-2 one, and no max-pool:
-      what POD-Loss does with ResNet on CIFAR and Tiny ImageNet [inferred for CC-Loss and for DenseNet].
-    - VGG: without its last max-pool, so that 24, 28 and 32 px run [inferred: CC-Loss states no change].
-    - MobileNetV2 and the EfficientNets: the stem's 3x3 convolution with stride 1 (its weights stay) [inferred].
+      what POD-Loss does with ResNet on CIFAR and Tiny ImageNet [assumption for CC-Loss and for DenseNet].
+    - VGG: without its last max-pool, so that 24, 28 and 32 px run [assumption: CC-Loss states no change].
+    - MobileNetV2 and the EfficientNets: the stem's 3x3 convolution with stride 1 (its weights stay) [assumption].
 
     Raises:
         UserError: the family has no such stem.

@@ -15,7 +15,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from ccl_timm.errors import UserError
-from ccl_timm.heads import HEADS, Head
+from ccl_timm.heads import Head, head_class, list_heads
 from ccl_timm.models.adapters import (
     build_options,
     classifier_path,
@@ -43,7 +43,7 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
 
     Args:
         backbone: a timm architecture without tag, such as ``'resnet18'``.
-        head: a name in ``ccl_timm.heads.HEADS``, such as ``'cam'``.
+        head: one of ``ccl_timm.heads.list_heads()``, such as ``'cam'``.
 
     Returns:
         The entry point, as timm's ``create_model`` calls it. Registering twice returns the first.
@@ -57,18 +57,17 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
         return getattr(module, name)
     if not timm.models.is_model(backbone):
         raise UserError(f"'{backbone}' is not a timm architecture, so there is no '{name}'; see timm.list_models().")
-    if head not in HEADS:
-        raise UserError(f"There is no head '{head}'; heads: {', '.join(HEADS)}.")
+    cls = head_class(head)
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         options = checkpoint_options(name, kwargs.get('pretrained_cfg'))
-        model = build_variant(name, backbone, HEADS[head], pretrained, **{**options, **kwargs})
+        model = build_variant(name, backbone, cls, pretrained, **{**options, **kwargs})
         model._model_args = {**getattr(model, '_model_args', {}), **options}  # timm adds what it was called with
         return model
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__doc__ = f'{backbone} with the {HEADS[head].__name__} classifier; see build_variant.'
-    default_cfgs.update(generate_default_cfgs(tagged_cfgs(name, variant_cfg(backbone, HEADS[head]))))
+    entry_point.__doc__ = f'{backbone} with the {cls.__name__} classifier; see build_variant.'
+    default_cfgs.update(generate_default_cfgs(tagged_cfgs(name, variant_cfg(backbone, cls))))
     setattr(module, name, entry_point)
     return register_model(entry_point)
 
@@ -79,7 +78,7 @@ def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
     Raises:
         UserError: the backbone has a head of ours, or no single classifier.
     """
-    if is_model(bare := backbone.rpartition('_')[0]) and backbone.removeprefix(f'{bare}_') in HEADS:
+    if is_model(bare := backbone.rpartition('_')[0]) and backbone.removeprefix(f'{bare}_') in list_heads():
         raise UserError(f"'{backbone}' has a head already: put one on '{bare}'.")
     tensors = _class_tensors(backbone, classifier_path(backbone), head_class)
     cfg = dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)

@@ -14,7 +14,7 @@ from timm.models import _registry, is_model, split_model_name_tag
 
 from ccl_timm import registry
 from ccl_timm.errors import UserError
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import list_heads
 from ccl_timm.models.builder import register_variant
 
 __all__ = ['install', 'split_variant']
@@ -22,7 +22,7 @@ __all__ = ['install', 'split_variant']
 
 def split_variant(name: str) -> tuple[str, str] | None:
     """Backbone and head of ``<timm architecture>_<head>``; None if the name is not of this form."""
-    for head in HEADS:
+    for head in sorted(list_heads(), key=len, reverse=True):
         backbone = name.removesuffix(f'_{head}')
         if backbone != name and is_model(backbone):
             return backbone, head

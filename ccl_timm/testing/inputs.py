@@ -51,7 +51,7 @@ def make_outputs(
     own: Callable[..., dict[str, Tensor]] | None = None,
     change: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> SimpleNamespace:
-    """Draw what a loss reads, as attributes; ``leaves`` holds by name the tensors that gradients arrive at.
+    """Draw what a loss required, as attributes; ``leaves`` holds by name the tensors that gradients arrive at.
 
     The tensors agree with each other: ``cosine`` is that of ``features`` and the unit rows of ``weight`` (or
     ``centroids``, which are fixed and get no gradient), ``attention`` is a sigmoid in (0, 1), ``feature_map``
@@ -69,7 +69,7 @@ def make_outputs(
             beside (or in place of) the known ones.
         change: called with the drawn tensors by name before anything is derived from them; may write into them.
     """
-    reads = _reads(loss)
+    required = _reads(loss)
     generator = torch.Generator().manual_seed(seed)
     channels = num_channels or 3 * num_classes
     shapes = {
@@ -83,34 +83,34 @@ def make_outputs(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         extra = own(batch, num_classes, num_features) if own else {}
-    unknown = [name for name in reads if name not in _KNOWN and name not in extra]
+    unknown = [name for name in required if name not in _KNOWN and name not in extra]
     if unknown:
         raise AssertionError(f"nothing is known of the tensor '{unknown[0]}': give a factory that makes it.")
     drawn = {
         name: torch.randn(shapes[name], generator=generator, dtype=torch.float64).to(dtype)
-        for name in sorted(_sources(reads) - extra.keys())
+        for name in sorted(_sources(required) - extra.keys())
     }
     drawn.update({name: tensor.detach().to(dtype) for name, tensor in extra.items()})
     if change:
         change(drawn)
     for name, tensor in drawn.items():
         tensor.requires_grad_(name != 'centroids' and tensor.is_floating_point())
-    return derive(drawn, reads, extra)
+    return derive(drawn, required, extra)
 
 
 def _reads(loss: Any) -> tuple[str, ...]:
-    return loss if isinstance(loss, tuple) else loss_class(loss).reads if isinstance(loss, str) else loss.reads
+    return loss if isinstance(loss, tuple) else loss_class(loss).requires if isinstance(loss, str) else loss.requires
 
 
-def _sources(reads: Iterable[str]) -> set[str]:
+def _sources(required: Iterable[str]) -> set[str]:
     """Names of the tensors to draw, from which the read ones can be derived."""
-    sources = {name for name in reads if name in _KNOWN}
+    sources = {name for name in required if name in _KNOWN}
     if 'cosine' in sources:
         sources = sources - {'cosine'} | {'features', 'centroids' if 'centroids' in sources else 'weight'}
     return sources
 
 
-def derive(drawn: dict[str, Tensor], reads: Iterable[str], extra: Iterable[str] = ()) -> SimpleNamespace:
+def derive(drawn: dict[str, Tensor], required: Iterable[str], extra: Iterable[str] = ()) -> SimpleNamespace:
     """From leaves to what a loss reads; keeps the graph between them."""
     rows = {name: F.normalize(drawn[name], dim=1) for name in BY_CLASS if name in drawn and name not in extra}
     found = {**drawn, **rows}
@@ -118,8 +118,8 @@ def derive(drawn: dict[str, Tensor], reads: Iterable[str], extra: Iterable[str] 
         found['feature_map'] = drawn['feature_map'].abs()
     if 'attention' in drawn and 'attention' not in extra:
         found['attention'] = drawn['attention'].sigmoid()
-    if 'cosine' in reads and 'cosine' not in extra:
+    if 'cosine' in required and 'cosine' not in extra:
         vectors = found['centroids'] if 'centroids' in found else found['weight']
         found['cosine'] = F.normalize(found['features'], dim=1) @ vectors.T
     leaves = {name: tensor for name, tensor in drawn.items() if tensor.requires_grad}
-    return SimpleNamespace(**found, leaves=leaves, drawn=drawn, reads=tuple(reads), own=tuple(extra))
+    return SimpleNamespace(**found, leaves=leaves, drawn=drawn, required=tuple(required), own=tuple(extra))

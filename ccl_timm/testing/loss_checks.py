@@ -15,7 +15,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from ccl_timm import models
 from ccl_timm.errors import UserError
-from ccl_timm.heads import HEADS, HeadOutputs
+from ccl_timm.heads import HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_class, loss_options
 from ccl_timm.task import create_task
 from ccl_timm.testing.common import SEED, assert_close, assert_finite, different_state, run_checks, state_of
@@ -63,15 +63,15 @@ class LossCase:
 
     def example(self, batch: int = 8, num_classes: int = 5, num_features: int = 6, **kwargs) -> SimpleNamespace:
         """Inputs that fit :meth:`build`; keyword arguments as for :func:`make_outputs`."""
-        reads = self.build(num_classes=num_classes, num_features=num_features).reads
+        required = self.build(num_classes=num_classes, num_features=num_features).requires
         kwargs.setdefault('num_channels', self.options.get('num_channels'))
-        return make_outputs(reads, batch, num_classes, num_features, own=self.outputs, **kwargs)
+        return make_outputs(required, batch, num_classes, num_features, own=self.outputs, **kwargs)
 
 
 def _value_and_gradients(loss: Callable, outputs: Any, target: Tensor, leaves: dict[str, Tensor]):
     """The scalar and its gradient at the leaves (zeros where none arrives), always with the same random numbers."""
     if hasattr(outputs, 'drawn'):  # a graph of its own for each call: a loss that holds on to one is found out
-        outputs = derive(outputs.drawn, outputs.reads, outputs.own)
+        outputs = derive(outputs.drawn, outputs.requires, outputs.own)
     torch.manual_seed(SEED)
     value = loss(outputs, target)
     assert value.ndim == 0, f'the loss is of shape {tuple(value.shape)}, not a scalar.'
@@ -85,16 +85,16 @@ def _value_and_gradients(loss: Callable, outputs: Any, target: Tensor, leaves: d
 
 
 def facts_are_declared(case: LossCase) -> None:
-    """``reads``, ``head``, ``soft_targets`` and ``uses_batch_statistics`` are there, of the right type, and known."""
+    """``requires``, ``head``, ``soft_targets``, ``uses_batch_statistics`` are there, of the right type, and known."""
     loss = case.build()
-    reads = loss.reads
-    assert isinstance(reads, tuple) and reads and all(isinstance(name, str) for name in reads), (
-        f'reads must be a tuple of names, it is {reads!r}.'
+    required = loss.requires
+    assert isinstance(required, tuple) and required and all(isinstance(name, str) for name in required), (
+        f'requires must be a tuple of names, it is {required!r}.'
     )
     assert loss.head is None or isinstance(loss.head, str), f'head must be a name or None, it is {loss.head!r}.'
     if case.model is None and case.outputs is None:
-        assert loss.head in (None, *HEADS), (
-            f"head '{loss.head}' is none of {', '.join(HEADS)}: give a model= that has it."
+        assert loss.head in (None, *list_heads()), (
+            f"head '{loss.head}' is none of {', '.join(list_heads())}: give a model= that has it."
         )
     for name in ('soft_targets', 'uses_batch_statistics'):
         assert isinstance(getattr(loss, name), bool), f'{name} must be True or False, it is {getattr(loss, name)!r}.'
@@ -106,14 +106,14 @@ def facts_are_declared(case: LossCase) -> None:
 
 
 def reads_what_it_declares(case: LossCase) -> None:
-    """Nothing beside ``reads`` is taken from the outputs, and each of ``reads`` makes a difference."""
+    """Nothing beside ``requires`` is taken from the outputs, and each of ``requires`` makes a difference."""
     outputs, target = case.example(), make_target()
     loss = case.build(torch.float64)
-    only = SimpleNamespace(**{name: getattr(outputs, name).detach() for name in loss.reads})
+    only = SimpleNamespace(**{name: getattr(outputs, name).detach() for name in loss.requires})
     seen = []
     for step in (0, 1):  # a loss that alternates may read one tensor at even steps only
         loss.set_step(step)
-        for name in (None, *loss.reads):
+        for name in (None, *loss.requires):
             trial, other = copy.deepcopy(loss), copy.copy(only)
             if name:
                 read = getattr(only, name)  # no common factor: many losses do not see the scale
@@ -124,8 +124,8 @@ def reads_what_it_declares(case: LossCase) -> None:
                 base, base_state = value, state_of(trial)
             elif not torch.allclose(value, base, rtol=1e-9, atol=0) or different_state(state_of(trial), base_state):
                 seen.append(name)
-    unused = [name for name in loss.reads if name not in seen]
-    assert not unused, f"reads names '{unused[0]}', but neither value nor state changes with it."
+    unused = [name for name in loss.requires if name not in seen]
+    assert not unused, f"requires names '{unused[0]}', but neither value nor state changes with it."
 
 
 def batch_statistics_are_declared(case: LossCase) -> None:
@@ -134,11 +134,11 @@ def batch_statistics_are_declared(case: LossCase) -> None:
     first, second = case.example(seed=0), case.example(seed=1)
     targets = make_target(seed=0), make_target(seed=1)
     targets = targets[0], targets[1].roll(1)
-    names = [name for name in loss.reads if name not in BY_CLASS and len(getattr(first, name)) == 8]
+    names = [name for name in loss.requires if name not in BY_CLASS and len(getattr(first, name)) == 8]
 
     def value(head: int, rest: int) -> Tensor:
         """Sample 0 of one draw, all others of one draw, the class vectors always of the first."""
-        mixed = {name: getattr(first, name).detach() for name in loss.reads}
+        mixed = {name: getattr(first, name).detach() for name in loss.requires}
         for name in names:
             parts = [getattr((first, second)[i], name).detach() for i in (head, rest)]
             mixed[name] = torch.cat([parts[0][:1], parts[1][1:]])
@@ -182,8 +182,8 @@ def terms_add_up(case: LossCase) -> None:
     """The named terms are scalars whose sum is the loss; a 32-bit or 8-bit integer target is as good as int64."""
     outputs, target = case.example(), make_target()
     torch.manual_seed(SEED)
-    terms = case.build(torch.float64).named_terms(outputs, target)
-    assert isinstance(terms, dict) and terms, f'named_terms must return a dict of terms, it returned {terms!r}.'
+    terms = case.build(torch.float64).loss_dict(outputs, target)
+    assert isinstance(terms, dict) and terms, f'loss_dict must return a dict of terms, it returned {terms!r}.'
     for name, term in terms.items():
         assert term.ndim == 0, f"the term '{name}' is of shape {tuple(term.shape)}, not a scalar."
     for dtype in (torch.int64, torch.int32, torch.uint8):
@@ -225,7 +225,7 @@ def gradient_is_the_derivative(case: LossCase) -> None:
     def function(*leaves: Tensor) -> Tensor:
         torch.manual_seed(SEED)
         drawn = {**outputs.drawn, **dict(zip(names, leaves, strict=True))}
-        return copy.deepcopy(loss)(derive(drawn, loss.reads, outputs.own), target)
+        return copy.deepcopy(loss)(derive(drawn, loss.requires, outputs.own), target)
 
     for step in (0, 1):
         loss.set_step(step)
@@ -245,7 +245,7 @@ def half_precision_is_close(case: LossCase) -> None:
     loss, target = case.build(), make_target()
     double = copy.deepcopy(loss).double()
     for dtype in (torch.float16, torch.bfloat16):
-        read = {name: getattr(case.example(dtype=torch.float32), name).detach().to(dtype) for name in loss.reads}
+        read = {name: getattr(case.example(dtype=torch.float32), name).detach().to(dtype) for name in loss.requires}
         leaves = {name: tensor.requires_grad_(name != 'centroids') for name, tensor in read.items()}
         leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
         exact = {name: tensor.detach().double().requires_grad_(name in leaves) for name, tensor in read.items()}
@@ -352,13 +352,13 @@ def hard_batches_are_finite(case: LossCase) -> None:
 
 def _exact_cosines_are_finite(case: LossCase) -> None:
     """Cosines that are 1 or -1 to the last bit, or one rounding beyond, as a product of unit vectors gives them."""
-    if 'cosine' not in case.build().reads:
+    if 'cosine' not in case.build().requires:
         return
     step = torch.finfo(torch.float32).eps
     for cosine in (1.0, -1.0, 1 + step, -1 - step, 1 - step, step - 1):
         loss, target = case.build(), make_target()
         outputs = case.example(dtype=torch.float32)
-        read = {name: getattr(outputs, name).detach() for name in loss.reads}
+        read = {name: getattr(outputs, name).detach() for name in loss.requires}
         read['cosine'] = torch.full_like(read['cosine'], cosine).requires_grad_()
         found = _value_and_gradients(loss, SimpleNamespace(**read), target, {'cosine': read['cosine']})
         assert_finite(*found, f'all cosines {cosine!r}')
@@ -515,7 +515,7 @@ def check_loss(
             scalar, in float64, with gradient by autograd. ``loss`` is a copy as it was before the step, for its state;
             random numbers start where the loss's started. If the loss takes soft targets, so must the reference.
         outputs: called as ``outputs(batch, num_classes, num_features)``; returns by name random tensors that the loss
-            reads and that no head of ours gives out.
+            required and that no head of ours gives out.
         prepare: called with every new loss, for instance to set its step.
         model: a name for :func:`ccl_timm.create_model`, or a model with 5 classes, to train on; a small ResNet with
             the head that the loss names by default. Without one, a loss with ``outputs`` is not trained.
@@ -548,7 +548,7 @@ def try_loss(name: str) -> None:
     """
     case = LossCase(name)
     loss = case.build()
-    if not {*loss.reads} <= {*HeadOutputs._fields, 'feature_map'}:
+    if not {*loss.requires} <= {*HeadOutputs._fields, 'feature_map'}:
         return
-    for term, value in loss.named_terms(case.example(dtype=torch.float32), make_target()).items():
+    for term, value in loss.loss_dict(case.example(dtype=torch.float32), make_target()).items():
         assert value.ndim == 0 and value.isfinite(), f"its term '{term}' is {value.detach()}, not a finite scalar"

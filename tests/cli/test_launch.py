@@ -92,7 +92,7 @@ def test_epochs_and_steps_reach_a_loss_with_a_schedule(script, launch):
     'argv, message',
     [
         (['--loss', 'ccc'], "Unknown loss 'ccc'; did you mean 'cc'?"),
-        (['--loss', 'cc', '--model', 'resnet18'], "loss 'cc' reads attention; resnet18 has a linear classifier"),
+        (['--loss', 'cc', '--model', 'resnet18'], "loss 'cc' requires attention; resnet18 has a linear classifier"),
         (['--loss', 'cc', '--model', 'resnet18_camm'], "Unknown model 'resnet18_camm'; did you mean"),
         (['--loss', 'cc', '--jsd-loss'], '--jsd-loss cannot be combined with --loss cc'),
         (['--loss', 'cc', '--bce-loss'], '--bce-loss cannot be combined'),

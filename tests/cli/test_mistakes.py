@@ -9,7 +9,7 @@ import itertools
 import pytest
 import yaml
 
-from ccl_timm.losses import LOSSES, loss_class
+from ccl_timm.losses import list_losses, loss_class
 
 NO_NUMBER = ('nan', 'inf', '-inf', '1e400', 'many', '')
 COUNT = ('0', '-1', '1.5', '99999999999999999999')  # at least 1
@@ -55,7 +55,7 @@ def command_lines():
                 yield (*command, f'--{name}={value}'), None
                 if command is TRAINING and value and name in 'batch-size epochs lr momentum hflip seed val-fraction':
                     yield TRAINING, {name.replace('-', '_'): yaml.safe_load(value) if value != '1e400' else value}
-    for name in LOSSES:
+    for name in list_losses():
         for option, parameter in inspect.signature(loss_class(name)).parameters.items():
             if isinstance(parameter.default, float) or (type(parameter.default) is int):
                 for value in ('nan', 'inf', '-1e400', 'many'):

@@ -103,6 +103,7 @@ def test_an_installed_plugin_trains_beside_a_broken_one(installed, folder, tmp_p
     assert {row['name']: row['state'] for row in json.loads(result.stdout)} == {
         'broken': 'broken',
         'my_loss_loss': 'loaded',
+        'my_loss_head': 'loaded',
         'my_loss_net': 'loaded',
     }
 
@@ -117,6 +118,7 @@ def test_the_package_is_found_without_import_and_its_own_tests_pass(installed):
     )
     found = subprocess.run([sys.executable, '-c', code], env=env, check=True, capture_output=True, text=True).stdout
     assert found.splitlines() == [
+        'head my_loss_head my_loss.heads:NormalisedHead 0.1.0 None',
         'loss my_loss_loss my_loss.losses:ConfidencePenalty 0.1.0 None',
         'model my_loss_net my_loss.models:my_loss_net 0.1.0 None',
         'False',

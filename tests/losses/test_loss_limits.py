@@ -229,7 +229,7 @@ def test_an_overflowing_batch_leaves_a_finite_state(name, options, bad):
     loss = build(name, dtype=torch.float32, **options)
     for factor in (1.0, BAD[bad], 1.0):
         outputs = make_outputs(loss, dtype=torch.float32)
-        read = {key: getattr(outputs, key).detach().clone() for key in loss.reads}
+        read = {key: getattr(outputs, key).detach().clone() for key in loss.requires}
         for key in read.keys() & {'features', 'logits'}:
             read[key] *= factor
         value = loss(SimpleNamespace(**{k: v.requires_grad_() for k, v in read.items()}), make_target())
@@ -264,4 +264,4 @@ def test_a_scale_for_thousands_of_classes_is_a_caution():
     ('name', 'words'), [('cc', 'batch of a single class'), ('cot', 'half the updates'), ('mc', 'the network')]
 )
 def test_known_deviations_are_among_the_declared_assumptions(name, words):
-    assert words in losses.loss_class(name).inferred
+    assert words in losses.loss_class(name).assumptions

@@ -17,7 +17,7 @@ from ccl_timm.testing import LOSS_CHECKS, MODEL_CHECKS, ModelCase, check_loss, c
 class Good(Loss):
     """Cross-entropy plus the squared distance of features to their running mean."""
 
-    reads = ('logits', 'features')
+    requires = ('logits', 'features')
 
     def __init__(self, num_features: int, weight: float = 0.1):
         super().__init__()
@@ -32,7 +32,7 @@ class Good(Loss):
     def far(self, features):
         return (features - self.mean).square().sum(1).mean()
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         far = self.far(outputs.features)
         self.advance(outputs.features)
         return {'ce': F.cross_entropy(outputs.logits, target), 'far': self.weight * far}
@@ -49,13 +49,13 @@ def reference(outputs, target, loss, weight=0.1):
 
 
 class WrongSign(Good):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         terms = super().terms(outputs, target)
         return {'ce': terms['ce'], 'far': -terms['far']}
 
 
 class MissingFactor(Good):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         terms = super().terms(outputs, target)
         return {'ce': terms['ce'], 'far': terms['far'] / self.weight}
 
@@ -73,7 +73,7 @@ class NanAtOne(Good):
 
 
 class Overflows(Good):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         terms = super().terms(outputs, target)
         z = outputs.logits
         return {**terms, 'ce': (z.exp().sum(1).log() - z.gather(1, target[:, None])[:, 0]).mean()}
@@ -104,7 +104,7 @@ class MovesWithoutGradient(Good):
 class FalselySoft(Good):
     soft_targets = True
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return super().terms(outputs, target.float().mean(1).long() if target.ndim == 2 else target)
 
 
@@ -123,11 +123,11 @@ class FalselyTogether(Good):
 
 
 class ReadsInVain(Good):
-    reads = ('logits', 'features', 'attention')
+    requires = ('logits', 'features', 'attention')
 
 
 class ReadsInSecret(Good):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {**super().terms(outputs, target), 'secret': outputs.attention.sum()}
 
 
@@ -141,7 +141,7 @@ class LooseOptions(Good):
 
 
 class VectorTerm(Good):
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {'ce': F.cross_entropy(outputs.logits, target, reduction='none')}
 
 
@@ -151,7 +151,7 @@ class HiddenTerm(Good):
 
 
 class HalfPrecision(Good):
-    def named_terms(self, outputs, target):
+    def loss_dict(self, outputs, target):
         target = self._checked(target, outputs.logits)
         far = (outputs.features - self.mean.to(outputs.features.dtype)).square().sum(1).mean()
         self.advance(outputs.features.to(self.mean.dtype))
@@ -191,7 +191,7 @@ class CompilesToAnother(Good):
 class Ascends(Good):
     """Its value is right, its gradient turned round."""
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {name: 2 * term.detach() - term for name, term in super().terms(outputs, target).items()}
 
 
@@ -258,7 +258,7 @@ def test_every_check_of_a_loss_can_fail():
 
 def test_an_error_inside_is_named_too():
     class Raises(Good):
-        def terms(self, outputs, target):
+        def compute_terms(self, outputs, target):
             raise ZeroDivisionError('float division by zero')
 
     with pytest.raises(
@@ -273,10 +273,10 @@ def test_an_error_inside_is_named_too():
 class Pull(Loss):
     """Reads a tensor that only its own head gives out."""
 
-    reads = ('logits', 'embedding')
+    requires = ('logits', 'embedding')
     head = 'pull'
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         return {'ce': F.cross_entropy(outputs.logits, target), 'pull': 0.01 * outputs.embedding.square().mean()}
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ccl_timm import cli
-from ccl_timm.losses import LOSSES, loss_class
+from ccl_timm.losses import list_losses, loss_class
 from ccl_timm.training.checkpoint_files import read_checkpoint
 from ccl_timm.training.run_dir import RunDir
 
@@ -130,7 +130,7 @@ def argv(place):
 @pytest.mark.parametrize('kills', [pytest.param(1, id='smoke'), 5])
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_killed_at_any_moment_a_run_ends_as_one_that_was_not(setting, kills, argv, place):
-    head = loss_class(setting).head if setting in LOSSES else None
+    head = loss_class(setting).head if setting in list_losses() else None
     argv = ['--model', f'test_resnet_{head or "cam"}', *argv, *SETTINGS[setting]]
     log, began = place / 'log', time.monotonic()
     finish(start([*argv, '--experiment', 'whole'], log), log)

@@ -148,7 +148,7 @@ def test_model_options_go_with_the_model_that_is_typed(tmp_path):
 @pytest.mark.parametrize(
     'words, message',
     [
-        (['--model', 'resnet18_linear', '--loss', 'cc'], 'reads attention; resnet18_linear has .* use resnet18_cam'),
+        (['--model', 'resnet18_linear', '--loss', 'cc'], 'requires attention; resnet18_linear has .* use resnet18_cam'),
         (['--model', 'resnet18_mc', '--loss', 'mc', '--img-size', '8'], 'the feature map .* has one only'),
         (['--model', 'vgg16_cosine', '--loss', 'arcface', '--img-size', '24'], 'on images of 3x24x24: .* too small'),
     ],

@@ -46,3 +46,12 @@ def test_negative_weight_is_refused():
 
 def test_model():
     check_model('example_plugin_net', img_size=64)
+
+
+def test_head_on_any_backbone():
+    check_model('test_resnet_example_plugin_head', img_size=32)
+
+
+def test_features_have_one_length():
+    head = ccl_timm.create_model('test_resnet_example_plugin_head', num_classes=3, scale=4.0).get_classifier()
+    assert head.outputs(torch.randn(5, head.in_features)).features.norm(dim=1).tolist() == pytest.approx([4.0] * 5)

@@ -24,7 +24,7 @@ class ConfidencePenalty(Loss):
     Terms: ``ce``, ``confidence`` (<= 0).
     """
 
-    reads = ('logits',)
+    requires = ('logits',)
     soft_targets = True
     paper = 'Confidence penalty, arXiv 1701.06548, section 3.1'
 
@@ -35,7 +35,7 @@ class ConfidencePenalty(Loss):
         self.weight = weight
         self.smoothing = smoothing
 
-    def terms(self, outputs, target):
+    def compute_terms(self, outputs, target):
         """Return ``ce`` and ``confidence``."""
         return {
             'ce': cross_entropy(outputs.logits, target, self.smoothing),
