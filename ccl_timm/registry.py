@@ -60,7 +60,9 @@ class Entry:
 
     def __str__(self) -> str:
         by = f'{self.distribution} {self.version}'
-        return f"{self.kind} plugin '{self.name}' of {by} ({self.value})" if self.name else f'{self.kind}s of {by}'
+        return (
+            f"{self.kind} plugin '{self.name}' of {by} ({self.value})" if self.name else f'{self.kind} plugins of {by}'
+        )
 
 
 _loaded: dict[Entry, Any] = {}
@@ -204,7 +206,8 @@ def _scan() -> tuple[Entry, ...]:
     for dist in importlib.metadata.distributions():
         if kinds := _kinds_in(dist):
             name, found = _read(dist, kinds)
-            entries.setdefault(name, found)  # of two installations of one distribution Python imports the first
+            # of two installations of one distribution Python imports the first
+            entries.setdefault(name or str(len(entries)), found)
     return tuple(sorted({e for own in entries.values() for e in own}, key=lambda e: (e.kind, e.name, e.distribution)))
 
 
@@ -220,8 +223,8 @@ def _kinds_in(dist: Distribution) -> list[str]:
 
 
 def _read(dist: Distribution, kinds: list[str]) -> tuple[str, list[Entry]]:
-    """Normalised name of a distribution, and its entries."""
-    name, version, file = f'a distribution in {dist.locate_file("")}', 'unknown', 'METADATA'
+    """Normalised name of a distribution, empty if it cannot be read, and its entries."""
+    name, version, file = '', 'unknown', 'METADATA'
     try:
         name = _normalised(dist.metadata['Name'])
         file = 'entry_points.txt'
@@ -231,7 +234,8 @@ def _read(dist: Distribution, kinds: list[str]) -> tuple[str, list[Entry]]:
         found = [(k, e.name, e.value) for k in kinds for e in dist.entry_points if e.group == GROUPS[k]]
     except Exception as error:
         reason = f'its {file} cannot be read ({_sentence(error)})'
-        return name, [Entry(kind, '', '', name, version, reason) for kind in kinds]
+        shown = name or f'a distribution in {dist.locate_file("")}'
+        return name, [Entry(kind, '', '', shown, version, reason) for kind in kinds]
     return name, [Entry(*entry, name, version, _entry_error(*entry)) for entry in found]
 
 

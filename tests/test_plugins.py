@@ -116,7 +116,7 @@ def test_a_head_of_a_plugin_goes_on_any_backbone(install, words, folder, place):
     code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet_plain')
     assert code == 0, err
     assert 'Plain' in err
-    assert timm.create_model('test_resnet2_plain', num_classes=4).num_classes == 4
+    assert timm.create_model('resnet10t_plain', num_classes=4).num_classes == 4
     with pytest.raises(UserError, match=r'the class must have the methods outputs\(pooled\) and reset'):
         create_model('test_resnet_empty')
 
@@ -237,21 +237,21 @@ def test_undecodable_files_are_listed(install):
 
 
 def test_same_name_from_two_distributions(install, monkeypatch):
-    install('plug-b', LOSSES + 'pod = fake_b:Loss\n', fake_b='Loss = "b"\n')
-    install('plug-a', LOSSES + 'pod = fake_a:Loss\n', fake_a='Loss = "a"\n', version='2.0')
+    install('plug-b', LOSSES + 'podd = fake_b:Loss\n', fake_b='Loss = "b"\n')
+    install('plug-a', LOSSES + 'podd = fake_a:Loss\n', fake_a='Loss = "a"\n', version='2.0')
     assert registry.plugin_names('loss') == []
     assert [row['state'] for row in registry.describe()] == ['clash', 'clash']
     with pytest.raises(PluginLoadError) as caught:
-        registry.load('loss', 'pod')
+        registry.load('loss', 'podd')
     assert str(caught.value) == (
-        "Cannot choose: the loss 'pod' is declared by plug-a 2.0 (fake_a:Loss) and by plug-b 1.0 (fake_b:Loss): "
+        "Cannot choose: the loss 'podd' is declared by plug-a 2.0 (fake_a:Loss) and by plug-b 1.0 (fake_b:Loss): "
         "uninstall one of them, or leave one out, for example with CCL_TIMM_PLUGINS='plug-a'."
     )
     with pytest.warns(UserWarning, match='Cannot choose') as record:
         assert registry.load_all('loss') == {}
     assert len(record) == 1
     monkeypatch.setenv(registry.SWITCH, 'plug-b')
-    assert registry.load('loss', 'pod') == 'b'
+    assert registry.load('loss', 'podd') == 'b'
     assert [row['state'] for row in registry.describe()] == ['disabled', 'loaded']
 
 
