@@ -225,4 +225,4 @@ class PODLoss(NaCLoss):
     def compute_terms(self, outputs, target):
         """Return ``nac`` and ``sc``."""
         sc = self_correlation(outputs.features, outputs.centroids, target)
-        return {**super().terms(outputs, target), 'sc': self.weight * sc}
+        return {**super().compute_terms(outputs, target), 'sc': self.weight * sc}

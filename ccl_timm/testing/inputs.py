@@ -122,4 +122,4 @@ def derive(drawn: dict[str, Tensor], required: Iterable[str], extra: Iterable[st
         vectors = found['centroids'] if 'centroids' in found else found['weight']
         found['cosine'] = F.normalize(found['features'], dim=1) @ vectors.T
     leaves = {name: tensor for name, tensor in drawn.items() if tensor.requires_grad}
-    return SimpleNamespace(**found, leaves=leaves, drawn=drawn, required=tuple(required), own=tuple(extra))
+    return SimpleNamespace(**found, leaves=leaves, drawn=drawn, requires=tuple(required), own=tuple(extra))

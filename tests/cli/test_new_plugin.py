@@ -15,6 +15,7 @@ FILES = [
     'README.md',
     'pyproject.toml',
     'src/my_loss/__init__.py',
+    'src/my_loss/heads.py',
     'src/my_loss/losses.py',
     'src/my_loss/models.py',
     'tests/test_my_loss.py',

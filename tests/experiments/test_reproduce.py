@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from ccl_timm.experiments import compare, reproduce, tables
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import head_class
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
@@ -188,7 +188,7 @@ def accuracy_with_cross_entropy(head, num_classes, dim=64, images=10):
     means, target = torch.randn(num_classes, dim), torch.arange(num_classes).repeat_interleave(images)
     samples, unseen = (means[target] + torch.randn(len(target), dim) for _ in range(2))
     body = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.ReLU())
-    network = nn.Sequential(body, HEADS[head](256, num_classes))
+    network = nn.Sequential(body, head_class(head)(256, num_classes))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     for _ in range(8):
         for batch in torch.randperm(len(target)).split(64):
@@ -204,13 +204,13 @@ def test_cross_entropy_trains_as_well_on_the_pedcc_head_as_on_the_linear_one():
 
 
 def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it():
-    head = HEADS['pedcc'](196, 196, feature_dim=196)
+    head = head_class('pedcc')(196, 196, feature_dim=196)
     nn.init.eye_(head.linear.weight)
     nn.init.zeros_(head.linear.bias)
     assert nn.functional.cross_entropy(head(head.weight), torch.arange(196)) < 1e-3  # 4.28 for bare cosines
     outputs = head.outputs(torch.randn(64, 196))
     assert torch.equal(outputs.logits.argmax(1), outputs.cosine.argmax(1))
-    assert HEADS['pedcc'](8, 4, scale=2.0)(torch.randn(64, 8)).abs().max() <= 2.001
+    assert head_class('pedcc')(8, 4, scale=2.0)(torch.randn(64, 8)).abs().max() <= 2.001
 
 
 @pytest.mark.parametrize(

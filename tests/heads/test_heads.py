@@ -7,15 +7,15 @@ import timm
 import torch
 
 import ccl_timm
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import head_class, list_heads
 
 
 def head_of(name, dtype=torch.float32):
     torch.manual_seed(0)
-    return HEADS[name](16, 5, dtype=dtype).eval()
+    return head_class(name)(16, 5, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', list_heads())
 def test_torch_fx_traces_every_head_and_ends_in_the_logits(name):
     head, pooled = head_of(name), torch.randn(3, head_of(name).out.in_features if name == 'mc' else 16)
     traced = torch.fx.symbolic_trace(head)
@@ -24,7 +24,7 @@ def test_torch_fx_traces_every_head_and_ends_in_the_logits(name):
     assert output.args == (last,)
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', list_heads())
 def test_torchvision_extracts_features_of_every_head(name):
     extraction = pytest.importorskip('torchvision.models.feature_extraction')
     model = timm.create_model(f'resnet18_{name}', num_classes=5, small_input=True).eval()

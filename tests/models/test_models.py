@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import ccl_timm
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import head_class, list_heads
 from ccl_timm.models import MODELS
 from ccl_timm.testing import check_model, model_checks
 
@@ -78,7 +78,7 @@ def test_imagenet_weights_of_every_family_fit(name):
 
 
 @pytest.mark.parametrize('num_classes', [1000, 7])
-@pytest.mark.parametrize('head', sorted(HEADS))
+@pytest.mark.parametrize('head', list_heads())
 def test_imagenet_weights_reach_the_backbone_and_never_the_head(head, num_classes, tmp_path):
     path, state = backbone_file(tmp_path, 'resnet18')
     model = timm.create_model(
@@ -260,7 +260,7 @@ def test_torchvision_knows_our_models_when_asked():
 
 
 def test_cam_head_is_the_papers_formula():
-    head = HEADS['cam'](6, 3, hidden_features=4, reduction=2).double()
+    head = head_class('cam')(6, 3, hidden_features=4, reduction=2).double()
     pooled = torch.randn(5, 6, dtype=torch.float64)
     outputs = head.outputs(pooled)
     gate = head.attention
@@ -275,7 +275,7 @@ def test_cam_head_is_the_papers_formula():
 
 
 def test_mlp_head_is_the_papers_baseline():
-    head = HEADS['mlp'](6, 3, hidden_features=4).double()
+    head = head_class('mlp')(6, 3, hidden_features=4).double()
     pooled = torch.randn(5, 6, dtype=torch.float64)
     outputs = head.outputs(pooled)
     (w1, b1, w2, b2) = head.parameters()
@@ -283,7 +283,7 @@ def test_mlp_head_is_the_papers_baseline():
     assert torch.allclose(outputs.features, features)
     assert torch.allclose(outputs.logits, features @ w2.T + b2)
     assert torch.equal(head(pooled), outputs.logits) and outputs.attention is None
-    assert HEADS['mlp'](6, 3).out.in_features == 6
+    assert head_class('mlp')(6, 3).out.in_features == 6
 
 
 def test_linear_head_has_a_narrow_layer_where_it_is_asked_for(tmp_path):
@@ -358,7 +358,7 @@ def test_features_of_a_trained_checkpoint_are_those_it_was_trained_to(name, opti
 
 
 @pytest.mark.parametrize('pool', [None, ''])
-@pytest.mark.parametrize('head', sorted(HEADS))
+@pytest.mark.parametrize('head', list_heads())
 def test_embeddings_of_a_trained_checkpoint(head, pool, tmp_path):
     source = export(tmp_path, f'resnet18_{head}')
     model = ccl_timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0, global_pool=pool).eval()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ccl_timm.heads import HEADS
+from ccl_timm.heads import list_heads
 from ccl_timm.losses import Loss
 from ccl_timm.models import register_variant
 from ccl_timm.testing import LOSS_CHECKS, MODEL_CHECKS, ModelCase, check_loss, check_model, make_outputs, make_target
@@ -466,7 +466,7 @@ def test_good_model_passes(name, options):
     check_model(name, img_size=64, **options)
 
 
-@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('head', list_heads())
 def test_models_of_every_head_pass(head):
     check_model(register_variant('test_resnet', head).__name__, img_size=64)
 
