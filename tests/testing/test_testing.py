@@ -1,6 +1,7 @@
 """The testers fail when they should: each check meets a loss or model that is broken in just its way."""
 
 import os
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -50,13 +51,13 @@ def reference(outputs, target, loss, weight=0.1):
 
 class WrongSign(Good):
     def compute_terms(self, outputs, target):
-        terms = super().terms(outputs, target)
+        terms = super().compute_terms(outputs, target)
         return {'ce': terms['ce'], 'far': -terms['far']}
 
 
 class MissingFactor(Good):
     def compute_terms(self, outputs, target):
-        terms = super().terms(outputs, target)
+        terms = super().compute_terms(outputs, target)
         return {'ce': terms['ce'], 'far': terms['far'] / self.weight}
 
 
@@ -74,7 +75,7 @@ class NanAtOne(Good):
 
 class Overflows(Good):
     def compute_terms(self, outputs, target):
-        terms = super().terms(outputs, target)
+        terms = super().compute_terms(outputs, target)
         z = outputs.logits
         return {**terms, 'ce': (z.exp().sum(1).log() - z.gather(1, target[:, None])[:, 0]).mean()}
 
@@ -105,7 +106,7 @@ class FalselySoft(Good):
     soft_targets = True
 
     def compute_terms(self, outputs, target):
-        return super().terms(outputs, target.float().mean(1).long() if target.ndim == 2 else target)
+        return super().compute_terms(outputs, target.float().mean(1).long() if target.ndim == 2 else target)
 
 
 class SecretlySoft(Good):
@@ -128,7 +129,7 @@ class ReadsInVain(Good):
 
 class ReadsInSecret(Good):
     def compute_terms(self, outputs, target):
-        return {**super().terms(outputs, target), 'secret': outputs.attention.sum()}
+        return {**super().compute_terms(outputs, target), 'secret': outputs.attention.sum()}
 
 
 class UnknownHead(Good):
@@ -192,7 +193,7 @@ class Ascends(Good):
     """Its value is right, its gradient turned round."""
 
     def compute_terms(self, outputs, target):
-        return {name: 2 * term.detach() - term for name, term in super().terms(outputs, target).items()}
+        return {name: 2 * term.detach() - term for name, term in super().compute_terms(outputs, target).items()}
 
 
 BROKEN_LOSSES = [
@@ -270,6 +271,15 @@ def test_an_error_inside_is_named_too():
 # --- a plugin's own head and tensors ---------------------------------------------------------------------------------
 
 
+class EmbeddingOutputs(NamedTuple):
+    """Outputs of a head with a tensor of its own."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    feature_map: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+
+
 class Pull(Loss):
     """Reads a tensor that only its own head gives out."""
 
@@ -282,15 +292,7 @@ class Pull(Loss):
 
 class PullHead(nn.Linear):
     def outputs(self, pooled):
-        outputs = super().forward(pooled)
-
-        class Outputs:
-            logits, features, embedding = outputs, pooled, pooled
-
-            def _asdict(self):
-                return {'logits': self.logits, 'features': self.features, 'embedding': self.embedding}
-
-        return Outputs()
+        return EmbeddingOutputs(super().forward(pooled), pooled, embedding=pooled)
 
 
 def own(batch, num_classes, num_features):
