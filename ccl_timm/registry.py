@@ -21,7 +21,7 @@ from ccl_timm.errors import PluginLoadError, UserError
 
 __all__ = [
     'GROUPS', 'SWITCH', 'Entry', 'describe', 'find_plugins', 'load', 'load_all', 'names', 'our_names', 'plugin_names',
-    'refresh', 'used_plugins',
+    'refresh', 'used_plugins', 'version',
 ]  # fmt: skip
 
 # kind -> entry point group
@@ -30,6 +30,7 @@ GROUPS = {'head': 'ccl_timm.heads', 'loss': 'ccl_timm.losses', 'model': 'ccl_tim
 SWITCH = 'CCL_TIMM_PLUGINS'
 
 _OURS = 'ccl-timm'
+_NOT_INSTALLED = 'ccl_timm is on the path but not installed: run `pip install -e .` beside its pyproject.toml.'
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
 # the metadata specification allows spaces around the colon and extras, which consumers may ignore
 _VALUE = re.compile(r'(?P<module>[\w.]+)\s*:\s*(?P<object>[\w.]+)\s*(\[.*\])?')
@@ -94,10 +95,20 @@ def our_names(kind: str) -> list[str]:
     """
     found = [entry.name for entry in _scan() if (entry.kind, entry.distribution) == (kind, _OURS)]
     if not found and kind != 'model':
-        raise ImportError(
-            'ccl_timm is on the path but not installed: run `pip install -e .` where its pyproject.toml is.'
-        )
+        raise ImportError(_NOT_INSTALLED)
     return found
+
+
+def version() -> str:
+    """The version of this package.
+
+    Raises:
+        ImportError: it is on the path, but not installed.
+    """
+    try:
+        return importlib.metadata.version(_OURS)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(_NOT_INSTALLED) from None
 
 
 def plugin_names(kind: str) -> list[str]:

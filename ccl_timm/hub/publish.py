@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import HfApi, constants, get_session
 from timm.models._hub import save_config_for_hf
 
-import ccl_timm
 from ccl_timm import registry
 from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
@@ -87,7 +86,7 @@ def _description(trained: Trained) -> dict[str, Any]:
     """What timm's writers of config.json take."""
     needs = {
         'package': 'ccl-timm',
-        'version': ccl_timm.__version__,
+        'version': registry.version(),
         'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
     }
@@ -256,7 +255,7 @@ def _write_public_files(run: Result, folder: Path) -> None:
 
 
 def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, replace_card: bool) -> str:
-    api = HfApi(library_name='ccl-timm', library_version=ccl_timm.__version__)
+    api = HfApi(library_name='ccl-timm', library_version=registry.version())
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     info = api.model_info(repo_id)
     if private and not info.private:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from timm.models._builder import build_model_with_cfg
 from timm.models._hub import _parse_model_cfg
 
+from ccl_timm import registry
 from ccl_timm.errors import UserError
 from ccl_timm.models.hub_errors import check_repository_name, explained
 
@@ -262,8 +263,6 @@ def explained_load(location: str) -> Iterator[None]:
 
 def missing_architecture(location: str, config: dict[str, Any]) -> str:
     """Say which package has the architecture of a config.json that nobody here knows, as far as the config tells."""
-    import ccl_timm
-
     name, needs = config['architecture'], config.get('ccl_timm')
     start = f"Unknown model '{name}' in '{location}'"
     if not isinstance(needs, dict):
@@ -278,5 +277,5 @@ def missing_architecture(location: str, config: dict[str, Any]) -> str:
             )
     return (
         f'{start}: it was written by {needs.get("package")} {needs.get("version")}, this is ccl-timm '
-        f'{ccl_timm.__version__}: `pip install --upgrade {needs.get("package")}`.'
+        f'{registry.version()}: `pip install --upgrade {needs.get("package")}`.'
     )

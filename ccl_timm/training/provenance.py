@@ -16,7 +16,6 @@ import torchvision
 from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 
-import ccl_timm
 from ccl_timm import models, registry
 from ccl_timm.errors import UserError
 from ccl_timm.training.checkpoint_files import read_checkpoint
@@ -38,7 +37,7 @@ def environment(argv: list[str], device: str, fingerprint: str) -> dict[str, Any
         'command': shlex.join(['timm', 'train.py', *argv]),
         'started': datetime.now().astimezone().isoformat(timespec='seconds'),
         'versions': {
-            'ccl_timm': ccl_timm.__version__,
+            'ccl_timm': registry.version(),
             'timm': timm.__version__,
             'torch': torch.__version__,
             'torchvision': torchvision.__version__,
