@@ -93,14 +93,14 @@ def one_process(argv):
     if argv[:2] == ['timm', '--nproc']:
         return ['timm', *argv[3:]]
     if argv[0] == 'torchrun':
-        return ['timm', *argv[argv.index('-m') + 2 :]]
+        return ['ccl-timm', *argv[argv.index('ccl_timm') + 1 :]]
     return argv
 
 
 def cheaper(argv):
     """The same command for a small model, with small batches, few epochs and no further processes."""
     command = argv[1]
-    if any(Path(arg).name == 'train.py' for arg in argv):
+    if command == 'train' or any(Path(arg).name == 'train.py' for arg in argv):
         argv = [arg.replace('resnet18_', 'test_resnet_') for arg in argv]
         argv += ['--epochs', '1', '--batch-size', '8', '--workers', '0']
         if '--data-dir' in argv:
