@@ -135,6 +135,18 @@ def test_every_loss_and_head_is_in_the_readme():
     assert all(f'`{name}`' in TEXTS['README.md'] for name in [*list_losses(), *list_heads()])
 
 
+def test_losses_and_their_heads_are_those_that_the_command_lists(words):
+    code, listed, err = words('ccl-timm', 'losses')
+    assert code == 0, err
+    heads = dict(line.split()[:2] for line in listed.splitlines()[1:])
+    table = re.search(r'\| loss \| idea \| head \|\n\|.*\n((?:\|.*\n)+)', TEXTS['README.md']).group(1)
+    shown = {}
+    for names, _, head in (line.strip('|').split('|') for line in table.splitlines()):
+        shown |= dict.fromkeys(re.findall(r'`(\w+)`', names), head.strip(' `'))
+    assert shown.pop('ce') == 'any'
+    assert shown == heads
+
+
 def test_two_commands_install():
     assert len(INSTALLS) == 2
     assert INSTALLS[0].endswith('timm train.py --model resnet18_cam --loss cc')
