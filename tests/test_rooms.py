@@ -24,8 +24,7 @@ ROOMS = (
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARY = [room for room, level in LEVEL.items() if level < LEVEL['console']]
 TOP = {'__init__', '__main__', 'autoload'}  # entries to the package, which may import any room
-PENDING = {'cli'}  # is being rebuilt
-MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not {'plugin_template', *PENDING} & set(path.parts))
+MODULES = sorted(path for path in PACKAGE.rglob('*.py') if 'plugin_template' not in path.parts)
 
 
 def module_name(path):

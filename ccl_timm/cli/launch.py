@@ -57,30 +57,30 @@ def run_script(script: str, argv: list[str]) -> int:
     log_info(f'running {script} with timm {timm.__version__}')
     _warn_of_other_timm(path)
     with tempfile.TemporaryDirectory() as scratch:
-        own, rest = _split_words(argv, Path(scratch))
+        own, rest = _split_args(argv, Path(scratch))
         _register_models(rest, own)
-        passed = _words_for_the_script(path, own)
+        passed = _script_args(path, own)
         if passed is not None:
             with _as_argv(path, [*rest, *passed]), _pad_crop(own.pad_crop):
                 runpy.run_path(str(path), run_name='__main__')
         else:
-            losses.loss_options(own.loss)  # an unknown loss is said before anything runs
+            losses.loss_options(own.loss)  # an unknown loss is reported before anything runs
             with _as_argv(path, rest), _pad_crop(own.pad_crop):
                 _run_with_loss(path, own)
     return 0
 
 
-def run_on_processes(count: int, words: list[str]) -> int:
-    """Run a script on several processes, as ``torchrun --nproc-per-node COUNT -m ccl_timm.cli.launch WORDS`` does.
+def run_on_processes(count: int, argv: list[str]) -> int:
+    """Run a command on several processes, as ``torchrun --nproc-per-node COUNT -m ccl_timm ARGV`` does.
 
     Args:
         count: processes, on this machine.
-        words: what follows ``timm`` without ``--nproc``.
+        argv: what follows `ccl-timm`.
 
     Returns:
-        0, or the exit code of the first process that failed, which said why; after a signal 128 plus its number.
+        0, or the exit code of the first process that failed, which logged why; after a signal 128 plus its number.
     """
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # the process has said all
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # the process has logged it
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -94,18 +94,18 @@ def run_on_processes(count: int, words: list[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)('-m', 'ccl_timm.cli.launch', *words)
+            elastic_launch(config, sys.executable)('-m', 'ccl_timm', *argv)
         except SignalException as stop:
             return 128 + stop.sigval
         except ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
-            if code < 0 and not any(Path(logs).rglob(ERROR_MARK)):  # killed, so that it could not say why
+            if code < 0 and not any(Path(logs).rglob(ERROR_MARK)):  # killed, so that it could not log why
                 log_error(f'A process was killed by {signal.Signals(-code).name}; the others were stopped.')
             return code if code > 0 else 128 - code
     return 0
 
 
-def _words_for_the_script(path: Path, own: argparse.Namespace) -> list[str] | None:
+def _script_args(path: Path, own: argparse.Namespace) -> list[str] | None:
     """How the script itself gets its loss, if it is one of timm's that it knows; None for a loss that we put in."""
     if own.loss is None:
         return []
@@ -118,8 +118,8 @@ def _words_for_the_script(path: Path, own: argparse.Namespace) -> list[str] | No
     return [] if own.loss == 'ce' else None  # an older script trains cross-entropy and knows no names
 
 
-def _split_words(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, list[str]]:
-    """Take our own settings out of the words and out of the recipe; the script gets a copy of it without them."""
+def _split_args(argv: list[str], scratch: Path) -> tuple[argparse.Namespace, list[str]]:
+    """Take our own settings out of argv and out of the recipe; the script gets a copy of it without them."""
     parser = Parser(prog='ccl-timm run', add_help=False)
     parser.add_argument('--loss', default=None)
     parser.add_argument('--loss-kwargs', nargs='*', default=None, action=KeyValues)
@@ -166,21 +166,21 @@ def _register_models(rest: list[str], own: argparse.Namespace) -> None:
         models.ensure_registered(name)
 
 
-def _typed_model(words: list[str]) -> str | None:
-    return _typed(words, '--model', '-m')
+def _typed_model(argv: list[str]) -> str | None:
+    return _typed(argv, '--model', '-m')
 
 
-def _typed(words: list[str], *flags: str, **kwargs: Any) -> Any:
+def _typed(argv: list[str], *flags: str, **kwargs: Any) -> Any:
     """The value of one flag of a script's; None without it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(*flags, dest='value', default=None, **kwargs)
-    return parser.parse_known_args(words)[0].value
+    return parser.parse_known_args(argv)[0].value
 
 
 @contextlib.contextmanager
-def _as_argv(path: Path, words: list[str]) -> Iterator[None]:
+def _as_argv(path: Path, argv: list[str]) -> Iterator[None]:
     before, before_path = sys.argv, list(sys.path)
-    sys.argv = [str(path), *words]
+    sys.argv = [str(path), *argv]
     sys.path.insert(0, str(path.parent))
     try:
         yield
@@ -302,9 +302,3 @@ def _warn_of_other_timm(path: Path) -> None:
         beside = runpy.run_path(str(version)).get('__version__')
         if beside != timm.__version__:
             log_warning(f'beside the script lies timm {beside}; the installed timm {timm.__version__} is used')
-
-
-if __name__ == '__main__':
-    from ccl_timm.cli import timm as entry_point
-
-    sys.exit(entry_point())

@@ -1,5 +1,6 @@
 """Start a plugin package: a folder with a model, a loss, their entry points, and tests that pass."""
 
+import argparse
 import importlib.resources
 import keyword
 import re
@@ -8,12 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ccl_timm.console.arguments import Parser
 from ccl_timm.errors import UserError
 
-__all__ = ['scaffold_plugin']
+__all__ = ['HELP', 'add_arguments', 'run', 'scaffold_plugin']
+
+HELP = 'Write a small plugin package to start from, with a loss, a head and a model.'
 
 _MODULE, _DISTRIBUTION = 'example_plugin', 'example-plugin'
 _TAKEN = {'ccl_timm', 'timm', 'torch', 'torchvision', *keyword.kwlist, *sys.stdlib_module_names}
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument('folder', metavar='DIR', help='a new folder; the package takes its name')
+
+
+def run(args: argparse.Namespace) -> int:
+    for path in scaffold_plugin(args.folder):
+        print(path)
+    print(f'next: pip install -e {args.folder} && ccl-timm plugins --check')
+    return 0
 
 
 def scaffold_plugin(directory: str | Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,27 +163,37 @@ class KeyValues(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`, and that knows which flags are only upstream's."""
+    """An argument parser whose errors are :class:`UserError`, and that knows which flags are only upstream's.
+
+    Attributes:
+        trailing: name for the arguments after ``--``, which belong to another program; None if there are none.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.trailing: str | None = None
 
     def error(self, message: str) -> None:
         """Raise instead of leaving the process."""
-        raise UserError(f'{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.')
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = did_you_mean(wrong[1], re.findall(r"[^\s',]+", wrong[2])) if wrong else '.'
+        raise UserError(f'{message[:1].upper()}{message[1:]}{hint} See `{self.prog} --help`.')
 
     def parse_strictly(self, argv: list[str]) -> argparse.Namespace:
         """Parse all of ``argv``; a flag that is not ours is named, with where it can be used."""
-        args, rest = self.parse_known_args(argv)
-        check_flags(rest, self)
+        cut = argv.index('--') if self.trailing and '--' in argv else len(argv)
+        args, rest = self.parse_known_args(argv[:cut])
+        check_flags(rest, getattr(args, 'parser', self))
+        if self.trailing:
+            setattr(args, self.trailing, argv[cut + 1 :])
         return args
 
 
 def check_flags(rest: list[str], parser: argparse.ArgumentParser) -> None:
-    """Raise a UserError that explains the first word that a parser left over."""
+    """Raise a UserError that explains the first argument that a parser left over."""
     if not rest:
         return
-    flag = next((word for word in rest if word.startswith('-')), rest[0])
+    flag = next((text for text in rest if text.startswith('-')), rest[0])
     name = flag.split('=')[0]
     if name.lstrip('-').replace('-', '_') in UPSTREAM_ONLY:
         raise UserError(

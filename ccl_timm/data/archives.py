@@ -1,7 +1,7 @@
-"""Data sets that people get elsewhere: where, and how what they unpack becomes a folder with a folder a class."""
+"""Data sets that people download themselves: where, and how an unpacked archive becomes one folder per class."""
 
-import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ccl_timm.console import log_info
-from ccl_timm.console.arguments import COUNT, Parser
+from ccl_timm.console import log_info, log_warning
+from ccl_timm.console.arguments import COUNT
 from ccl_timm.data.files import list_images, read_lines
 from ccl_timm.errors import UserError
 
@@ -27,19 +27,36 @@ class Source:
     """A data set that people bring themselves.
 
     Attributes:
-        text: what can be done with it, for the list of commands.
+        text: what the command does with it.
         get: where people get it.
-        layout: from the folder that they have, and the settings, to what is to be written; None where there is
-            nothing to prepare.
-        add_options: declares settings of its own.
-        official: number of images of each part, where it is known.
+        layout: from the folder that they have, and the options, to what is to be written; None where there is nothing
+            to prepare.
+        options: by name, what argparse needs for each.
+        official: number of images of each split.
     """
 
     text: str
     get: str
-    layout: Callable[[Path, argparse.Namespace], Layout] | None = None
-    add_options: Callable[[Parser], None] | None = None
+    layout: Callable[..., Layout] | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     official: dict[str, int] = field(default_factory=dict)
+
+    def prepare(self, source: str | os.PathLike, **options: Any) -> Layout:
+        """What is to be written of a folder; warns if it does not have the official number of images.
+
+        Raises:
+            UserError: there is no such folder, or it is not the unpacked data set.
+        """
+        if self.layout is None:
+            raise UserError(self.get)
+        if not os.path.isdir(source):
+            raise UserError(f"There is no folder '{source}'. {self.get}")
+        layout = self.layout(Path(source), **options)
+        images = Counter(target.split('/')[0] for target in layout)
+        for split, number in self.official.items():
+            if images[split] != number:
+                log_warning(f"'{source}' has {images[split]} images for {split}, the official set {number}.")
+        return layout
 
 
 def _with_train(source: Path) -> Path:
@@ -50,13 +67,13 @@ def _with_train(source: Path) -> Path:
     raise UserError(f"'{source}' holds no train/: is it the unpacked archive?")
 
 
-def _class_folders(folder: Path, part: str, names: Iterable[str] | None = None) -> Layout:
-    """Layout of a folder with a folder a class, which may have folders in them; of these classes only, if given."""
+def _class_folders(folder: Path, split: str, names: Iterable[str] | None = None) -> Layout:
+    """Layout of one folder per class, which may have folders in them; of these classes only, if given."""
     names = _folders_in(folder) if names is None else names
     layout = {}
     for name in names:
         for path in list_images(folder / name):
-            target = f'{part}/{name}/{os.path.basename(path)}'
+            target = f'{split}/{name}/{os.path.basename(path)}'
             if target in layout:
                 raise UserError(f"'{folder / name}' holds two files of the name '{os.path.basename(path)}'.")
             layout[target] = Path(path)
@@ -68,12 +85,12 @@ def _folders_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
 
 
-def _tiny_imagenet(source: Path, args: argparse.Namespace) -> Layout:
+def _tiny_imagenet(source: Path) -> Layout:
     root = _with_train(source)
     layout = _class_folders(root / 'train', 'train')
     annotations = root / 'val' / 'val_annotations.txt'
     if not annotations.is_file():
-        raise UserError(f"'{root}' has no val/val_annotations.txt, which tells the class of each validation image.")
+        raise UserError(f"'{root}' has no val/val_annotations.txt, which has the class of each validation image.")
     for line in read_lines(annotations):
         file, _, rest = line.partition('\t')
         name = rest.split('\t')[0]
@@ -83,40 +100,34 @@ def _tiny_imagenet(source: Path, args: argparse.Namespace) -> Layout:
     return layout
 
 
-def _imagenet_subset(source: Path, args: argparse.Namespace) -> Layout:
+def _imagenet_subset(source: Path, num_classes: int | None = None, classes: str | None = None) -> Layout:
     root = _with_train(source)
+    if (num_classes is None) == (classes is None):
+        raise UserError(f"Which classes? --num-classes N ({_PAPER_SIZES} in POD-Loss's paper), or --classes FILE.")
     validation = next((root / name for name in ('val', 'validation') if (root / name).is_dir()), None)
     if validation is None:
         raise UserError(f"'{root}' has no val/ beside train/.")
-    known = _folders_in(root / 'train')
-    if args.classes:
-        names = list(dict.fromkeys(line.strip() for line in read_lines(args.classes)))
-    elif args.num_classes:
-        log_info("No source names the paper's classes: these are the first by name; --classes FILE takes others.")
-        names = known[: args.num_classes]
-        if len(names) < args.num_classes:
-            raise UserError(f"'{root}' has {len(known)} classes, fewer than --num-classes {args.num_classes}.")
+    if classes:
+        names = list(dict.fromkeys(line.strip() for line in read_lines(classes)))
     else:
-        raise UserError(f"How many classes? --num-classes N ({_PAPER_SIZES} in POD-Loss's paper), or --classes FILE.")
-    for part in (root / 'train', validation):
-        absent = sorted(set(names).difference(_folders_in(part)))
+        known = _folders_in(root / 'train')
+        log_info("No source names the paper's classes: these are the first by name; --classes FILE takes others.")
+        names = known[:num_classes]
+        if len(names) < num_classes:
+            raise UserError(f"'{root}' has {len(known)} classes, fewer than --num-classes {num_classes}.")
+    for folder in (root / 'train', validation):
+        absent = sorted(set(names).difference(_folders_in(folder)))
         if absent:
             raise UserError(
-                f"'{part}' has no folder of {len(absent)} of the {len(names)} classes, such as '{absent[0]}'"
-                + (': it needs a folder a class too.' if part == validation else '.')
+                f"'{folder}' has no folder of {len(absent)} of the {len(names)} classes, such as '{absent[0]}'"
+                + (': it needs one folder per class too.' if folder == validation else '.')
             )
     return _class_folders(root / 'train', 'train', names) | _class_folders(validation, 'validation', names)
 
 
-def _add_subset_options(parser: Parser) -> None:
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument('--num-classes', type=COUNT, metavar='N', help=f'the first N by name; POD-Loss: {_PAPER_SIZES}')
-    chosen.add_argument('--classes', metavar='FILE', help='these classes, one a line')
-
-
-def _cars196(source: Path, args: argparse.Namespace) -> Layout:
+def _cars196(source: Path) -> Layout:
     found = {path.name: path for path in source.rglob('cars_*.mat')}
-    if not found:  # a folder a class
+    if not found:  # one folder per class
         root = _with_train(source)
         if not (root / 'test').is_dir():
             raise UserError(f"'{root}' has train/ but no test/, nor the annotations of the official archive.")
@@ -128,11 +139,11 @@ def _cars196(source: Path, args: argparse.Namespace) -> Layout:
     meta, *annotations = (found[name] for name in files)
     names = [str(name).replace('/', '-') for name in _matlab(meta, 'class_names')]
     layout = {}
-    for part, images, path in zip(('train', 'validation'), ('cars_train', 'cars_test'), annotations, strict=True):
+    for split, images, path in zip(('train', 'validation'), ('cars_train', 'cars_test'), annotations, strict=True):
         rows = _annotations(path, len(names))
-        place = next((own.parent for own in source.rglob(f'{images}/*') if own.name == rows[0][1]), source / images)
+        folder = next((own.parent for own in source.rglob(f'{images}/*') if own.name == rows[0][1]), source / images)
         for label, file in rows:
-            layout[f'{part}/{names[label - 1]}/{file}'] = place / file
+            layout[f'{split}/{names[label - 1]}/{file}'] = folder / file
     return layout
 
 
@@ -159,30 +170,33 @@ def _matlab(path: Path, key: str) -> Any:
 
 SOURCES: dict[str, Source] = {
     'tiny-imagenet': Source(
-        text='its flat val/ by class, its train/ without images/ in between (test/ has no labels)',
+        text='sort its flat val/ by class, take the images/ out of its train/ (test/ has no labels)',
         get="Tiny ImageNet is the archive tiny-imagenet-200.zip of Stanford's course CS231n. Without this command: "
         "`pip install 'ccl-timm[datasets]'` and --dataset hfds/zh-plus/tiny-imagenet --val-split valid.",
         layout=_tiny_imagenet,
         official={'train': 100_000, 'validation': 10_000},
     ),
     'imagenet-subset': Source(
-        text='some classes of ImageNet-1k',
+        text='take some classes of ImageNet-1k',
         get='ImageNet-1k is for people who register and agree to its terms, at image-net.org or for ILSVRC/imagenet-1k '
-        'on the Hugging Face Hub. This command takes train/ and val/ with a folder a class.',
+        'on the Hugging Face Hub. This command takes train/ and val/ with one folder per class.',
         layout=_imagenet_subset,
-        add_options=_add_subset_options,
+        options={
+            'num_classes': {'type': COUNT, 'metavar': 'N', 'help': f'the first N by name; POD-Loss: {_PAPER_SIZES}'},
+            'classes': {'metavar': 'FILE', 'help': 'these classes, one per line'},
+        },
     ),
     'cars196': Source(
-        text='Stanford Cars, the official archive or class folders; its test images become validation/',
-        get='The page of Stanford Cars is gone. People take cyizhuo/stanford-cars-by-classes-folder from Kaggle (a '
-        "folder a class), or without this command `pip install 'ccl-timm[datasets]'` and "
+        text='take Stanford Cars, the official archive or class folders; test images become validation/',
+        get='The page of Stanford Cars is gone. People take cyizhuo/stanford-cars-by-classes-folder from Kaggle (one '
+        "folder per class), or without this command `pip install 'ccl-timm[datasets]'` and "
         '--dataset hfds/tanganke/stanford_cars --val-split test (6 GB).',
         layout=_cars196,
         official={'train': 8_144, 'validation': 8_041},
     ),
     'facescrub': Source(
-        text='where to get it',
+        text='print where to get it',
         get='FaceScrub is a list of addresses, many of them dead, and no copy on the Hugging Face Hub is known. '
-        'With a copy of your own, a folder a person: `ccl-timm data split DIR OUT`.',
+        'With a copy of your own, one folder per person: `ccl-timm data split DIR OUT`.',
     ),
 }

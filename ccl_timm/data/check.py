@@ -1,8 +1,7 @@
-"""`ccl-timm data check`: what is wrong with a folder of images, told before a training meets it."""
+"""What is wrong with a folder of images, found before training."""
 
 import hashlib
 import io
-import json
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -17,13 +16,12 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 from ccl_timm.console import Progress, table
-from ccl_timm.console.arguments import Parser, integer
 from ccl_timm.console.escape import terminal_text, utf8_text
 from ccl_timm.data.datasets import SPLITS
 from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails
 from ccl_timm.errors import UserError
 
-__all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect', 'main']
+__all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect']
 
 
 class Problem(NamedTuple):
@@ -37,22 +35,23 @@ PROBLEMS = {
     'unreadable': Problem('cannot be decoded; scripts take another image instead', True),
     'closed': Problem('folders that cannot be listed, and are left out', True),
     'no_class': Problem('outside of any class folder', True),
-    'empty_part': Problem('parts without an image', True),
-    'unknown_class': Problem('classes that the training part lacks', True),
-    'missing_class': Problem('classes of the training part that another part lacks', False),
+    'empty_split': Problem('splits without an image', True),
+    'unknown_class': Problem('classes that the training split lacks', True),
+    'missing_class': Problem('classes of the training split that another split lacks', False),
     'empty_class': Problem('class folders without an image', False),
-    'several_parts': Problem('same file in several parts, so that figures are too good', False),
+    'several_splits': Problem('same file in several splits, which makes accuracies too good', False),
     'several_classes': Problem('same file in several classes', False),
     'twice': Problem('same file more than once in a class', False),
-    'sixteen_bit': Problem('more than 8 bits a pixel, clipped to white at 255 on conversion', False),
+    'sixteen_bit': Problem('more than 8 bits per pixel, clipped to white at 255 on conversion', False),
     'cmyk': Problem('CMYK; colours shift on conversion', False),
     'alpha': Problem('transparency, which is dropped', False),
     'palette': Problem('palette of colours, expanded on conversion', False),
     'not_utf8': Problem('names that are not UTF-8, shown with escapes', False),
     'other_file': Problem('files whose ending scripts do not read', False),
     'hidden': Problem('hidden files and folders, which are left out', False),
-    'repeated': Problem('folders that lead to one that is read already, and are left out', False),
+    'repeated': Problem('folders that lead to one that was read already, and are left out', False),
 }
+_HEADER = ('split', 'images', 'classes', 'images per class', 'width min / median / max', 'height min / median / max')
 _LITTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
 _CHUNK = 16  # files that a thread takes at a time
 
@@ -78,12 +77,12 @@ class Report:
     """What :func:`check_folder` found.
 
     Attributes:
-        parts: for each part its figures: images, classes, images a class, widths and heights.
+        splits: for each split its images, classes, images per class, widths and heights.
         problems: for each of :data:`PROBLEMS` that was met, the names of what has it, relative to the folder.
     """
 
     folder: str
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -91,17 +90,42 @@ class Report:
         """Whether a script would stop, or take other images than it was given."""
         return any(PROBLEMS[kind].breaks for kind in self.problems)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain types."""
+        problems = {
+            kind: {'text': PROBLEMS[kind].text, 'breaks': PROBLEMS[kind].breaks, 'names': names}
+            for kind, names in self.problems.items()
+        }
+        return {'folder': self.folder, 'broken': self.broken, 'splits': self.splits, 'problems': problems}
+
+    def as_text(self, show: int = 5) -> str:
+        """A table of the splits, and each problem with the first ``show`` names."""
+        lines = [table([_row(split, found) for split, found in self.splits.items()], _HEADER), '']
+        for kind, names in self.problems.items():
+            level = 'broken' if PROBLEMS[kind].breaks else 'note'
+            lines.append(f'{level}: {len(names)} {PROBLEMS[kind].text}')
+            lines += [f'    {terminal_text(name)}' for name in names[:show]]
+            if len(names) > show:
+                lines.append(f'    ... and {len(names) - show} more')
+        return '\n'.join(lines if self.problems else [*lines, 'no problem found'])
+
+
+def _row(split: str, found: dict[str, Any]) -> tuple[str, ...]:
+    counts = f'{found["fewest"]["images"]} to {found["most"]["images"]} (1 : {found["ratio"]:.1f})'
+    sizes = (' / '.join(map(str, found[side] or '-')) for side in ('width', 'height'))
+    return split or 'all', str(found['images']), str(found['classes']), counts, *sizes
+
 
 @dataclass
 class _Listing:
     """Files of a folder as scripts see them: an image's class is the folder it lies in."""
 
-    images: list[tuple[str, str, Path]] = field(default_factory=list)  # part, class, file
+    images: list[tuple[str, str, Path]] = field(default_factory=list)  # split, class, file
     problems: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def check_folder(folder: str | os.PathLike) -> Report:
-    """Read every image of a folder, with a part a folder or a class a folder; nothing is changed.
+    """Read every image of a folder, with one folder per split or per class; nothing is changed.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -109,10 +133,10 @@ def check_folder(folder: str | os.PathLike) -> Report:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
-    parts = {name: root / name for name in SPLITS if (root / name).is_dir()} or {'': root}
+    splits = {name: root / name for name in SPLITS if (root / name).is_dir()} or {'': root}
     listing = _Listing()
-    for part, place in parts.items():
-        _list(root, part, place, listing)
+    for split, place in splits.items():
+        _list(root, split, place, listing)
     if not listing.images:
         raise UserError(f"No image in '{folder}': scripts read files ending in {', '.join(get_img_extensions())}.")
     files = [path for _, _, path in listing.images]
@@ -120,7 +144,7 @@ def check_folder(folder: str | os.PathLike) -> Report:
         warnings.simplefilter('ignore')
         bar = Progress(files, 'check', len(files))
         facts = [found for _, found in zip(bar, pool.imap(inspect, files, _CHUNK), strict=True)]
-    return _report(root, list(parts), listing, facts)
+    return _report(root, list(splits), listing, facts)
 
 
 def inspect(path: Path) -> Facts:
@@ -149,7 +173,7 @@ def _traits(image: Image.Image) -> Iterable[str]:
         yield 'palette'
 
 
-def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
+def _list(root: Path, split: str, place: Path, listing: _Listing) -> None:
     endings = get_img_extensions(as_set=True)
     before = len(listing.images)
     tree = scan(place)
@@ -158,7 +182,7 @@ def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
         label = '' if here == place else utf8_text(here.name)
         images = [here / name for name in files if Path(name).suffix.lower() in endings]
         others = sorted({here / name for name in files if name not in _LITTER}.difference(images))
-        listing.images += [(part, label, path) for path in images]
+        listing.images += [(split, label, path) for path in images]
         listing.problems['other_file'] += [_name(path, root) for path in others]
         listing.problems['not_utf8'] += [
             _name(here / own, root) for own in (*subfolders, *files) if utf8_text(own) != own
@@ -170,7 +194,7 @@ def _list(root: Path, part: str, place: Path, listing: _Listing) -> None:
     for kind in ('hidden', 'repeated', 'closed'):
         listing.problems[kind] += [_name(path, root) for path in getattr(tree, kind) if Path(path).name not in _LITTER]
     if len(listing.images) == before:
-        listing.problems['empty_part'].append(part)
+        listing.problems['empty_split'].append(split)
 
 
 def _name(path: str | Path, root: Path) -> str:
@@ -178,26 +202,26 @@ def _name(path: str | Path, root: Path) -> str:
     return utf8_text(Path(path).relative_to(root).as_posix())
 
 
-def _report(root: Path, parts: list[str], listing: _Listing, facts: list[Facts]) -> Report:
+def _report(root: Path, splits: list[str], listing: _Listing, facts: list[Facts]) -> Report:
     problems = listing.problems
     names = [_name(path, root) for _, _, path in listing.images]
     for name, found in zip(names, facts, strict=True):
         for trait in found.traits:
             problems[trait].append(f'{name} ({found.error})' if found.error else name)
-    _compare_classes(parts, listing)
+    _compare_classes(splits, listing)
     _find_duplicates(names, listing, facts)
     report = Report(str(root), problems={kind: problems[kind] for kind in PROBLEMS if problems[kind]})
-    for part in parts:
-        own = [i for i, (where, _, _) in enumerate(listing.images) if where == part]
+    for split in splits:
+        own = [i for i, (where, _, _) in enumerate(listing.images) if where == split]
         if own:
-            report.parts[part] = _figures([listing.images[i][1] for i in own], [facts[i].size for i in own])
+            report.splits[split] = _statistics([listing.images[i][1] for i in own], [facts[i].size for i in own])
     return report
 
 
-def _figures(labels: list[str], sizes: list[tuple[int, int] | None]) -> dict[str, Any]:
+def _statistics(labels: list[str], sizes: list[tuple[int, int] | None]) -> dict[str, Any]:
     counts = Counter(labels)
     fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
-    figures = {
+    statistics = {
         'images': len(labels),
         'classes': len(counts),
         'fewest': {'class': fewest, 'images': counts[fewest]},
@@ -206,21 +230,21 @@ def _figures(labels: list[str], sizes: list[tuple[int, int] | None]) -> dict[str
     }
     read = np.array([size for size in sizes if size])
     for axis, side in enumerate(('width', 'height')):
-        figures[side] = [int(f(read[:, axis])) for f in (np.min, np.median, np.max)] if len(read) else None
-    return figures
+        statistics[side] = [int(f(read[:, axis])) for f in (np.min, np.median, np.max)] if len(read) else None
+    return statistics
 
 
-def _compare_classes(parts: list[str], listing: _Listing) -> None:
-    """Compare the classes of the other parts with those of training."""
-    classes = {part: {label for where, label, _ in listing.images if where == part and label} for part in parts}
-    training = next((part for part in parts if part.startswith('train')), None)
+def _compare_classes(splits: list[str], listing: _Listing) -> None:
+    """Compare the classes of the other splits with those of training."""
+    classes = {split: {label for where, label, _ in listing.images if where == split and label} for split in splits}
+    training = next((split for split in splits if split.startswith('train')), None)
     if training is None:
         return
-    for part in parts:
-        listing.problems['unknown_class'] += [f'{part}/{name}' for name in sorted(classes[part] - classes[training])]
-        if classes[part]:
-            missing = sorted(classes[training] - classes[part])
-            listing.problems['missing_class'] += [f'{part}/{name}' for name in missing]
+    for split in splits:
+        listing.problems['unknown_class'] += [f'{split}/{name}' for name in sorted(classes[split] - classes[training])]
+        if classes[split]:
+            missing = sorted(classes[training] - classes[split])
+            listing.problems['missing_class'] += [f'{split}/{name}' for name in missing]
 
 
 def _find_duplicates(names: list[str], listing: _Listing, facts: list[Facts]) -> None:
@@ -233,60 +257,9 @@ def _find_duplicates(names: list[str], listing: _Listing, facts: list[Facts]) ->
             continue
         labels = [listing.images[index][:2] for index in group]
         line = ' = '.join(names[index] for index in group)
-        if len({part for part, _ in labels}) > 1:
-            listing.problems['several_parts'].append(line)
+        if len({split for split, _ in labels}) > 1:
+            listing.problems['several_splits'].append(line)
         if len({label for _, label in labels}) > 1:
             listing.problems['several_classes'].append(line)
         if len(set(labels)) < len(labels):
             listing.problems['twice'].append(line)
-
-
-def main(argv: list[str], prog: str) -> int:
-    """`ccl-timm data check`: 0, or 1 if something is broken."""
-    parser = Parser(
-        prog=prog,
-        description='Read every image of a folder and tell what is wrong. Nothing is changed. '
-        'Exit code 1 if scripts would stop or skip images, else 0.',
-    )
-    parser.add_argument('folder', metavar='DIR', help='a folder with parts such as train/, or with a folder a class')
-    parser.add_argument(
-        '--show', type=integer(0), default=5, metavar='N', help='names to show of each problem, default 5'
-    )
-    parser.add_argument('--json', action='store_true', help='everything, with all names, as JSON')
-    args = parser.parse_strictly(argv)
-    report = check_folder(args.folder)
-    if args.json:
-        print(json.dumps(_plain(report), indent=2))
-    else:
-        print(_text(report, args.show))
-    return int(report.broken)
-
-
-def _plain(report: Report) -> dict[str, Any]:
-    problems = {
-        kind: {'text': PROBLEMS[kind].text, 'breaks': PROBLEMS[kind].breaks, 'names': names}
-        for kind, names in report.problems.items()
-    }
-    return {'folder': report.folder, 'broken': report.broken, 'parts': report.parts, 'problems': problems}
-
-
-def _text(report: Report, show: int) -> str:
-    rows = [
-        (
-            part or 'all',
-            str(figures['images']),
-            str(figures['classes']),
-            f'{figures["fewest"]["images"]} to {figures["most"]["images"]} (1 : {figures["ratio"]:.1f})',
-            *(' / '.join(map(str, figures[side] or '-')) for side in ('width', 'height')),
-        )
-        for part, figures in report.parts.items()
-    ]
-    header = ('part', 'images', 'classes', 'images a class', 'width min / median / max', 'height min / median / max')
-    lines = [table(rows, header), '']
-    for kind, names in report.problems.items():
-        level = 'broken' if PROBLEMS[kind].breaks else 'note'
-        lines.append(f'{level}: {len(names)} {PROBLEMS[kind].text}')
-        lines += [f'    {terminal_text(name)}' for name in names[:show]]
-        if len(names) > show:
-            lines.append(f'    ... and {len(names) - show} more')
-    return '\n'.join(lines if report.problems else [*lines, 'no problem found'])

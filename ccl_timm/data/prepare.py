@@ -1,7 +1,6 @@
-"""`ccl-timm data`: data sets as folders of images that any script reads, made of links to the files people have."""
+"""Data sets as folders of images that any script reads, made of links to the files that people have."""
 
 import contextlib
-import functools
 import os
 import shutil
 import uuid
@@ -9,15 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ccl_timm.console import first_few, log_warning
-from ccl_timm.console.arguments import SHARE, Parser, integer
-from ccl_timm.console.escape import shell_text, terminal_text
-from ccl_timm.data import check, datasets
-from ccl_timm.data.archives import SOURCES, Layout
+from ccl_timm.console.escape import terminal_text
+from ccl_timm.data import datasets
+from ccl_timm.data.archives import Layout
 from ccl_timm.data.files import FolderReader
-from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.errors import UserError
 
-__all__ = ['main', 'new_folder', 'split_folder', 'write_digits', 'write_links']
+__all__ = ['describe', 'new_folder', 'split_folder', 'write_digits', 'write_links']
 
 _LONGEST_NAME = 255  # bytes, of the usual file systems
 
@@ -141,7 +138,7 @@ def _link(path: Path, place: Path) -> str:
 
 
 def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple[Layout, list[str]]:
-    """Divide a folder with a folder a class into training and validation, as ``--val-fraction`` does in training.
+    """Divide a folder with one folder per class into training and validation, as ``--val-fraction`` does in training.
 
     Args:
         source: the folder.
@@ -157,10 +154,10 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"There is no folder '{source}'.")
-    parts = [name for name in datasets.SPLITS if (root / name).is_dir()]
-    if parts:
+    splits = [name for name in datasets.SPLITS if (root / name).is_dir()]
+    if splits:
         raise UserError(
-            f"'{source}' has parts ({', '.join(parts)}): name the one to split, such as '{root / parts[0]}'."
+            f"'{source}' has splits ({', '.join(splits)}): name the one to divide, such as '{root / splits[0]}'."
         )
     try:
         reader = FolderReader(source)
@@ -183,94 +180,8 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     return layout, single
 
 
-def _digits(argv: list[str], prog: str) -> int:
-    parser = Parser(prog=prog, description='Write the embedded handwritten digits as a folder of images.')
-    parser.add_argument('folder', metavar='DIR', help='a new folder')
-    args = parser.parse_strictly(argv)
-    written = write_digits(args.folder)
-    folder = shell_text([args.folder])
-    print(f'{len(written)} images in {folder}; train on them: timm train.py --data-dir {folder}')
-    return 0
-
-
-def _prepare(name: str, argv: list[str], prog: str) -> int:
-    source = SOURCES[name]
-    parser = Parser(prog=prog, description=source.get)
-    parser.add_argument('source', nargs='?', metavar='SRC', help='the folder that you have; it is not changed')
-    parser.add_argument('folder', nargs='?', metavar='DIR', help='a new folder, for links to the images')
-    if source.add_options:
-        source.add_options(parser)
-    args = parser.parse_strictly(argv)
-    if source.layout is None:
-        raise UserError(source.get)
-    if args.folder is None:
-        raise UserError(f'{source.get} With that folder: `{prog} SRC DIR`.')
-    if not Path(args.source).is_dir():
-        raise UserError(f"There is no folder '{args.source}'. {source.get}")
-    layout = source.layout(Path(args.source), args)
-    images = _images_of_parts(layout)
-    for part, number in source.official.items():
-        if images[part] != number:
-            log_warning(f"'{args.source}' has {images[part]} images for {part}, the official set {number}.")
-    _write(layout, args.folder, args.source)
-    return 0
-
-
-def _split(argv: list[str], prog: str) -> int:
-    parser = Parser(
-        prog=prog,
-        description='Divide a folder with a folder a class into OUT/train and OUT/validation, as links: the same share '
-        'of each class, and the same images as --val-fraction holds out in training.',
-    )
-    add = parser.add_argument
-    add('source', metavar='DIR', help='a folder with a folder a class; it is not changed')
-    add('folder', metavar='OUT', help='a new folder')
-    add('--val-fraction', type=SHARE, default=0.2, metavar='F', help='share for validation (default 0.2)')
-    add('--seed', type=integer(0), default=42, metavar='N', help='another seed, another choice (default 42)')
-    args = parser.parse_strictly(argv)
-    layout, single = split_folder(args.source, args.val_fraction, args.seed)
-    if single:
-        log_warning(f'{len(single)} classes have one image, which is for training: {first_few(single)}')
-    _write(layout, args.folder, args.source)
-    return 0
-
-
-def _images_of_parts(layout: Layout) -> Counter:
-    return Counter(target.split('/')[0] for target in layout)
-
-
-def _write(layout: Layout, folder: str, source: str) -> None:
-    kinds = write_links(layout, folder, source)
-    classes = Counter(part for part, _ in {(target.split('/')[0], target.split('/')[-2]) for target in layout})
-    found = [
-        f'{number} images of {classes[part]} classes in {part}' for part, number in _images_of_parts(layout).items()
-    ]
-    print(f'{", ".join(found)}, as {kinds}; train on them: timm train.py --data-dir {shell_text([folder])}')
-
-
-_COMMANDS = {
-    'digits': (_digits, 'DIR', 'write the embedded handwritten digits'),
-    **{
-        name: (functools.partial(_prepare, name), 'SRC DIR' if source.layout else '', source.text)
-        for name, source in SOURCES.items()
-    },
-    'check': (check.main, 'DIR', 'tell what is wrong with a folder of images'),
-    'split': (_split, 'DIR OUT', 'divide a folder with a folder a class into train/ and validation/'),
-}
-
-
-def main(argv: list[str], prog: str) -> int:
-    """`ccl-timm data`: one of its commands."""
-    if not argv or argv[0] in ('-h', '--help'):
-        words = [f'{name} {rest}' for name, (_, rest, _) in _COMMANDS.items()]
-        width = max(map(len, words))
-        print(f'usage: {prog} COMMAND ...   (each has --help)\n')
-        print(
-            '\n'.join(f'  {word.ljust(width)}  {row[2]}' for word, row in zip(words, _COMMANDS.values(), strict=True))
-        )
-        print('\nMNIST and CIFAR need none: timm train.py --dataset torch/mnist --data-dir DIR --dataset-download')
-        return 0
-    name, *words = argv
-    if name not in _COMMANDS:
-        raise UserError(f"Unknown data set or command '{name}'{did_you_mean(name, _COMMANDS)} See `{prog} --help`.")
-    return _COMMANDS[name][0](words, f'{prog} {name}')
+def describe(layout: Layout) -> str:
+    """How many images and classes a layout has in each split."""
+    images = Counter(target.split('/')[0] for target in layout)
+    classes = Counter(split for split, _ in {(target.split('/')[0], target.split('/')[-2]) for target in layout})
+    return ', '.join(f'{number} images of {classes[split]} classes in {split}' for split, number in images.items())

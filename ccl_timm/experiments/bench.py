@@ -1,29 +1,23 @@
 """Speed as ratios, each measured side by side in one run: losses, training steps, loaders."""
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler
 
 from ccl_timm import losses, models
-from ccl_timm.console import log_info, table
-from ccl_timm.console.arguments import COUNT, WORKERS, Parser
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
-from ccl_timm.training.evaluation import pick_device
 
-__all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'main', 'ratios']
+__all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'ratios']
 
 
 def ratios(actions: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, tuple[float, float]]:
@@ -187,47 +181,3 @@ def _drain(loader: Any) -> None:
 
 def _rows(found: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
     return [{'name': name, 'seconds': seconds, 'ratio': ratio} for name, (seconds, ratio) in found.items()]
-
-
-def main(argv: list[str], prog: str = 'ccl-timm bench') -> int:
-    """Measure, and print ratios: a ratio is the time divided by that of the first line."""
-    args = _parser(prog).parse_strictly(argv)
-    device = torch.device(pick_device(args.device))
-    log_info(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
-    if args.what == 'cc':
-        rows = bench_cc(args.samples, args.width, args.classes or 1000, args.rounds, device)
-    elif args.what == 'steps':
-        names = args.losses or losses.list_losses()
-        options = (args.backbone, names, args.img_size, args.batch_size, args.classes or 100, args.rounds)
-        rows = bench_steps(*options, device)
-    else:
-        rows = bench_loaders(args.images, args.img_size, args.batch_size, args.workers, args.rounds, device)
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        header = tuple(rows[0])
-        print(table([tuple(_shown(row[key]) for key in header) for row in rows], header))
-    return 0
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description='Time what is ours against what it replaces, in turn, in one run.')
-    add = parser.add_argument
-    add('what', choices=('cc', 'steps', 'loaders'), help='CC-Loss and its N x N form; training steps; loaders')
-    add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed')
-    add('--json', action='store_true', help='as JSON')
-    add('--device', default='auto')
-    add('-b', '--batch-size', type=COUNT, default=128, metavar='N')
-    add('--classes', type=COUNT, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
-    add('--samples', type=COUNT, default=16384, metavar='N', help='cc: attention vectors')
-    add('--width', type=COUNT, default=512, metavar='D', help='cc: their length')
-    add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture')
-    add('--losses', nargs='+', default=None, metavar='NAME', help='steps: default all')
-    add('--img-size', type=COUNT, default=32, metavar='N', help='steps, loaders')
-    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images per epoch')
-    add('-j', '--workers', type=WORKERS, default=2, metavar='N', help="loaders: of timm's")
-    return parser

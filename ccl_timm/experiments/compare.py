@@ -2,59 +2,32 @@
 
 import itertools
 import json
-from argparse import ArgumentTypeError
 from dataclasses import dataclass
-from pathlib import Path
 
 from ccl_timm import losses
 from ccl_timm.console import table
-from ccl_timm.console.arguments import RATE, Parser
-from ccl_timm.errors import UserError
-from ccl_timm.experiments.reproduce import Plan, add_common, common_args, final_results, plan_of, run_plan, split_args
+from ccl_timm.experiments.reproduce import Plan, final_results
 from ccl_timm.experiments.statistics import LEVEL, difference, show_values, welch
 from ccl_timm.experiments.tables import Row, Table, to_cli_args
 from ccl_timm.training.run_dir import atomic_write
 
-__all__ = ['main', 'rows_of']
+__all__ = ['comparison', 'rows_of', 'write_result']
 
 _SEEDS = 3
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Train every loss and control with every learning rate and seed, and print the comparison; 1 if a run failed."""
-    own, train_args = split_args(argv)
-    args = _parser(prog).parse_strictly(own)
-    shared = ['--config', args.config, '--smoothing', '0.0', *common_args(args)]  # not every loss takes smoothing
-    rates = [_rate(text) for text in args.lr.split(',') if text]
-    rows = rows_of(args.backbone, [name for name in args.losses.split(',') if name], rates, shared)
-    chosen = Table('compare', f'{args.backbone}, recipe {args.config}', _SEEDS, rows)
-    plan = plan_of(chosen, args.seeds or _SEEDS, Path(args.output), train_args)
-    return run_plan(plan, args, _write_result)
+def comparison(backbone: str, recipe: str, names: list[str], rates: list[float], args: list[str]) -> Table:
+    """A table with the rows of :func:`rows_of`.
 
-
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        usage=f'{prog} --data-dir DIR --losses A,B [options] [-- arguments of the training script]',
-        description='Compare losses on one data set: each with the head made for it, and cross-entropy on that same '
-        'head as a control, all with the same split, epochs, seeds and learning rates. Runs that are done are skipped. '
-        'Arguments after -- go to `timm train.py`, such as -- --val-fraction 0.2 --pretrained-path FILE.',
-    )
-    add = parser.add_argument
-    add('--data-dir', default=None, metavar='DIR', help='your images, as for `timm train.py`')
-    add('--losses', default='ce,cc,arcface', metavar='A,B', help='names of `ccl-timm losses`, and ce')
-    add('--backbone', default='resnet18', metavar='NAME', help='a timm architecture')
-    add('--lr', default='', metavar='X,Y', help="learning rates to try for every row; default the recipe's")
-    add('--config', default='finetune', metavar='RECIPE', help='settings that all rows share, default finetune')
-    add_common(parser, 'output/compare')
-    return parser
-
-
-def _rate(text: str) -> float:
-    try:
-        return RATE(text)
-    except ArgumentTypeError as error:
-        raise UserError(f'--lr {error}: give numbers with commas between them, such as 0.01,0.03.') from error
+    Args:
+        backbone: a timm architecture.
+        recipe: settings that all rows share.
+        names: of losses.
+        rates: learning rates; none for the recipe's.
+        args: further arguments of the training script that all rows share.
+    """
+    shared = ['--config', recipe, '--smoothing', '0.0', *args]  # not every loss takes smoothing
+    return Table('compare', f'{backbone}, recipe {recipe}', _SEEDS, rows_of(backbone, names, rates, shared))
 
 
 def rows_of(backbone: str, names: list[str], rates: list[float], args: list[str]) -> tuple[Row, ...]:
@@ -90,7 +63,7 @@ class _Entry:
     top1: list[float]
 
 
-def _write_result(plan: Plan) -> str:
+def write_result(plan: Plan) -> str:
     """The comparison as text, which is also written beside the runs, with all values as JSON."""
     entries, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].run.path.parent
     text = _result(plan.table.title, entries)

@@ -1,102 +1,61 @@
 """A trained model's features: pictures of them, and how well they separate classes without its classifier."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ccl_timm.console import log_info, table
-from ccl_timm.console.arguments import WORKERS, Parser, integer
+from ccl_timm.data.config import DataConfig
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import analysis, plots
 from ccl_timm.training import evaluation, retrieval
-from ccl_timm.training.checkpoints import Trained, load_trained
-from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.checkpoints import Trained
 
-__all__ = ['analyse', 'draw', 'main']
-
-
-def main(argv: list[str], prog: str) -> int:
-    """Draw a model's features, attention and confusion, and print what its features show."""
-    args = _parser(prog).parse_strictly(argv)
-    trained = load_trained(args.source, use_ema=args.use_ema)
-    splits = _read_splits(args, trained)
-    folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
-    names = trained.class_names or [str(k) for k in range(trained.model.num_classes)]
-    for path in draw(splits, names, _title(trained), folder, args.limit, args.layer):
-        log_info(f'written: {path}')
-    weight = getattr(trained.model.get_classifier(), 'weight', None) if args.layer == 'features' else None
-    rows = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
-    print(table(rows, ('', *splits)))
-    return 0
+__all__ = ['analyse', 'describe', 'draw', 'split_outputs']
 
 
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Draw a trained model's features (as they are if two wide, else by t-SNE), its attention, if "
-        'it has any, and its confusion; print distances, norms, and what other classifiers make of its features.',
-    )
-    add = parser.add_argument
-    add('source', metavar='RUN', help='folder of a run or of an export, or a checkpoint file')
-    add(
-        '-o',
-        '--output',
-        default='',
-        metavar='DIR',
-        help='where pictures go; default RUN/pictures, for `ccl-timm report`',
-    )
-    add('--data-dir', default=None, metavar='DIR', help="default: the run's")
-    add('--dataset', default=None, metavar='NAME')
-    add(
-        '--split',
-        default=None,
-        metavar='NAME',
-        help='split beside the training split; default: the one the run validated on',
-    )
-    add('--layer', default='features', choices=('features', 'hidden'),
-        help='features: input of the last layer; hidden: output of the first layer of cam and mlp')  # fmt: skip
-    add('--limit', type=integer(2), default=1500, metavar='N', help='images of each split for t-SNE')
-    add('--use-ema', action='store_true', help='the moving average of the weights')
-    add('-b', '--batch-size', type=integer(1), default=256, metavar='N')
-    add('-j', '--workers', type=WORKERS, default=4, metavar='N')
-    add('--device', default='auto')
-    return parser
+def split_outputs(
+    trained: Trained, data: DataConfig, named: bool, device: torch.device, workers: int, layer: str = 'features'
+) -> dict[str, dict[str, np.ndarray]]:
+    """What a model computes of the training split and of the validation split, by the names of the splits.
 
+    Args:
+        trained: from :func:`ccl_timm.training.checkpoints.load_trained`.
+        data: from :func:`ccl_timm.training.evaluation.choose_data`.
+        named: see :func:`ccl_timm.training.evaluation.open_for`.
+        device: where to compute.
+        workers: processes that load images.
+        layer: whose output is called ``features``: ``'features'`` or ``'hidden'``.
 
-def _read_splits(args: argparse.Namespace, trained: Trained) -> dict[str, dict[str, np.ndarray]]:
-    """The outputs for the training and the other split; ``features`` are those of --layer."""
-    device = torch.device(evaluation.pick_device(args.device))
-    data = evaluation.data_config_of(args, trained.settings)
-    config = {**trained.data_config, 'batch_size': args.batch_size}
-    names = {'training': data.train_split, data.val_split or 'none': data.val_split}
+    Returns:
+        For each split ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and, where the model has it,
+        ``attention`` (N, C).
+
+    Raises:
+        UserError: the data does not fit the model, the run had no validation split, or the model lacks the layer.
+    """
+    if not data.val_split:
+        raise UserError('The run had no split to validate on: give --split NAME.')
+    config = {**trained.data_config, 'batch_size': data.batch_size}
     model, splits = trained.model.to(device), {}
-    for split, name in names.items():
-        if not name:
-            raise UserError('The run had no split to validate on: give --split NAME.')
-        dataset = evaluation.open_for(
-            data,
-            name,
-            config['input_size'][0],
-            trained.class_names,
-            training=split == 'training',
-            named=args.split is not None,
-        )
+    for split, name in {'training': data.train_split, data.val_split: data.val_split}.items():
+        training, channels = split == 'training', config['input_size'][0]
+        dataset = evaluation.open_for(data, name, channels, trained.class_names, training=training, named=named)
         evaluation.check_labels(dataset, trained)
-        loader = evaluation.loader_of(dataset, config, device, args.workers)
-        found = retrieval.extract_outputs(model, loader, (args.layer, 'logits', 'attention'), f'{split} split')
-        if args.layer not in found:
+        loader = evaluation.loader_of(dataset, config, device, workers)
+        found = retrieval.extract_outputs(model, loader, (layer, 'logits', 'attention'), f'{split} split')
+        if layer not in found:
             head = type(model.get_classifier()).__name__
-            raise UserError(f'Only the heads cam and mlp have --layer {args.layer}; this model has a {head}.')
-        found['features'] = found.pop(args.layer)
+            raise UserError(f'Only the heads cam and mlp have --layer {layer}; this model has a {head}.')
+        found['features'] = found.pop(layer)
         splits[split] = {key: value.cpu().numpy() for key, value in found.items()}
         splits[split] |= {'features': splits[split]['features'].astype(np.float64)}
     return splits
 
 
-def _title(trained: Trained) -> str:
+def describe(trained: Trained) -> str:
+    """Title for pictures of a model."""
     loss = trained.settings.get('loss') or ''
     when = f', after epoch {trained.epoch + 1}' if trained.epoch is not None else ''
     return f'{trained.name}{f" trained with {loss}" if loss else ""}{when}'

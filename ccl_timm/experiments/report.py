@@ -4,11 +4,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ccl_timm.console import log_info, show_share
-from ccl_timm.console.arguments import Parser
+from ccl_timm.console import show_share
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.fingerprint import change
-from ccl_timm.errors import UserError
 from ccl_timm.experiments.matching import (
     Group,
     MatchedRow,
@@ -16,11 +14,10 @@ from ccl_timm.experiments.matching import (
     distinguishing_settings,
     group_by_seed,
     head_of,
-    match_rows,
     usual_settings,
 )
-from ccl_timm.experiments.rendering import FORMATS, Report, Section
-from ccl_timm.experiments.results import Result, read_results, write_record
+from ccl_timm.experiments.rendering import Report, Section
+from ccl_timm.experiments.results import Result
 from ccl_timm.experiments.statistics import (
     LEVEL,
     difference,
@@ -30,11 +27,11 @@ from ccl_timm.experiments.statistics import (
     show_values,
     welch,
 )
-from ccl_timm.experiments.tables import Row, Table, read_table
+from ccl_timm.experiments.tables import Row, Table
 from ccl_timm.training.config import diff_settings
 from ccl_timm.training.run_dir import RunDir
 
-__all__ = ['main', 'plain_report', 'show_differences', 'table_report']
+__all__ = ['plain_report', 'show_differences', 'table_report']
 
 _LEGEND = (
     'Top-1 in %, mean ± largest deviation over the seeds. Differences and tests are of the last epoch. The best epoch '
@@ -45,48 +42,6 @@ _BEST_OTHER = (
     'Against the best other: the highest value that the paper prints for another loss on that backbone and data. A p '
     "(one-sample t-test, two-sided) is given only for runs of all the recipe's epochs and images."
 )
-
-
-def main(argv: list[str], prog: str) -> int:
-    """Print or write a report of runs, or what two runs differ in."""
-    args = _parser(prog).parse_strictly(argv)
-    if args.diff:
-        if len(args.runs) != 2 or args.table or args.format != 'md' or args.output or args.record:
-            raise UserError('--diff takes the folders of two runs, and no --table, --format, --output or --record.')
-        print(show_differences(*map(Path, args.runs)))
-        return 0
-    if args.output and Path(args.output).exists():
-        raise UserError(f"'{args.output}' exists already: name another file.")
-    table = read_table(args.table) if args.table else None
-    found = read_results(args.runs)
-    report = table_report(table, match_rows(table, found), found) if table else plain_report(found)
-    text = FORMATS[args.format](report)
-    if args.record:
-        write_record(Path(args.record), found)
-        log_info(f'{len(found)} runs recorded: {args.record}')
-    if args.output:
-        with open(args.output, 'x', encoding='utf-8', newline='\n') as file:
-            file.write(text)
-        log_info(f'written: {args.output}')
-    else:
-        print(text, end='')
-    return 0
-
-
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Put finished runs into one of the papers' tables, or into one of their own. It reads what runs "
-        'record (args.yaml, summary.csv, environment.json), or files that --record has written.',
-    )
-    add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder of a run or one that holds some, or a file of --record')
-    add('--table', default=None, metavar='NAME', help='such as cc-table1; `ccl-timm reproduce` lists them')
-    add('--format', default='md', choices=tuple(FORMATS), help='md: Markdown; html: one file, with pictures')
-    add('-o', '--output', default='', metavar='FILE', help='write to this new file')
-    add('--record', default='', metavar='FILE', help='record the runs in this file (.jsonl), one line per run')
-    add('--diff', action='store_true', help='settings, versions and data that two runs differ in, then their results')
-    return parser
 
 
 def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -> Report:

@@ -1,6 +1,5 @@
 """A table's rows as runs of the training script: checked, timed, run, skipped when done, resumed when interrupted."""
 
-import argparse
 import contextlib
 import functools
 import os
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccl_timm.console import log_info, log_warning, table
-from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
 from ccl_timm.experiments.estimate import time_run
@@ -26,7 +24,7 @@ from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.run_dir import RunDir, is_done
 
-__all__ = ['Job', 'Plan', 'add_common', 'common_args', 'final_results', 'main', 'plan_of', 'run_plan', 'split_args']
+__all__ = ['Job', 'Plan', 'final_results', 'plan_of', 'run_plan', 'show_results']
 
 
 @dataclass(frozen=True)
@@ -82,60 +80,6 @@ class Plan:
         return [jobs[i] for i in range(max(map(len, self.jobs.values()))) for jobs in self.jobs.values()]
 
 
-def main(argv: list[str], prog: str) -> int:
-    """Check, time or run the rows of a table; 1 if a row failed."""
-    own, train_args = split_args(argv)
-    args = _parser(prog).parse_strictly(own)
-    if not args.table:
-        rows = [(name, tables.read_table(name)) for name in tables.list_tables()]
-        print(table([(name, t.title, ', '.join(t.datasets)) for name, t in rows], ('name', 'title', 'data sets')))
-        return 0
-    names = [name for name in args.rows.split(',') if name]
-    chosen = tables.select(tables.read_table(args.table), args.dataset, names)
-    if len(chosen.datasets) > 1 and not args.dry_run:
-        raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
-    seeds = chosen.seeds if args.seeds is None else args.seeds
-    plan = plan_of(chosen, seeds, Path(args.output) / chosen.name, [*common_args(args), *train_args])
-    return run_plan(plan, args, _result)
-
-
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        usage=f'{prog} [TABLE] [options] [-- arguments of the training script]',
-        description="Run rows of the papers' tables, or of ours: finished runs are skipped, interrupted ones resume. "
-        'Without TABLE: list them. Arguments after -- go to `timm train.py`, such as -- --workers 2.',
-    )
-    add = parser.add_argument
-    add('table', nargs='?', default=None, metavar='TABLE', help='such as cc-table1')
-    add('--dataset', default=None, metavar='NAME', help="the table's column, such as mnist")
-    add('--rows', default='', metavar='A,B', help='such as resnet18:cc,resnet18:ce; default all')
-    add('--data-dir', default=None, metavar='DIR', help="the data set's folder")
-    add_common(parser, 'output/reproduce')
-    return parser
-
-
-def add_common(parser: Parser, output: str) -> None:
-    """The flags of every command that runs a plan."""
-    add = parser.add_argument
-    add('--seeds', type=COUNT, default=None, metavar='N', help="runs per row, 0 to N-1; default the table's")
-    add('--epochs', type=COUNT, default=None, metavar='N', help="default the recipe's")
-    add('--output', default=output, metavar='DIR', help=f'folder of the runs, default {output}')
-    add('--dry-run', action='store_true', help='check every row and print its commands')
-    add('--estimate', action='store_true', help='time ten steps of every row and print the hours for all')
-
-
-def common_args(args: argparse.Namespace) -> list[str]:
-    """The training script's arguments that follow from the flags of every such command."""
-    return tables.to_cli_args({key: getattr(args, key) for key in ('epochs', 'data_dir') if getattr(args, key)})
-
-
-def split_args(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our arguments, and those after ``--``, which are the training script's."""
-    cut = argv.index('--') if '--' in argv else len(argv)
-    return argv[:cut], argv[cut + 1 :]
-
-
 def plan_of(chosen: Table, seeds: int, output: Path, args: list[str]) -> Plan:
     """Make a job of each row and seed.
 
@@ -155,13 +99,14 @@ def plan_of(chosen: Table, seeds: int, output: Path, args: list[str]) -> Plan:
     return Plan(chosen, jobs)
 
 
-def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]) -> int:
+def run_plan(plan: Plan, result: Callable[[Plan], str], dry_run: bool = False, estimate: bool = False) -> int:
     """Check every row, then run all jobs and print the results, or only print the commands, or only time them.
 
     Args:
         plan: the jobs.
-        args: with the flags of :func:`add_common`.
         result: what to print of a plan once its jobs are done.
+        dry_run: only check every row and print the commands.
+        estimate: only time ten steps of every row.
 
     Returns:
         The exit code: 1 if any failed.
@@ -170,13 +115,13 @@ def run_plan(plan: Plan, args: argparse.Namespace, result: Callable[[Plan], str]
         UserError: a row cannot work, or its data is not there: nothing has begun.
     """
     for jobs in plan.jobs.values():
-        _check(jobs[0], needs_data=not args.dry_run)
-    if args.dry_run:
+        _check(jobs[0], needs_data=not dry_run)
+    if dry_run:
         for job in plan.all_jobs:
             print(shlex.join(job.command))
         log_info(f'{len(plan.jobs)} rows checked, {len(plan.all_jobs)} runs')
         return 0
-    if args.estimate:
+    if estimate:
         return int(_estimate(plan))
     done = [_run(job) for job in plan.all_jobs]
     print(result(plan))
@@ -228,7 +173,7 @@ def final_results(jobs: list[Job]) -> list[Result]:
     return [result for result in found if result]
 
 
-def _result(plan: Plan) -> str:
+def show_results(plan: Plan) -> str:
     """The report of the table, and what its recipes assume."""
     found = {row: final_results(jobs) for row, jobs in plan.jobs.items()}
     matched = [match_row(row, results) for row, results in found.items()]

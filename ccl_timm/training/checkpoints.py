@@ -41,6 +41,11 @@ class Trained:
     epoch: int | None = None
     ema: bool = False
 
+    @property
+    def labels(self) -> list[str]:
+        """A name for each logit: the class names, or numbers where they are unknown."""
+        return self.class_names or [str(index) for index in range(self.model.num_classes)]
+
 
 def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
     """Build the model that a training script's settings name.

@@ -171,16 +171,10 @@ class TrainConfig(RunConfig, ScheduleConfig, OptimConfig, LossConfig, ModelConfi
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def parser(cls, prog: str = 'timm train.py') -> Parser:
-        """A parser with a flag for each setting; settings that are not given are absent from its result."""
-        parser = Parser(
-            prog=prog,
-            description="Train an image classifier. Names and defaults are those of timm's train.py; without any data "
-            'named it trains on the embedded handwritten digits.',
-        )
-        parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='data folder, the same as --data-dir')
-        cls.add_arguments(parser)
-        return parser
+    def add_arguments(cls, parser: Parser) -> None:
+        """Add the data folder and a flag for each setting; what is not given is absent from the parser's result."""
+        parser.add_argument('data', nargs='?', metavar='DIR', help='data folder, the same as --data-dir')
+        super().add_arguments(parser)
 
     @classmethod
     def resolve(cls, argv: list[str], prog: str = 'timm train.py') -> 'TrainConfig':
@@ -193,10 +187,16 @@ class TrainConfig(RunConfig, ScheduleConfig, OptimConfig, LossConfig, ModelConfi
         Raises:
             UserError: an unknown flag or recipe key, or a value that does not fit.
         """
-        given = vars(cls.parser(prog).parse_strictly(argv))
-        folder = given.pop('data')
-        if folder is not None:
-            given.setdefault('data_dir', folder)
+        parser = Parser(prog=prog)
+        cls.add_arguments(parser)
+        return cls.from_args(parser.parse_strictly(argv), prog)
+
+    @classmethod
+    def from_args(cls, args: Namespace, prog: str = 'timm train.py') -> 'TrainConfig':
+        """The same from arguments that were parsed with :meth:`add_arguments`."""
+        given = {name: value for name, value in vars(args).items() if name in cls.options()}
+        if args.data is not None:
+            given.setdefault('data_dir', args.data)
         return cls._combine(given, prog)
 
     @classmethod

@@ -1,32 +1,30 @@
-"""Evaluation: one pass over a data set, and the built-in `timm validate.py`."""
+"""Evaluation: one pass over a data set, and a trained model on a split of its data or of other data."""
 
-import argparse
 import contextlib
-import csv
-import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm.console import Progress, log_info, log_warning
-from ccl_timm.console.arguments import COUNT, WORKERS, Parser
-from ccl_timm.console.escape import csv_text
+from ccl_timm.console import Progress, log_info
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 from ccl_timm.training import retrieval
-from ccl_timm.training.checkpoints import Trained, load_trained
+from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.interrupts import WholeBatches
 from ccl_timm.training.run_dir import RunDir
 
-__all__ = ['Evaluation', 'check_labels', 'data_config_of', 'evaluate', 'loader_of', 'main', 'open_for', 'pick_device']
+__all__ = [
+    'Evaluation', 'check_labels', 'check_save', 'choose_data', 'evaluate', 'evaluate_split', 'loader_of', 'open_for',
+    'pick_device', 'save_split',
+]  # fmt: skip
 
 
 @dataclass
@@ -43,6 +41,11 @@ class Evaluation:
     metrics: dict[str, float]
     confusion: Tensor
     unreadable: int
+
+    @property
+    def images(self) -> int:
+        """Number of images measured."""
+        return int(self.confusion.sum())
 
     @property
     def accuracies(self) -> list[float | None]:
@@ -66,7 +69,7 @@ def evaluate(
 
     Args:
         model: returns logits (N, K).
-        loader: timm's loader of a validation part; what a sampler pads it with is not counted, nor is an image of
+        loader: timm's loader of a validation split; what a sampler pads it with is not counted, nor is an image of
             label -1, which could not be read.
         device: the model's.
         autocast: makes the context of mixed precision.
@@ -100,7 +103,7 @@ def evaluate(
         torch.distributed.all_reduce(confusion)
         torch.distributed.all_reduce(counts)
     if not confusion.any():
-        raise UserError(f'Not one image for {label} can be read.')
+        raise UserError(f'No image for {label} can be read.')
     classes = math.isqrt(len(confusion))
     found = Evaluation(dict(evaluator.compute(distributed)), confusion.view(classes, classes).cpu(), int(counts))
     accuracies = [accuracy for accuracy in found.accuracies if accuracy is not None]
@@ -124,140 +127,118 @@ def pick_device(name: str) -> str:
     return name
 
 
-def main(argv: list[str], prog: str = 'timm validate.py') -> int:
-    """Evaluate a run, a checkpoint or an exported folder on a part of the data it was trained on, or on other data."""
-    args = _parser(prog).parse_strictly(argv)
-    for path in filter(None, (args.confusion, args.per_class)):
-        if Path(path).exists():
-            raise UserError(f"'{path}' exists already: name another file.")
-    device = torch.device(pick_device(args.device))
-    trained = load_trained(args.source or args.checkpoint, use_ema=args.use_ema)
-    if args.save:
-        _check_save(args, trained)
-    data = data_config_of(args, trained.settings)
-    config = {**trained.data_config, 'batch_size': args.batch_size}
-    dataset = open_for(data, data.val_split, config['input_size'][0], trained.class_names, named=args.split is not None)
+def evaluate_split(
+    trained: Trained,
+    data: DataConfig,
+    named: bool,
+    device: torch.device,
+    workers: int,
+    recall: bool = False,
+    knn: int | None = None,
+) -> Evaluation:
+    """Measure a trained model on the validation split of some data.
+
+    Args:
+        trained: from :func:`ccl_timm.training.checkpoints.load_trained`.
+        data: from :func:`choose_data`.
+        named: see :func:`open_for`.
+        device: where to compute.
+        workers: processes that load images.
+        recall: also measure ``recall_at_1``: whether the nearest other image, by features, is of the same class.
+        knn: also measure ``knn``, the accuracy of that many nearest training images, by features.
+
+    Raises:
+        UserError: the data does not fit the model, no image can be read, or the model diverged.
+    """
+    config = {**trained.data_config, 'batch_size': data.batch_size}
+    dataset = open_for(data, data.val_split, config['input_size'][0], trained.class_names, named=named)
     check_labels(dataset, trained)
-    loader = loader_of(dataset, config, device, args.workers)
+    loader = loader_of(dataset, config, device, workers)
     model = trained.model.to(device)
     log_info(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
     found = evaluate(model, loader, device)
-    metrics = found.metrics
-    if not math.isfinite(metrics['loss']):
-        raise UserError(f"The model's loss on this data is {metrics['loss']}: its accuracy would mean nothing.")
-    log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
-    if found.unreadable:
-        log_warning(f'{found.unreadable} images could not be read, and are not counted')
-    if args.recall or args.knn:
-        metrics |= _neighbours(args, data, trained, loader, config)
-    names = trained.class_names or [str(k) for k in range(len(found.confusion))]
-    _write_tables(args, found, names)
-    result = {'model': trained.name, **metrics, 'images': len(dataset) - found.unreadable}
-    if args.save:
-        _save(args, trained, result)
-    print(f'--result\n{json.dumps({**result, "img_size": config["input_size"][-1]}, indent=4)}')
-    return 0
-
-
-def loader_of(dataset: Any, config: dict[str, Any], device: torch.device, workers: int) -> Any:
-    """A loader of a part of the data, preprocessed as a trained model's ``data_config`` with ``batch_size`` says."""
-    names = ('input_size', 'batch_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
-
-
-def _neighbours(args, data, trained, loader, config) -> dict[str, float]:
-    """What features alone tell: ``recall_at_1`` within the part, ``knn`` by the training part's images."""
-    features, labels = retrieval.extract_features(trained.model, loader)
-    found = {}
-    if args.recall:
-        found['recall_at_1'] = retrieval.recall_at_1(features, labels)
-    if args.knn:
+    if not math.isfinite(found.metrics['loss']):
+        raise UserError(f"The model's loss on this data is {found.metrics['loss']}: its accuracy would mean nothing.")
+    if not (recall or knn):
+        return found
+    features, labels = retrieval.extract_features(model, loader)
+    if recall:
+        found.metrics['recall_at_1'] = retrieval.recall_at_1(features, labels)
+    if knn:
         known = open_for(data, data.train_split, config['input_size'][0], trained.class_names, training=True)
-        known_loader = loader_of(known, config, features.device, args.workers)
-        known_features = retrieval.extract_features(trained.model, known_loader, 'features of the training part')
-        found['knn'] = retrieval.knn_accuracy(features, labels, *known_features, args.knn)
-    log_info('  '.join(f'{name} {value:.3f}%' for name, value in found.items()))
+        known_loader = loader_of(known, config, device, workers)
+        known_features = retrieval.extract_features(model, known_loader, 'features of the training split')
+        found.metrics['knn'] = retrieval.knn_accuracy(features, labels, *known_features, knn)
     return found
 
 
-def _check_save(args: argparse.Namespace, trained: Trained) -> None:
-    """Raise a UserError unless the results can be saved with the run that they belong to."""
-    folder = RunDir.of(args.source or args.checkpoint).path
+def check_save(source: str | os.PathLike, trained: Trained, split: str | None, other_data: bool) -> None:
+    """Raise a UserError unless a split's results can be saved with the run that they belong to.
+
+    Args:
+        source: what ``trained`` was loaded from.
+        trained: the model.
+        split: the name given; None if none was.
+        other_data: whether it is of other data than the run's.
+    """
+    folder = RunDir.of(source).path
     if trained.epoch is None or not (folder / 'args.yaml').is_file():
-        raise UserError(f"--save keeps results with a run, which '{folder}' is not: name a run's folder.")
-    if args.split is None or args.data_dir is not None or args.dataset is not None:
-        raise UserError("--save keeps results of a split of the run's own data: name it with --split alone.")
-    if bool(trained.settings.get('model_ema')) != args.use_ema:
+        raise UserError(f"--save-split keeps results with a run, which '{folder}' is not: name a run's folder.")
+    if split is None or other_data:
+        raise UserError("--save-split keeps results of a split of the run's own data: name it with --split alone.")
+    if bool(trained.settings.get('model_ema')) != trained.ema:
         raise UserError(f"'{folder}' was measured with the moving average of its weights: give --use-ema.")
 
 
-def _save(args: argparse.Namespace, trained: Trained, result: dict[str, Any]) -> None:
-    run = RunDir.of(args.source or args.checkpoint)
-    measured = {name: result[name] for name in ('images', 'top1', 'top5', 'loss')}
-    path = run.add_extra_split({'split': args.split, 'epoch': trained.epoch, **measured})
+def save_split(source: str | os.PathLike, trained: Trained, split: str, found: Evaluation) -> None:
+    """Add a split's results to the run's extra_splits.csv; see :func:`check_save`."""
+    run = RunDir.of(source)
+    measured = {name: found.metrics[name] for name in ('top1', 'top5', 'loss')}
+    path = run.add_extra_split({'split': split, 'epoch': trained.epoch, 'images': found.images, **measured})
     log_info(f'written: {path}, of epoch {trained.epoch + 1}')
     rows = run.rows()
     if rows and trained.epoch != rows[-1]['epoch']:
         log_info(f"reports show results of a run's last epoch: {run.path / 'last.pth.tar'}")
 
 
-def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
-    if args.per_class:
-        counts = found.confusion.sum(1).tolist()
-        rows = [['class', 'images', 'accuracy'], *zip(names, counts, found.accuracies, strict=True)]
-        _write_csv(args.per_class, rows)
-    if args.confusion:
-        rows = [[name, *row] for name, row in zip(names, found.confusion.tolist(), strict=True)]
-        _write_csv(args.confusion, [['class \\ predicted', *names], *rows])
+def choose_data(
+    settings: dict[str, Any],
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    batch_size: int = 256,
+) -> DataConfig:
+    """A run's data, or other data in its place.
 
+    Args:
+        settings: of the run; empty for an export.
+        data_dir: folder of other data.
+        dataset: name of other data.
+        split: name of the validation split, in the place of the run's.
+        batch_size: images per batch.
 
-def _write_csv(path: str, rows: list) -> None:
-    with open(path, 'x', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows(map(csv_text, row) for row in rows)
-    log_info(f'written: {path}')
-
-
-def _parser(prog: str) -> Parser:
-    parser = Parser(prog=prog, description='Evaluate a trained model. Preprocessing and data are those of its run.')
-    add = parser.add_argument
-    add('source', nargs='?', default=None, metavar='RUN', help='folder of a run or an export, or a checkpoint file')
-    add('--checkpoint', default='', metavar='FILE', help='the same')
-    add('--use-ema', action='store_true', help='the moving average of the weights')
-    add('--data-dir', default=None, metavar='DIR', help="default: the run's")
-    add('--dataset', default=None, metavar='NAME')
-    add('--split', default=None, metavar='NAME', help='part to evaluate on')
-    add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
-    add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
-    add('--save', action='store_true', help="keep the results of --split in the run's extra_splits.csv")
-    add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
-    add(
-        '--knn',
-        type=COUNT,
-        default=None,
-        metavar='K',
-        help='accuracy of the K nearest training images, by features',
-    )
-    add('-b', '--batch-size', type=COUNT, default=256, metavar='N')
-    add('-j', '--workers', type=WORKERS, default=4, metavar='N')
-    add('--device', default='auto')
-    return parser
-
-
-def data_config_of(args: argparse.Namespace, settings: dict[str, Any]) -> DataConfig:
-    """A run's data, or the data that the command line names instead."""
-    settings = {**settings, 'batch_size': args.batch_size}
-    if args.data_dir is not None:
-        settings |= {'data_dir': args.data_dir, 'dataset': args.dataset or '', 'train_fraction': None}
-    elif args.dataset is not None:
-        settings |= {'dataset': args.dataset, 'train_fraction': None}
-    if args.data_dir is not None or args.dataset is not None:
+    Raises:
+        UserError: there is no data.
+    """
+    settings = {**settings, 'batch_size': batch_size}
+    if data_dir is not None:
+        settings |= {'data_dir': data_dir, 'dataset': dataset or '', 'train_fraction': None}
+    elif dataset is not None:
+        settings |= {'dataset': dataset, 'train_fraction': None}
+    if data_dir is not None or dataset is not None:
         settings |= {'val_split': settings.get('val_split') or 'validation', 'val_fraction': None}
-    if args.split:
-        settings['val_split'] = args.split
+    if split:
+        settings['val_split'] = split
     config = DataConfig.of(settings)
     if config.data_dir is None and not config.dataset:
         raise UserError('No data to evaluate on: give --data-dir or --dataset.')
     return config
+
+
+def loader_of(dataset: Any, config: dict[str, Any], device: torch.device, workers: int) -> Any:
+    """A loader of a split, preprocessed as a trained model's ``data_config`` with ``batch_size`` says."""
+    names = ('input_size', 'batch_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
 
 
 def open_for(
@@ -277,7 +258,7 @@ def open_for(
         class_names: of the model; None if unknown.
         training: of a training split divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
             one divided by ``val_fraction``, the share held out, unless the split was named.
-        named: the split was named on the command line.
+        named: the split was named by the user.
     """
     divided = config.val_fraction is not None and (training or not named)
     if not divided and not (training and config.train_fraction):

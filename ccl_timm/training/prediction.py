@@ -1,24 +1,17 @@
 """Classification of new images by a trained model."""
 
-import csv
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
 
-from ccl_timm.console import log_warning, table
-from ccl_timm.console.arguments import COUNT, Parser
-from ccl_timm.console.escape import csv_text
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image
 from ccl_timm.errors import UserError
-from ccl_timm.training.checkpoints import Trained, load_trained
-from ccl_timm.training.evaluation import pick_device
+from ccl_timm.training.checkpoints import Trained
 
-__all__ = ['main', 'predict']
+__all__ = ['find_images', 'predict']
 
 
 def predict(
@@ -71,33 +64,11 @@ def predict(
 
 def _ranked(trained: Trained, path: Path, probabilities: torch.Tensor, topk: int) -> dict[str, Any]:
     best = probabilities.topk(min(topk, len(probabilities)))
-    names = trained.class_names or [str(index) for index in range(len(probabilities))]
     predictions = [
-        {'class': names[index], 'index': index, 'probability': round(value, 6)}
+        {'class': trained.labels[index], 'index': index, 'probability': round(value, 6)}
         for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     return {'image': str(path), 'predictions': predictions}
-
-
-def main(argv: list[str], prog: str = 'ccl-timm predict') -> int:
-    """Classify files and folders; exit code 1 if an image could not be read."""
-    parser = Parser(prog=prog, description='Classify images with a trained model.')
-    add = parser.add_argument
-    add('source', metavar='RUN_OR_MODEL', help='folder of a run or an export, or a checkpoint file')
-    add('images', nargs='+', metavar='IMAGE', help='files, or folders of them')
-    add('--topk', type=COUNT, default=1, metavar='N', help='how many classes for each image')
-    add('--format', default='table', choices=('table', 'csv', 'json'))
-    add('-b', '--batch-size', type=COUNT, default=32, metavar='N')
-    add('--use-ema', action='store_true')
-    add('--device', default='auto')
-    args = parser.parse_strictly(argv)
-    paths = find_images(args.images)
-    trained = load_trained(args.source, use_ema=args.use_ema)
-    results, unreadable = predict(trained, paths, args.topk, args.batch_size, pick_device(args.device))
-    _write(results, args.format)
-    for path, reason in unreadable:
-        log_warning(f"'{path}' is not a readable image and was left out: {reason}")
-    return 1 if unreadable else 0
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -119,21 +90,3 @@ def find_images(names: list[str]) -> list[Path]:
         else:
             raise UserError(f"'{path}' does not exist.")
     return paths
-
-
-def _write(results: list[dict[str, Any]], form: str) -> None:
-    if form == 'json':
-        print(json.dumps(results, indent=2))
-        return
-    rows = [
-        (row['image'], str(rank), p['class'], f'{p["probability"]:.4f}')
-        for row in results
-        for rank, p in enumerate(row['predictions'], 1)
-    ]
-    header = ('image', 'rank', 'class', 'probability')
-    if form == 'csv':
-        writer = csv.writer(sys.stdout)
-        writer.writerow(header)
-        writer.writerows(map(csv_text, row) for row in rows)
-    else:
-        print(table(rows, header))

@@ -281,7 +281,7 @@ class RunDir:
                 rows = list(csv.DictReader(file))
             return [{key: row[key] if key == 'split' else float(row[key]) for key in _EXTRA_SPLIT} for row in rows]
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}' is not a table that `timm validate.py --save` wrote: move it away.") from error
+            raise UserError(f"'{path}' was not written by `timm validate.py --save-split`: move it away.") from error
 
     def add_extra_split(self, row: dict[str, Any]) -> Path:
         """Add what was measured on a split to extra_splits.csv, replacing the same split's row of the same epoch.

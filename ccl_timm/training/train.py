@@ -18,23 +18,9 @@ from ccl_timm.training.provenance import environment, origin
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
-__all__ = ['main', 'train']
+__all__ = ['train']
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def main(argv: list[str], prog: str = 'timm train.py') -> int:
-    """Run the script with these arguments; returns 0, or raises UserError for what the user can fix."""
-    config = TrainConfig.resolve(argv, prog)
-    if config.config == 'digits' and config.source('config') != 'cli':
-        log_info('No data given: training on the embedded handwritten digits, recipe digits. Yours: --data-dir DIR')
-    elif not any((config.config, config.pretrained, config.pretrained_path, config.initial_checkpoint, config.resume)):
-        log_info(
-            "hint: this is training from scratch with timm's defaults, which is seldom enough for a small folder; "
-            'recipe finetune starts from pretrained weights: --config finetune'
-        )
-    train(config, argv)
-    return 0
 
 
 def train(config: TrainConfig, argv: list[str]) -> Path:

@@ -72,7 +72,7 @@ def test_imagenet_subset(part, tmp_path, words):
     for argv, message in (
         (['--classes', tmp_path / 'mine.txt'], "has no folder of 1 of the 2 classes, such as 'n09'"),
         (['--num-classes', '4'], 'has 3 classes, fewer than --num-classes 4'),
-        ([], 'How many classes?'),
+        ([], 'Which classes?'),
     ):
         code, out, err = words('ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'no', *argv)
         assert code == 2 and message in err and not (tmp_path / 'no').exists()
@@ -133,7 +133,7 @@ def test_without_a_folder_it_says_where_people_get_it(name, place, words):
 
 def test_data_lists_its_commands(words):
     code, out, err = words('ccl-timm', 'data')
-    assert code == 0 and all(f'  {name} ' in out for name in prepare._COMMANDS)
+    assert code == 0 and all(f'  {name}' in out for name in ('digits', 'check', 'split', *archives.SOURCES))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_split_says_what_it_cannot_do(folder, place, words):
         (['one', 'parts'], "1 images in 'one' lie outside of any class folder, such as 'c.png'"),
         ([folder / 'train', 'parts'], "'parts' exists and is not empty"),
         ([folder / 'train', folder / 'train' / 'new'], 'which is not changed: name a folder outside'),
-        ([folder, 'new'], f"has parts (train, validation): name the one to split, such as '{folder}/train'"),
+        ([folder, 'new'], f"has splits (train, validation): name the one to divide, such as '{folder}/train'"),
         ([folder / 'train', 'new', '--val-fraction', '1'], '--val-fraction: 1 must be above 0 and below 1'),
         (['nowhere', 'new'], "no folder 'nowhere'"),
         (['nothing', 'new'], 'Found 0 images'),
@@ -252,11 +252,11 @@ def messy(tmp_path):
 MESS = {
     'unreadable': ['train/ant/cut.jpg', 'train/ant/gone.png', 'train/ant/text.png'],
     'no_class': ['validation/loose.png'],
-    'empty_part': ['test'],
+    'empty_split': ['test'],
     'unknown_class': ['validation/dog'],
     'missing_class': ['validation/cat'],
     'empty_class': ['train/empty'],
-    'several_parts': ['train/bee/3.png = validation/bee/leak.png'],
+    'several_splits': ['train/bee/3.png = validation/bee/leak.png'],
     'several_classes': ['train/ant/2.png = train/bee/ant.png'],
     'twice': ['train/ant/1.png = train/ant/again.png'],
     'sixteen_bit': ['validation/bee/deep.png'],
@@ -277,7 +277,7 @@ def test_check_finds_each_problem_by_name(messy, words):
     assert code == 1 and found['broken'] is True
     names = {kind: [name.split(' (')[0] for name in row['names']] for kind, row in found['problems'].items()}
     assert names == MESS
-    assert found['parts']['train'] == {
+    assert found['splits']['train'] == {
         'images': 15,
         'classes': 3,
         'fewest': {'class': 'cat', 'images': 1},
@@ -300,7 +300,7 @@ def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, words):
         (root / 'train/ant/cut.png').write_bytes((root / 'train/ant/0.png').read_bytes()[:60])
     if kind == 'no_class':
         put(root / 'train/loose.png')
-    if kind == 'empty_part':
+    if kind == 'empty_split':
         (root / 'test').mkdir()
     if kind == 'unknown_class':
         put(root / 'validation/dog/0.png')
@@ -313,7 +313,7 @@ def test_check_of_a_good_folder(folder, tmp_path, words):
     code, out, err = words('ccl-timm', 'data', 'check', folder)
     assert code == 0 and out.endswith('no problem found\n') and 'validation  12      3        4 to 4 (1 : 1.0)' in out
     code, out, err = words('ccl-timm', 'data', 'check', folder / 'train')
-    assert code == 0 and 'all   24      3' in out
+    assert code == 0 and 'all    24      3' in out
     assert tree(folder) == before
     assert words('ccl-timm', 'data', 'check', tmp_path)[0] == 2
     assert words('ccl-timm', 'data', 'check', tmp_path / 'nowhere')[0] == 2
@@ -323,7 +323,7 @@ def test_notes_are_not_broken(folder, tmp_path, words):
     root = shutil.copytree(folder, tmp_path / 'copy')
     shutil.copy(root / 'train/ant/0.png', root / 'validation/ant/leak.png')
     code, out, err = words('ccl-timm', 'data', 'check', root)
-    assert code == 0 and 'note: 1 same file in several parts' in out
+    assert code == 0 and 'note: 1 same file in several splits' in out
 
 
 def test_hold_out_does_not_depend_on_the_order_of_files():

@@ -159,7 +159,7 @@ def test_tables_are_listed(words):
 
 def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(words, folder, place, started):
     argv = ['--config', 'digits', '--data-dir', folder, '--losses', 'cc', '--backbone', 'test_resnet', '--epochs', '1']
-    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01,0.02', '--', *TINY)
+    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01', '0.02', '--', *TINY)
     assert code == 0, err
     rows = [line for line in out.splitlines() if re.match(r'(ce|cc)\b.* (linear|cam) ', line)]
     assert [row.split('  ')[0] for row in rows] == ['ce', 'ce (control)', 'cc']
@@ -216,8 +216,8 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['--losses', 'cc,acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
-        (['--lr', '0.1,fast'], "--lr 'fast' is not a number: give numbers with commas between them"),
+        (['--losses', 'cc', 'acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
+        (['--lr', '0.1', 'fast'], "--lr: 'fast' is not a number"),
         (['--seeds', '0'], '--seeds: 0 must be at least 1'),
         (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
         ([], 'needs its data: give --data-dir DIR.'),

@@ -1,6 +1,5 @@
 """Evaluation: figures from the confusion matrix, images that cannot be read, neighbours by features."""
 
-import argparse
 import csv
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from ccl_timm.data import datasets
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.evaluation import data_config_of, evaluate, open_for
+from ccl_timm.training.evaluation import choose_data, evaluate, open_for
 from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
 from ccl_timm.training.run_dir import RunDir
 
@@ -78,7 +77,7 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
 def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     run = shutil.copytree(trained, place / 'run')
     for part in ('train', 'validation', 'train'):
-        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--save')
+        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--save-split')
         assert code == 0, err
     rows = RunDir(run).extra_splits()
     assert [row['split'] for row in rows] == ['validation', 'train']
@@ -86,7 +85,7 @@ def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     assert rows[-1]['epoch'] + 1 == len(RunDir(run).rows()) and 'reports show' not in err
     (run / 'last.pth.tar').rename(run / 'newer.pth.tar')
     shutil.copy(run / 'checkpoint-0.pth.tar', run / 'last.pth.tar')
-    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--save')
+    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--save-split')
     assert code == 0 and "reports show results of a run's last epoch" in err and len(RunDir(run).extra_splits()) == 3
 
 
@@ -103,7 +102,7 @@ def test_figures_are_kept_with_no_other_run(source, argv, message, words, traine
     shutil.copytree(trained, 'run')
     Path('alone').mkdir()
     shutil.copy(trained / 'last.pth.tar', 'alone')
-    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--save')
+    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--save-split')
     assert code == 2 and message in err
     assert not Path('run/extra_splits.csv').exists() and not Path('alone/extra_splits.csv').exists()
 
@@ -111,9 +110,9 @@ def test_figures_are_kept_with_no_other_run(source, argv, message, words, traine
 def test_a_foreign_parts_csv_stays(words, trained, place):
     shutil.copytree(trained, 'run')
     Path('run/extra_splits.csv').write_text('screw,price\n1,2\n')
-    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save')
+    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save-split')
     assert (
-        code == 2 and 'is not a table that' in err and Path('run/extra_splits.csv').read_text() == 'screw,price\n1,2\n'
+        code == 2 and 'was not written by' in err and Path('run/extra_splits.csv').read_text() == 'screw,price\n1,2\n'
     )
     assert "left out: 'run/extra_splits.csv'" in words('ccl-timm', 'report', 'run')[2]
 
@@ -122,8 +121,7 @@ def test_neighbours_are_sought_among_the_images_trained_on(place):
     images = write_folder(place / 'images', train=20)
     given = ['--data-dir', str(images), '--val-fraction', '0.2', '--train-fraction', '0.5', '--split', 'validation']
     trained_on = TrainConfig.resolve(given[:-2])
-    typed = argparse.Namespace(data_dir=None, dataset=None, split='validation', batch_size=8)
-    config = data_config_of(typed, trained_on.settings())
+    config = choose_data(trained_on.settings(), split='validation')
     known = open_for(config, 'train', 3, None, training=True)
     assert known.indices == datasets.create_splits(trained_on, 3).train.indices
     assert (

@@ -1,0 +1,60 @@
+"""`ccl-timm bench`."""
+
+import argparse
+import json
+from typing import Any
+
+import timm
+import torch
+
+from ccl_timm import losses
+from ccl_timm.cli.common import add_loading
+from ccl_timm.console import log_info, table
+from ccl_timm.console.arguments import COUNT, Parser
+from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_steps
+from ccl_timm.training.evaluation import pick_device
+
+__all__ = ['HELP', 'add_arguments', 'run']
+
+HELP = (
+    'Time losses, training steps and loaders against what they replace, in turn. A ratio is the time divided by that '
+    'of the first line.'
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add('what', choices=('cc', 'steps', 'loaders'), help='CC-Loss and its N x N form; training steps; loaders')
+    add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed, default 5')
+    add('--json', action='store_true', help='print JSON')
+    add_loading(parser, batch_size=128, workers=2)
+    add('--classes', type=COUNT, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
+    add('--samples', type=COUNT, default=16384, metavar='N', help='cc: attention vectors, default 16384')
+    add('--width', type=COUNT, default=512, metavar='D', help='cc: their length, default 512')
+    add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture, default resnet18')
+    add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
+    add('--img-size', type=COUNT, default=32, metavar='N', help='steps, loaders: default 32')
+    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images per epoch, default 20000')
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device(pick_device(args.device))
+    log_info(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
+    if args.what == 'cc':
+        rows = bench_cc(args.samples, args.width, args.classes or 1000, args.rounds, device)
+    elif args.what == 'steps':
+        names = args.losses or losses.list_losses()
+        sizes = (args.img_size, args.batch_size, args.classes or 100, args.rounds)
+        rows = bench_steps(args.backbone, names, *sizes, device)
+    else:
+        rows = bench_loaders(args.images, args.img_size, args.batch_size, args.workers, args.rounds, device)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        header = tuple(rows[0])
+        print(table([tuple(_shown(row[key]) for key in header) for row in rows], header))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
