@@ -6,43 +6,30 @@ import timm.loss
 if not hasattr(timm.loss, 'LOSS_TYPES'):  # as where a script lies in a clone of an older timm
     raise ImportError(f'ccl_timm needs timm 1.0.31 or later, and {timm.__path__[0]} is timm {timm.__version__}')
 
+from typing import Any
+
 from ccl_timm import registry
 from ccl_timm.errors import PluginLoadError, UnknownNameError, UserError
+from ccl_timm.heads import Head, HeadOutputs
 from ccl_timm.heads.centroids import max_cosine, pedcc_centroids
-from ccl_timm.losses import (
-    Loss,
-    channel_correlation,
-    cosine_loss,
-    create_loss,
-    focal_loss,
-    list_losses,
-    norm_adaptive_cosine,
-    self_correlation,
-)
-from ccl_timm.models import build_variant, create_model, register_variant
+from ccl_timm.losses import Loss, create_loss, list_losses
+from ccl_timm.models import create_model, list_models, register_variant
 from ccl_timm.models.torchvision import register_torchvision
 from ccl_timm.task import LossTask, create_task
 
 __version__ = registry.version()
 
 __all__ = [
-    'Loss',
-    'LossTask',
-    'PluginLoadError',
-    'UnknownNameError',
-    'UserError',
-    'build_variant',
-    'channel_correlation',
-    'cosine_loss',
-    'create_loss',
-    'create_model',
-    'create_task',
-    'focal_loss',
-    'max_cosine',
-    'list_losses',
-    'norm_adaptive_cosine',
-    'pedcc_centroids',
-    'register_torchvision',
-    'register_variant',
-    'self_correlation',
-]
+    'Head', 'HeadOutputs', 'Loss', 'LossTask', 'PluginLoadError', 'Run', 'UnknownNameError', 'UserError', 'create_loss',
+    'create_model', 'create_task', 'list_losses', 'list_models', 'load', 'max_cosine', 'pedcc_centroids',
+    'register_torchvision', 'register_variant', 'train',
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # runs need data, training and the Hub, which those who only want a model or a loss do not load
+    if name in ('Run', 'load', 'train'):
+        from ccl_timm.hub import run
+
+        return getattr(run, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

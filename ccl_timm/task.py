@@ -123,7 +123,7 @@ def probe_outputs(model: nn.Module, input_size: tuple[int, int, int] | None = No
             f"'{name}' cannot be trained with these losses: its output is not get_classifier() of its pooled features "
             '(a model with several heads, for instance); use another architecture.'
         )
-    found = outputs._replace(feature_map=channels_first(model, feature_map))._asdict()
+    found = {**outputs._asdict(), 'feature_map': channels_first(model, feature_map)}
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 

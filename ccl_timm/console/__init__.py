@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook a widget
 
 from ccl_timm.console.escape import terminal_text
 
@@ -103,7 +103,8 @@ class Progress:
     def __init__(self, items: Iterable, label: str, interval: int):
         self.items, self.label, self.interval = items, label, interval
         self.steps = len(items)
-        self.bar = tqdm(total=self.steps, desc=label, leave=False, disable=not (is_primary() and sys.stderr.isatty()))
+        shown = is_primary() and (sys.stderr.isatty() or 'ipykernel' in sys.modules)
+        self.bar = tqdm(total=self.steps, desc=label, leave=False, disable=not shown)
         self.done = 0
         self.waited = 0.0  # seconds, for items
 

@@ -9,7 +9,6 @@ import timm
 from timm.models import (
     get_pretrained_cfg,
     is_model,
-    list_models,
     model_entrypoint,
     parse_model_name,
     resolve_model_input_args,
@@ -31,6 +30,7 @@ __all__ = [
     'create_model',
     'ensure_registered',
     'known_to_timm',
+    'list_models',
     'load_plugins',
     'overview',
     'register_variant',
@@ -178,7 +178,7 @@ def _register(architecture: str, location: str = '', config: dict[str, Any] | No
         return
     if config is not None:
         raise UnknownNameError(weights.missing_architecture(location, config))
-    known = [*list_models(), *registry.plugin_names('model')]
+    known = [*timm.list_models(), *registry.plugin_names('model')]
     raise UnknownNameError(
         f"Unknown model '{name}'{did_you_mean(name, known)} `ccl-timm plugins` lists models of plugins, "
         'timm.list_models() all others.'
@@ -200,13 +200,21 @@ def load_plugins() -> None:
     registry.load_all('model', verify=_verify_model, guard=_no_overwriting)
 
 
+def list_models(pattern: str = '*') -> list[str]:
+    """Names of our named models and plug-ins' that match a pattern such as ``'*_cam'``; imports no plug-in.
+
+    Any other ``<timm architecture>_<head>`` is a name, too; ``timm.list_models()`` has timm's own.
+    """
+    return fnmatch.filter([*MODELS, *registry.plugin_names('model')], pattern)
+
+
 def overview(pattern: str = '*') -> list[tuple[str, int, str, list[str]]]:
     """Name, parameters at 1000 classes, head and its outputs, of our named models and plug-ins' that match a pattern.
 
     A plug-in's model that cannot be built is left out with a warning.
     """
     rows = []
-    for name in fnmatch.filter([*MODELS, *registry.plugin_names('model')], pattern):
+    for name in list_models(pattern):
         try:
             model = create_model(name, device='meta')
             head = model.get_classifier()

@@ -1,17 +1,20 @@
 """Classification of new images by a trained model."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm.data
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image
 from ccl_timm.errors import UserError
 from ccl_timm.training.checkpoints import Trained
 
-__all__ = ['find_images', 'predict']
+__all__ = ['find_images', 'predict', 'preprocessing', 'rank']
 
 
 def predict(
@@ -33,10 +36,7 @@ def predict(
     Raises:
         UserError: the model computes numbers that are not finite.
     """
-    config = trained.data_config
-    transform = timm.data.create_transform(**config, is_training=False)
-    mode = trained.settings.get('input_img_mode') or color_mode(config['input_size'][0])
-    model = trained.model.to(device).eval()
+    prepare, model = preprocessing(trained), trained.model.to(device).eval()
     results, unreadable, images, names = [], [], [], []
 
     def flush() -> None:
@@ -46,13 +46,14 @@ def predict(
             finite = probabilities.isfinite().all(-1).tolist()
             if not all(finite):
                 raise UserError(f"The model computes no finite numbers for '{names[finite.index(False)]}'.")
-            results.extend(_ranked(trained, name, row, topk) for name, row in zip(names, probabilities, strict=True))
+            ranked = zip(names, rank(trained, probabilities, topk), strict=True)
+            results.extend({'image': str(name), 'predictions': predictions} for name, predictions in ranked)
             images.clear()
             names.clear()
 
     for path in paths:
         try:
-            images.append(transform(read_image(path, mode)))
+            images.append(prepare(path))
             names.append(path)
         except UnreadableImage as error:
             unreadable.append((path, str(error)))
@@ -62,13 +63,30 @@ def predict(
     return results, unreadable
 
 
-def _ranked(trained: Trained, path: Path, probabilities: torch.Tensor, topk: int) -> dict[str, Any]:
-    best = probabilities.topk(min(topk, len(probabilities)))
-    predictions = [
-        {'class': trained.labels[index], 'index': index, 'probability': round(value, 6)}
-        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+def preprocessing(trained: Trained) -> Callable[[Image.Image | str | os.PathLike], Tensor]:
+    """A function from a PIL image or an image file to the model's input (C, H, W), as in validation.
+
+    It raises UnreadableImage for a file that cannot be read.
+    """
+    transform = timm.data.create_transform(**trained.data_config, is_training=False)
+    mode = trained.settings.get('input_img_mode') or color_mode(trained.data_config['input_size'][0])
+
+    def prepare(image: Image.Image | str | os.PathLike) -> Tensor:
+        return transform(image.convert(mode) if isinstance(image, Image.Image) else read_image(image, mode))
+
+    return prepare
+
+
+def rank(trained: Trained, probabilities: Tensor, topk: int) -> list[list[dict[str, Any]]]:
+    """For each row of probabilities (N, K) its best classes: ``{'class', 'index', 'probability'}``, best first."""
+    best = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+    return [
+        [
+            {'class': trained.labels[k], 'index': k, 'probability': round(p, 6)}
+            for p, k in zip(row, indices, strict=True)
+        ]
+        for row, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    return {'image': str(path), 'predictions': predictions}
 
 
 def find_images(names: list[str]) -> list[Path]:

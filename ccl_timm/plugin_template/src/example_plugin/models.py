@@ -15,6 +15,6 @@ default_cfgs = generate_default_cfgs({'example_plugin_net': variant_cfg('resnet1
 def example_plugin_net(pretrained=False, **kwargs):
     """ResNet-10-T with the CAM classifier. With ``pretrained``, the backbone has timm's ImageNet weights.
 
-    Options: see ``ccl_timm.build_variant``; those of the head are ``hidden_features`` and ``reduction``.
+    Options: see ``ccl_timm.models.build_variant``; those of the head are ``hidden_features`` and ``reduction``.
     """
     return build_variant('example_plugin_net', 'resnet10t', CAMHead, pretrained, **kwargs)

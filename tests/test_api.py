@@ -1,0 +1,74 @@
+"""Python's way to what the commands do: train, load, and a run's methods."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ccl_timm
+
+from .conftest import results
+
+SETTINGS = dict(model='test_resnet_cam', loss='cc', img_size=32, batch_size=8, workers=0, epochs=1)
+
+
+@pytest.fixture
+def run(trained):
+    return ccl_timm.load(trained)
+
+
+def test_a_trained_run_answers_as_the_commands_do(run, trained, folder, words):
+    images = sorted((folder / 'validation').rglob('*.png'))
+    found = run.evaluate(batch_size=8)
+    printed = results(words('timm', 'validate.py', trained, '-b', '8', '-j', '0')[1])
+    assert {name: printed[name] for name in found.metrics} == found.metrics
+    (first, *_), *_ = predictions = run.predict(images, topk=2)
+    assert len(predictions) == len(images) and first['class'] in run.labels and first['probability'] > 0
+    assert run.predict(Image.open(images[0]))[0][:2] == predictions[0]
+    assert repr(run).startswith('<Run ') and 'resnet18_cam, 3 classes' in repr(run)
+
+
+def test_outputs_are_those_of_the_head(run, folder):
+    images = [Image.open(path) for path in sorted((folder / 'validation').rglob('*.png'))[:5]]
+    outputs = run.outputs(images)
+    assert outputs.attention.shape == (5, 512) and ((outputs.attention > 0) & (outputs.attention < 1)).all()
+    torch.testing.assert_close(run.embed(images, batch_size=2), outputs.features, rtol=1e-4, atol=1e-4)
+
+
+def test_train_fit_export_and_load(folder, place):
+    run = ccl_timm.train(**SETTINGS, data_dir=str(folder), experiment='a', smoothing=0.0)
+    assert Path(run.source) == Path('output/train/a') and run.trained.settings['loss'] == 'cc'
+    again = run.fit(epochs=2, experiment='b', lr=0.001)
+    assert again.trained.settings['pretrained_path'].startswith('output/train/a/')
+    assert (again.trained.settings['epochs'], again.trained.settings['batch_size']) == (2, 8)
+    assert {path.name for path in again.export('exported')} == {'model.safetensors', 'config.json'}
+    image = next((folder / 'validation').rglob('*.png'))
+    assert ccl_timm.load('exported').predict(image) == again.predict(image)
+    with pytest.raises(ccl_timm.UserError, match="'exported' is no run"):
+        ccl_timm.load('exported').fit(epochs=1)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'modle': 'resnet18'}, "Unknown setting 'modle'; did you mean 'model'?"),
+        ({'epochs': 1.5}, "'epochs=1.5' does not fit: '1.5' is not a whole number"),
+        ({'lr': -1.0}, "'lr=-1.0' does not fit"),
+        ({'loss': 'cd', 'data_dir': 'x'}, "Unknown loss 'cd'"),
+    ],
+)
+def test_mistakes_are_sentences(settings, message, place):
+    with pytest.raises(ccl_timm.UserError) as caught:
+        ccl_timm.train(**settings)
+    assert message in str(caught.value) and not any(place.iterdir())
+
+
+def test_the_import_loads_neither_data_nor_training():
+    code = 'import sys, ccl_timm; print([m for m in sys.modules if m.startswith("ccl_timm.")])'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert 'ccl_timm.task' in loaded and not any(
+        f'ccl_timm.{room}' in loaded for room in ('data', 'training', 'hub', 'cli')
+    )
