@@ -191,7 +191,7 @@ def test_finishing_time_is_said(words, place):
     [
         (['--model', 'resnet18_can'], "Unknown model 'resnet18_can'; did you mean 'resnet18_cam'?"),
         (['--loss', 'ccc'], "Unknown loss 'ccc'; did you mean 'cc'?"),
-        (['--model', 'resnet18'], "loss 'cc' reads attention; resnet18 has a linear classifier: use resnet18_cam."),
+        (['--model', 'resnet18'], "loss 'cc' requires attention; resnet18 has a linear classifier: use resnet18_cam."),
         (['--num-classes', '2'], '--num-classes 2 is too small: the data has labels up to 2'),
         (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
         (['--resume', 'nothing.pth.tar'], "no checkpoint 'nothing.pth.tar'"),
