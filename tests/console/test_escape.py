@@ -8,10 +8,10 @@ import subprocess
 import pytest
 
 from ccl_timm import console
+from ccl_timm.cli import predict, validate
 from ccl_timm.console.escape import csv_text, markdown_code, markdown_text, shell_text, terminal_text, utf8_text
 from ccl_timm.data import check
 from ccl_timm.experiments.rendering import FORMATS, Report, Section
-from ccl_timm.training import evaluation, prediction
 from ccl_timm.training.privacy import without_private
 
 HOSTILE = [
@@ -115,14 +115,14 @@ def test_csv_has_no_formulas_and_all_numbers(cell, kept):
 def test_hostile_names_in_tables_csv_and_reports(tmp_path, capsys):
     rows = [{'image': '=a.png', 'predictions': [{'class': '\x1b[2J\nx', 'index': 0, 'probability': 0.5}]}]
     for form in ('table', 'csv', 'json'):
-        prediction._write(rows, form)
+        predict._write(rows, form)
         out = capsys.readouterr().out
         assert '\x1b' not in out and ('=a.png' in out)
-    evaluation._write_csv(str(tmp_path / 'a.csv'), [['class', 'accuracy'], ['=1+1', -0.5], ['a,"b"\nc', None]])
+    validate._write_csv(str(tmp_path / 'a.csv'), [['class', 'accuracy'], ['=1+1', -0.5], ['a,"b"\nc', None]])
     with (tmp_path / 'a.csv').open(newline='') as file:
         assert list(csv.reader(file)) == [['class', 'accuracy'], ["'=1+1", '-0.5'], ['a,"b"\\nc', '']]
     found = check.Report('x', problems={'unreadable': ['a\x1b\nb.png']})
-    assert 'a\\x1b\\nb.png' in check._text(found, 5)
+    assert 'a\\x1b\\nb.png' in found.as_text()
     name = '<img src=x onerror=y>|\x1b\n`z`'
     record = {'model': name, 'folders': ['=x'], 'against_ce': '+1.87 (p = 0.02)', 'p': -0.5}
     report = Report('Runs', [Section('Runs', ('model',), [(name,)])], [], [record])

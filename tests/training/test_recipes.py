@@ -100,7 +100,7 @@ def test_recipe_takes_steps(name, whole, few_images, tmp_path, place):
 
 @pytest.mark.parametrize('name', [name for name in recipes.list_recipes() if name != 'digits'])
 def test_recipe_goes_through_the_launcher(name, tmp_path):
-    own, rest = launch._split_words(['-c', name], tmp_path)
+    own, rest = launch._split_args(['-c', name], tmp_path)
     passed = yaml.safe_load((tmp_path / 'recipe.yaml').read_text())
     assert own.loss == recipes.read_recipe(recipes.find_recipe(name))['loss'] and 'loss' not in passed
     scripts = os.environ.get('TIMM_SCRIPTS')
@@ -123,7 +123,7 @@ def test_margins_follow_the_number_of_classes(recipe, loss, classes, expected, t
     argv = ['--config', recipe, '--loss', loss, *(['--num-classes', classes] if classes else [])]
     assert TrainConfig.resolve(argv).loss_kwargs == expected
     if recipe != 'digits':  # a data set that only the built-in script has
-        assert (launch._split_words(argv, tmp_path)[0].loss_kwargs or {}) == expected
+        assert (launch._split_args(argv, tmp_path)[0].loss_kwargs or {}) == expected
 
 
 def test_number_of_classes_for_margins_is_a_number(tmp_path):
@@ -138,7 +138,7 @@ def test_model_options_go_with_the_model_that_is_typed(tmp_path):
     assert TrainConfig.resolve(['--config', 'pod_cifar10', '--model', 'resnet50_linear']).model_kwargs == {
         'small_input': True
     }
-    assert launch._split_words(['-c', 'cc_mnist', '--model', 'vgg16_cam'], tmp_path)[1][:1] == ['--config']
+    assert launch._split_args(['-c', 'cc_mnist', '--model', 'vgg16_cam'], tmp_path)[1][:1] == ['--config']
     assert yaml.safe_load((tmp_path / 'recipe.yaml').read_text())['model_kwargs'] == {'small_input': True}
     (tmp_path / 'bad.yaml').write_text('model_options: {resnet18_cam: 3}\n')
     with pytest.raises(UserError, match="model_options are a mapping of names to options: {'\\*_pedcc'"):
