@@ -29,7 +29,11 @@ def add_arguments(parser: Parser) -> None:
     add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
     add('--save-split', action='store_true', help="keep the results of --split in the run's extra_splits.csv")
-    add('--recall', action='store_true', help='recall@1: is the nearest other image, by features, of the same class?')
+    add(
+        '--recall',
+        action='store_true',
+        help='R@1, R@5 and MAP@R: are the nearest other images, by features, of the same class?',
+    )
     add('--knn', type=COUNT, metavar='K', help='accuracy of the K nearest training images, by features')
 
 
@@ -55,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 def _log(found: Evaluation) -> None:
     metrics = found.metrics
     log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
-    features = [f'{name} {metrics[name]:.3f}%' for name in ('recall_at_1', 'knn') if name in metrics]
+    names = ('recall_at_1', 'recall_at_5', 'map_at_r', 'knn')
+    features = [f'{name} {metrics[name]:.3f}%' for name in names if name in metrics]
     if features:
         log_info('  '.join(features))
     if found.unreadable:

@@ -16,7 +16,7 @@ from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.training import retrieval
+from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.interrupts import WholeBatches
 from ccl_timm.training.run_dir import RunDir
@@ -144,7 +144,8 @@ def evaluate_split(
         named: see :func:`open_for`.
         device: where to compute.
         workers: processes that load images.
-        recall: also measure ``recall_at_1``: whether the nearest other image, by features, is of the same class.
+        recall: also measure ``recall_at_1``, ``recall_at_5`` and ``map_at_r`` of the features; see
+            :func:`ccl_timm.training.measures.retrieval`.
         knn: also measure ``knn``, the accuracy of that many nearest training images, by features.
 
     Raises:
@@ -163,12 +164,12 @@ def evaluate_split(
         return found
     features, labels = retrieval.extract_features(model, loader)
     if recall:
-        found.metrics['recall_at_1'] = retrieval.recall_at_1(features, labels)
+        found.metrics |= measures.retrieval(features, labels)
     if knn:
         known = open_for(data, data.train_split, config['input_size'][0], trained.class_names, training=True)
         known_loader = loader_of(known, config, device, workers)
         known_features = retrieval.extract_features(model, known_loader, 'features of the training split')
-        found.metrics['knn'] = retrieval.knn_accuracy(features, labels, *known_features, knn)
+        found.metrics['knn'] = measures.knn_accuracy(features, labels, *known_features, knn)
     return found
 
 

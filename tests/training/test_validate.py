@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import choose_data, evaluate, open_for
-from ccl_timm.training.retrieval import knn_accuracy, recall_at_1
 from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import results, write_folder
@@ -44,17 +42,6 @@ def test_images_that_cannot_be_read_and_absent_classes_are_in_no_figure():
     assert found.metrics['macro_top1'] == 75.0
 
 
-def test_neighbours_are_sklearns():
-    torch.manual_seed(0)
-    known, labels = F.normalize(torch.randn(60, 5), dim=1), torch.randint(3, (60,))
-    unknown = F.normalize(torch.randn(40, 5), dim=1)
-    reference = KNeighborsClassifier(7, metric='cosine', weights=lambda distance: 1 - distance).fit(known, labels)
-    truth = torch.from_numpy(reference.predict(unknown))
-    assert knn_accuracy(unknown, truth, known, labels, 7) == 100.0
-    nearest = KNeighborsClassifier(2, metric='cosine').fit(known, labels).kneighbors(known, return_distance=False)[:, 1]
-    assert recall_at_1(known, labels) == pytest.approx(100 * (labels[nearest] == labels).float().mean().item())
-
-
 def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained, place):
     folder = write_folder(place / 'images')
     (folder / 'validation' / 'bee' / '1.png').write_bytes(b'not an image')
@@ -63,7 +50,7 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
     assert code == 0, err
     assert "bee/1.png' cannot be read, and is left out" in err and '1 images could not be read' in err
     result = results(out)
-    assert result['images'] == 11 and {'recall_at_1', 'knn', 'macro_top1'} <= result.keys()
+    assert result['images'] == 11 and {'recall_at_1', 'recall_at_5', 'map_at_r', 'knn', 'macro_top1'} <= result.keys()
     rows = list(csv.DictReader(Path('a.csv').open()))
     assert [(row['class'], row['images']) for row in rows] == [('ant', '4'), ('bee', '3'), ('cat', '4')]
     confusion = [[int(n) for n in row[1:]] for row in list(csv.reader(Path('b.csv').open()))[1:]]
