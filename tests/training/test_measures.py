@@ -110,7 +110,9 @@ def test_retrieval_is_pytorch_metric_learnings():
     distances = pytest.importorskip('pytorch_metric_learning.distances')
     names = ('precision_at_1', 'mean_average_precision_at_r')
     knn = inference.CustomKNN(distances.CosineSimilarity())
-    calculate = calculator.AccuracyCalculator(include=names, k='max_bin_count', knn_func=knn, device='cpu')
+    calculate = calculator.AccuracyCalculator(
+        include=names, k='max_bin_count', knn_func=knn, device=torch.device('cpu')
+    )
     features, labels = clusters(200)
     labels[3] = 17
     gallery = clusters(80, seed=1)
