@@ -1,29 +1,28 @@
 """`timm SCRIPT ...` and `ccl-timm COMMAND ...`. Users' mistakes end in one sentence and exit code 2.
 
-Each command is a module of this package: ``HELP``, whose first sentence is in the list of commands,
+Each command is a module of this package: ``HELP``, a literal, whose first sentence is in the list of commands,
 ``add_arguments(parser)``, and ``run(args)``, which returns the exit code. ``args.prog`` and ``args.argv`` hold what was
-called.
+called. Nothing here imports torch, so that the list of commands appears at once.
 """
 
+import ast
 import os
 import shlex
 import sys
 import traceback
 from argparse import REMAINDER
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, resources
 from importlib.metadata import version
 from types import ModuleType
 
 from ccl_timm import registry
-from ccl_timm.cli.launch import run_on_processes
 from ccl_timm.console import log_error, log_info, was_error_logged
 from ccl_timm.console.arguments import Parser, integer
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = ['COMMANDS', 'main', 'timm']
 
-# Each is imported when it is called: together they take a second.
 COMMANDS = (
     'train', 'validate', 'predict', 'bench', 'export', 'push', 'card', 'run', 'data', 'losses', 'models', 'recipes',
     'reproduce', 'compare', 'report', 'features', 'plugins', 'new-plugin',
@@ -83,7 +82,7 @@ def _on_processes(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.script:
         raise UserError(f'`timm --nproc N SCRIPT ...` takes a script, not {shlex.join(argv)}.')
-    return run_on_processes(args.nproc, _command_of(args.script))
+    return _load('launch').run_on_processes(args.nproc, _command_of(args.script))
 
 
 def _ccl_timm(argv: list[str]) -> int:
@@ -91,7 +90,7 @@ def _ccl_timm(argv: list[str]) -> int:
         width = max(map(len, COMMANDS))
         print('usage: ccl-timm COMMAND ...   (each has --help)\n')
         for name in COMMANDS:
-            print(f'  {name.ljust(width)}  {_command(name).HELP.partition(". ")[0].rstrip(".")}')
+            print(f'  {name.ljust(width)}  {_summary(name)}')
         return 0
     command, *rest = argv
     if command == '--version':
@@ -102,12 +101,26 @@ def _ccl_timm(argv: list[str]) -> int:
     return _run_command(command, rest, f'ccl-timm {command}')
 
 
-def _command(name: str) -> ModuleType:
-    return import_module(f'ccl_timm.cli.{name.replace("-", "_")}')
+def _summary(name: str) -> str:
+    """The first sentence of a command's help, read without importing the command."""
+    source = resources.files(__package__).joinpath(f'{_module(name)}.py').read_text(encoding='utf-8')
+    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    text = next(node.value for node in assigned if ast.unparse(node.targets[0]) == 'HELP')
+    return ast.literal_eval(text).partition('. ')[0].rstrip('.')
+
+
+def _module(command: str) -> str:
+    return command.replace('-', '_')
+
+
+def _load(module: str) -> ModuleType:
+    """A module of this package, after the models have been registered with timm."""
+    import_module('ccl_timm.models')
+    return import_module(f'{__package__}.{module}')
 
 
 def _run_command(name: str, argv: list[str], prog: str) -> int:
-    command = _command(name)
+    command = _load(_module(name))
     parser = Parser(prog=prog, description=command.HELP)
     command.add_arguments(parser)
     args = parser.parse_strictly(argv)

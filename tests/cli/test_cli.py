@@ -1,5 +1,8 @@
 """The words of the command line that no other test speaks."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ccl_timm import losses
@@ -80,3 +83,20 @@ def test_reader_that_goes_away_is_no_error(place):
     command = f'{sys.executable} -c "from ccl_timm.cli import main; main()" losses | true'
     result = subprocess.run(['bash', '-c', f'set -o pipefail; {command}'], capture_output=True, text=True)
     assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [['ccl-timm', '--help'], ['ccl-timm', '--version'], ['ccl-timm', 'lossess'], ['timm', '--help'], ['timm', 'x.py']],
+)
+def test_lists_and_unknown_commands_do_not_wait_for_torch(argv):
+    call = f'import sys; sys.argv = {argv}\nfrom ccl_timm import cli\n'
+    call += f'cli.{"main" if argv[0] == "ccl-timm" else "timm"}(); print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == 'False' and len(done.stdout + done.stderr) > len('False\n')
+
+
+def test_a_commands_process_has_the_public_names():
+    call = 'import sys; sys.argv = ["ccl-timm"]; import ccl_timm; print(ccl_timm.Loss.__name__, ccl_timm.create_model)'
+    done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith('Loss <function create_model')
