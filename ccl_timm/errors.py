@@ -1,15 +1,24 @@
-"""Errors that a user can mend. The command line prints them as one sentence and exits with 2."""
+"""Errors that a user can fix. The command line prints them as one sentence and exits with 2."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ['PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'require_finite']
+import torch
+
+__all__ = [
+    'LIBRARY_ERRORS', 'PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'reason', 'require_finite',
+    'user_errors',
+]  # fmt: skip
+
+# what libraries raise over a value that a user gave
+LIBRARY_ERRORS = (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done. The message says what, where, the value, and the way out."""
+    """What was asked for cannot be done. The message says what, where, the value, and the remedy."""
 
 
 class UnknownNameError(UserError):
@@ -18,6 +27,40 @@ class UnknownNameError(UserError):
 
 class PluginLoadError(UserError):
     """A plugin's object was found but could not be imported, or breaks its contract."""
+
+
+def reason(error: BaseException, line: int = -1) -> str:
+    """One line of an exception's text, without its full stop, or the name of its type if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[line].strip().rstrip('.')
+
+
+@contextlib.contextmanager
+def user_errors(
+    what: str,
+    errors: tuple[type[BaseException], ...] = LIBRARY_ERRORS,
+    explain: Callable[[BaseException], str | None] = reason,
+    hint: str = '',
+) -> Iterator[None]:
+    """Turn the exceptions that libraries raise over what a user asked for into one sentence.
+
+    Args:
+        what: the sentence's beginning, such as ``"'model.pt' cannot be loaded"``.
+        errors: the exceptions to turn; a UserError and a lack of memory always pass through as they are.
+        explain: the reason for an exception, without a full stop; for None it passes through, too.
+        hint: the sentence's end, such as ``': give another file'``.
+
+    Raises:
+        UserError: ``what: reason hint.``
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except errors as error:
+        because = explain(error)
+        if because is None:
+            raise
+        raise UserError(f'{what}: {because}{hint}.') from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

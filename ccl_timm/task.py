@@ -11,7 +11,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, reason
 from ccl_timm.heads import CAMHead, HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_options
 from ccl_timm.losses.base import sum_terms
@@ -110,10 +110,9 @@ def probe_outputs(model: nn.Module, input_size: tuple[int, int, int] | None = No
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever another's forward raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         on = f' on images of {"x".join(map(str, input_size))}' if input_size else ''
         raise UserError(
-            f"'{name}' cannot be trained with these losses{on}: {reason}; use another architecture."
+            f"'{name}' cannot be trained with these losses{on}: {reason(error)}; use another architecture."
         ) from error
     finally:
         for module, training in modes:

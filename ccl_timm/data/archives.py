@@ -12,7 +12,7 @@ import numpy as np
 from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.arguments import COUNT
 from ccl_timm.data.files import list_images, read_lines
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 
@@ -149,10 +149,8 @@ def _cars196(source: Path) -> Layout:
 
 def _annotations(path: Path, classes: int) -> list[tuple[int, str]]:
     """Class, counted from 1, and file of each image."""
-    try:
+    with user_errors(f"'{path}' does not hold the class and fname of each image"):
         rows = [(int(row['class']), str(row['fname'])) for row in _matlab(path, 'annotations')]
-    except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"'{path}' does not hold the class and fname of each image: {error}.") from error
     wrong = [label for label, _ in rows if not 1 <= label <= classes]
     if wrong or not rows:
         raise UserError(f"'{path}' names no image, or one of class {wrong[:1]} of {classes}.")
@@ -162,10 +160,9 @@ def _annotations(path: Path, classes: int) -> list[tuple[int, str]]:
 def _matlab(path: Path, key: str) -> Any:
     from scipy.io import loadmat
 
-    try:
+    # scipy raises nearly anything on a damaged file
+    with user_errors(f"'{path}' is not the MATLAB file of the official archive", (Exception,)):
         return np.atleast_1d(loadmat(path, squeeze_me=True)[key])
-    except Exception as error:  # scipy raises nearly anything on a damaged file
-        raise UserError(f"'{path}' is not the MATLAB file of the official archive: {error}") from error
 
 
 SOURCES: dict[str, Source] = {

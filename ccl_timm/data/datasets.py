@@ -28,7 +28,7 @@ from ccl_timm.data.files import (
     unreadable_if_it_fails,
 )
 from ccl_timm.data.fingerprint import Content, fingerprint
-from ccl_timm.errors import UserError, did_you_mean
+from ccl_timm.errors import UserError, did_you_mean, user_errors
 
 __all__ = [
     'SPLITS',
@@ -236,13 +236,8 @@ def create_split(
         _check_is_folder(config.data_dir)
     _check_has_split(config, split, must_exist)
     _check_has_package(config)
-    try:
+    with user_errors(f"Split '{split}' of '{config.dataset or config.data_dir}' cannot be opened"):
         dataset = _create(config, split, mode)
-    except (RuntimeError, AssertionError, OSError, ImportError, ValueError, KeyError, TypeError) as error:
-        reason = ' '.join(str(error).split())
-        raise UserError(
-            f"Split '{split}' of '{config.dataset or config.data_dir}' cannot be opened: {reason}"
-        ) from error
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
         dataset.targets = _column_of_labels(dataset.reader, f"Split '{split}' of '{config.dataset}'")
     if names:

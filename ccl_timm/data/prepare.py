@@ -12,7 +12,7 @@ from ccl_timm.console.escape import terminal_text
 from ccl_timm.data import datasets
 from ccl_timm.data.archives import Layout
 from ccl_timm.data.files import FolderReader
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 
 __all__ = ['describe', 'new_folder', 'split_folder', 'write_digits', 'write_links']
 
@@ -159,10 +159,8 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
         raise UserError(
             f"'{source}' has splits ({', '.join(splits)}): name the one to divide, such as '{root / splits[0]}'."
         )
-    try:
+    with user_errors(f"'{source}' cannot be divided", (RuntimeError,)):
         reader = FolderReader(source)
-    except RuntimeError as error:
-        raise UserError(' '.join(str(error).split())) from error
     paths, targets = zip(*reader.samples, strict=True)
     files = [Path(name).as_posix() for name in reader.filenames()]
     outside = [name for name in files if '/' not in name]

@@ -22,7 +22,7 @@ from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.results import Result, write_record
 from ccl_timm.hub import card
-from ccl_timm.models.hub_errors import check_repository_name, explained_push
+from ccl_timm.models.hub_errors import check_repository_name, push_errors
 from ccl_timm.training.checkpoints import Trained, check_outputs, load_trained
 from ccl_timm.training.privacy import without_private
 from ccl_timm.training.run_dir import RunDir
@@ -241,7 +241,7 @@ def push(
         if dry_run:
             log_info(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
             return ''
-        with explained_push(repo_id), _limited_patience():
+        with push_errors(repo_id), _limited_patience():
             return _upload(folder, repo_id, private, revision, replace_card)
 
 

@@ -21,6 +21,7 @@ from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import head_name, output_names
 from ccl_timm.models import on_demand, weights
 from ccl_timm.models.builder import build_variant, register_variant, variant_cfg
+from ccl_timm.models.hub_errors import load_errors
 from ccl_timm.models.on_demand import split_variant
 
 __all__ = [
@@ -105,7 +106,7 @@ def create_for_input(
     _register(found.architecture, location, found.config)
     if 'pretrained_cfg' in kwargs:
         raise UserError(f"'{location}' has a pretrained_cfg of its own: give pretrained_cfg_overlay instead.")
-    with weights.explained_load(location):
+    with load_errors(location):
         overlay = kwargs.pop('pretrained_cfg_overlay', {})
         if pretrained and not overlay.keys() & {'file', 'hf_hub_id', 'state_dict', 'url'}:
             hub = source == 'hf-hub'

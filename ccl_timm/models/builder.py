@@ -14,7 +14,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.heads import Head, head_class, list_heads
 from ccl_timm.models.adapters import (
     build_options,
@@ -300,7 +300,8 @@ def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict
             )
             + '. Build the model with the options it was trained with (small_input, hidden_features, ...).'
         )
-    try:
+    hint = '. Build the model with the options it was trained with'
+    with user_errors(f"The checkpoint does not fit '{name}'", (RuntimeError,), hint=hint):
         load_pretrained(
             model,
             pretrained_cfg={**model.pretrained_cfg, 'source': None, 'state_dict': dict(weights)},
@@ -309,8 +310,3 @@ def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict
             filter_fn=resize,
             strict=not anew,
         )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"The checkpoint does not fit '{name}': {reason} Build the model with the options it was trained with."
-        ) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 
 from huggingface_hub import constants
@@ -19,9 +20,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, reason, user_errors
 
-__all__ = ['check_repository_name', 'explained', 'explained_push']
+__all__ = ['check_repository_name', 'hub_errors', 'load_errors', 'push_errors']
+
+_RAISED = (HTTPError, OSError, EntryNotFoundError, OfflineModeIsEnabled, SafetensorError)
 
 _LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 _STATUS = {
@@ -51,36 +54,40 @@ def check_repository_name(repo_id: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> AbstractContextManager[None]:
     """Turn what the Hub, the network or a damaged file raise into a sentence that begins with ``what``."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (HTTPError, OSError, EntryNotFoundError, OfflineModeIsEnabled, SafetensorError) as error:
-        raise UserError(f'{what}: {_reason(error)}.') from error
-    except RuntimeError as error:  # huggingface_hub's, around what stopped an upload
-        if not isinstance(error.__cause__, (HTTPError, OSError)):
-            raise
-        raise UserError(f'{what}: {_reason(error.__cause__)}.') from error
+    return user_errors(what, (*_RAISED, RuntimeError), _reason)
 
 
 @contextlib.contextmanager
-def explained_push(repo_id: str) -> Iterator[None]:
-    """The same for a push, where the Hub's answers may also be such that huggingface_hub cannot read them."""
-    what = f"'{repo_id}' was not pushed"
+def load_errors(location: str) -> Iterator[None]:
+    """The same while a model is built from its config, which can make any line of timm fail if it is wrong."""
+    what = f"'{location}' cannot be loaded"
     try:
-        with explained(what):
+        with user_errors(what, (Exception,), lambda error: _reason(error) or reason(error)):
             yield
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f'{constants.ENDPOINT} gave an answer that huggingface_hub cannot read'
-        raise UserError(f'{what}: {reason} ({type(error).__name__}: {error}): try again later.') from error
+    except UserError as error:
+        if location in str(error):
+            raise
+        raise UserError(f'{what}: {error}') from error
 
 
-def _reason(error: BaseException) -> str:
+def push_errors(repo_id: str) -> AbstractContextManager[None]:
+    """The same for a push, where the Hub's answers may also be such that huggingface_hub cannot read them."""
+    unreadable = (AttributeError, LookupError, TypeError, ValueError)
+    return user_errors(f"'{repo_id}' was not pushed", (*_RAISED, RuntimeError, *unreadable), _push_reason)
+
+
+def _push_reason(error: BaseException) -> str | None:
+    if isinstance(error, (*_RAISED, RuntimeError)):
+        return _reason(error)
+    unreadable = f'{constants.ENDPOINT} gave an answer that huggingface_hub cannot read'
+    return f'{unreadable} ({type(error).__name__}: {error}): try again later'
+
+
+def _reason(error: BaseException) -> str | None:
+    if isinstance(error, RuntimeError):  # huggingface_hub's, around what stopped an upload
+        return _reason(error.__cause__) if isinstance(error.__cause__, (HTTPError, OSError)) else None
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         return f'it is not in the cache, and {_reason(error.__cause__)}'
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
@@ -92,7 +99,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HTTPError):
         late = 'Timeout' in type(error).__name__
         return f'{constants.ENDPOINT} {"does not answer in time" if late else "cannot be reached"}: try again later'
-    return ' '.join(str(error).split()).rstrip('.')
+    return ' '.join(str(error).split()).rstrip('.') if isinstance(error, _RAISED) else None
 
 
 def _answer(error: HfHubHTTPError) -> str:

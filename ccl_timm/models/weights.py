@@ -4,16 +4,14 @@ Both come from other people. A config.json may describe a model and its data; wh
 them, is not its business.
 """
 
-import contextlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm.models
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
@@ -22,14 +20,13 @@ from timm.models._hub import _parse_model_cfg
 
 from ccl_timm import registry
 from ccl_timm.errors import UserError
-from ccl_timm.models.hub_errors import check_repository_name, explained
+from ccl_timm.models.hub_errors import check_repository_name, hub_errors
 
 __all__ = [
     'WEIGHTS',
     'ForeignModel',
     'check_classes',
     'check_model_args',
-    'explained_load',
     'missing_architecture',
     'read_config',
     'read_hub_weights',
@@ -191,7 +188,7 @@ def read_config(source: str, location: str, cache_dir: str | None = None) -> dic
     Raises:
         UserError: there is none, it cannot be fetched, or another library wrote it.
     """
-    with explained(f"'{location}' cannot be loaded"):
+    with hub_errors(f"'{location}' cannot be loaded"):
         path = _fetch(location, 'config.json', cache_dir) if source == 'hf-hub' else Path(location, 'config.json')
         if not path.is_file():
             raise UserError(f"'{location}' holds no model of timm: it has no config.json.")
@@ -214,7 +211,7 @@ def read_hub_weights(location: str, cache_dir: str | None = None) -> dict[str, A
     Raises:
         UserError: there is none, it cannot be fetched, or it is damaged.
     """
-    with explained(f"'{location}' cannot be loaded"):
+    with hub_errors(f"'{location}' cannot be loaded"):
         try:
             return load_file(_fetch(location, WEIGHTS, cache_dir))
         except LocalEntryNotFoundError:
@@ -229,7 +226,7 @@ def read_local_weights(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    with explained(f"'{folder}' cannot be loaded"):
+    with hub_errors(f"'{folder}' cannot be loaded"):
         if not Path(folder, WEIGHTS).is_file():
             raise _no_safetensors(folder)
         return load_file(Path(folder, WEIGHTS))
@@ -246,19 +243,6 @@ def _fetch(location: str, filename: str, cache_dir: str | None) -> Path:
     repo_id, _, revision = location.partition('@')
     check_repository_name(repo_id)
     return Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
-
-
-@contextlib.contextmanager
-def explained_load(location: str) -> Iterator[None]:
-    """Turn what timm raises over a model that does not fit its config into a sentence."""
-    try:
-        with explained(f"'{location}' cannot be loaded"):
-            yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # a wrong config can make any line of timm fail
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip('.')
-        raise UserError(f"'{location}' cannot be loaded: {reason}.") from error
 
 
 def missing_architecture(location: str, config: dict[str, Any]) -> str:

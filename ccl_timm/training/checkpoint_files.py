@@ -3,13 +3,14 @@
 import os
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, reason, user_errors
 
 __all__ = ['check_intact', 'read_checkpoint', 'restore_saver']
 
@@ -22,10 +23,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint '{path}'.")
-    try:
+    first_line = partial(reason, line=0)
+    # a damaged file fails in any of the layers that read it
+    with user_errors(f"'{path}' is not a readable training checkpoint", (Exception,), first_line):
         content = load_checkpoint_metadata(path)
-    except Exception as error:  # a damaged file fails in any of the layers that read it
-        raise UserError(f"'{path}' is not a readable training checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or not {'state_dict', 'epoch'} <= content.keys():
         raise UserError(f"'{path}' is not a training checkpoint: it has no model and epoch of a run in it.")
     return content
@@ -39,7 +40,7 @@ def check_intact(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        damaged = _first_line(error)
+        damaged = reason(error, 0)
     if damaged:
         raise UserError(f"'{path}' is damaged ({damaged}): take another checkpoint, or a copy of this one.")
 
@@ -72,7 +73,3 @@ def _epoch_of(path: Path) -> int | None:
         return read_checkpoint(path)['epoch']
     except UserError:
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ccl_timm import models
-from ccl_timm.errors import UserError
+from ccl_timm.errors import LIBRARY_ERRORS, UserError, user_errors
 from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
 from ccl_timm.training.run_dir import RunDir
 
@@ -68,29 +68,11 @@ def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:
         **settings.get('model_kwargs', {}),
         **kwargs,
     }
-    try:
+    given = {key: value for key, value in options.items() if value is not None}
+    hint = '; --pretrained-path adapts a checkpoint to other classes' if kwargs.get('checkpoint_path') else ''
+    errors = (*LIBRARY_ERRORS, AttributeError, SafetensorError)
+    with user_errors(f"Model '{name}' cannot be built with {given}", errors, hint=hint):
         return models.create_for_input(name, settings, **options)
-    except UserError:
-        raise
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        hint = ''
-        if kwargs.get('checkpoint_path'):
-            hint = '; --pretrained-path adapts a checkpoint to other classes'
-        raise UserError(f"Model '{name}' cannot be built with {_given(options)}: {reason}{hint}.") from error
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
 
 
 def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:

@@ -11,11 +11,11 @@ from timm.data import resolve_data_config
 from timm.optim import list_optimizers
 
 from ccl_timm import losses, models
-from ccl_timm.errors import UserError, did_you_mean, require_finite
+from ccl_timm.errors import UserError, did_you_mean, require_finite, user_errors
 from ccl_timm.task import create_loss_for, probe_outputs
 from ccl_timm.training.checkpoints import build_model
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.setup import input_channels, loss_options, user_errors
+from ccl_timm.training.setup import input_channels, loss_options
 
 __all__ = ['check_config', 'check_fit']
 

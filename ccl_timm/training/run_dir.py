@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.utils import update_summary
 from ccl_timm.console import log_warning
 from ccl_timm.console.escape import csv_text
 from ccl_timm.data.fingerprint import change
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, reason, user_errors
 from ccl_timm.training import recipes
 from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
 from ccl_timm.training.config import TrainConfig, diff_settings
@@ -408,11 +409,9 @@ def _parsed(path: Path, form: str, parse: Callable[[str], Any], default: Any) ->
     """
     if not path.is_file():
         return default
-    try:
+    damage = (ValueError, TypeError, RecursionError, csv.Error)
+    with user_errors(f"'{path}' is not {form}", damage, partial(reason, line=0), '. Restore a copy of it'):
         return parse(path.read_text(encoding='utf-8'))
-    except (ValueError, TypeError, RecursionError, csv.Error) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{path}' is not {form}: {reason}. Restore a copy of it.") from error
 
 
 def _numbers(text: str) -> list[dict[str, float]]:

@@ -1,7 +1,5 @@
 """What follows from the configuration once data, model and processes are known: computed once, never changed."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from ccl_timm.training.config import TrainConfig
 
 __all__ = [
     'Setup', 'class_weights', 'count_classes', 'global_batch', 'input_channels', 'learning_rate', 'loss_options',
-    'user_errors', 'weight_options',
+    'weight_options',
 ]  # fmt: skip
 
 
@@ -46,18 +44,6 @@ class Setup:
         """Settings for args.yaml and checkpoints: as given, with the classes of the data."""
         classes = {'num_classes': self.num_classes, 'class_names': self.class_names, 'class_map': ''}
         return {**config.settings(), **classes}
-
-
-@contextlib.contextmanager
-def user_errors(what: str) -> Iterator[None]:
-    """Turn the errors that libraries raise over a user's setting into a sentence: what, and the library's reason."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f'{what}: {lines[-1].strip()}') from error
 
 
 def count_classes(config: TrainConfig, splits: Splits) -> int:

@@ -35,7 +35,7 @@ def train(config: TrainConfig, argv: list[str]) -> Path:
     """
     check_config(config)
     with stopped_by_signals(), RunDir.choose(config, safe_model_name(config.model)) as run:
-        with _explained(config, run):
+        with _run_errors(config, run):
             trainer = Trainer(config, run)
             trainer.logger.on_start(trainer)
             if is_primary():
@@ -58,7 +58,7 @@ def _start_writing(trainer: Trainer, argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _explained(config: TrainConfig, run: RunDir) -> Iterator[None]:
+def _run_errors(config: TrainConfig, run: RunDir) -> Iterator[None]:
     """Give the reason for a run's end in one sentence where neither the settings nor this package are to blame."""
     try:
         yield

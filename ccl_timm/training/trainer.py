@@ -30,7 +30,7 @@ from torch import Tensor
 from ccl_timm.console import Progress, log_info
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.loaders import make_loaders
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.ops import rank, world_size
 from ccl_timm.task import create_task
 from ccl_timm.training.checkpoint_files import restore_saver
@@ -48,7 +48,6 @@ from ccl_timm.training.setup import (
     input_channels,
     learning_rate,
     loss_options,
-    user_errors,
     weight_options,
 )
 
@@ -246,7 +245,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path | None) -> None:
         config, self.start_epoch = self.config, 0
-        try:
+        with user_errors(f"'{checkpoint}' does not fit this model, loss and optimizer"):
             if checkpoint:
                 optimizer, scaler = (None, None) if config.no_resume_opt else (self.optimizer, self.scaler)
                 epoch = resume_task_checkpoint(self.task, str(checkpoint), optimizer, scaler, log_info=False)
@@ -255,9 +254,6 @@ class Trainer:
                 self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
                 if checkpoint:
                     load_task_ema_checkpoint(self.task, str(checkpoint))
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"'{checkpoint}' does not fit this model, loss and optimizer: {reason}") from error
 
     def _build_schedule(self, checkpoint: Path | None) -> None:
         options = scheduler_kwargs(self.config.view(lr=self.setup.lr), decreasing_metric=self.metric == 'loss')
