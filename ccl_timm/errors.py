@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-
 __all__ = [
     'LIBRARY_ERRORS', 'PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'reason', 'require_finite',
     'user_errors',
@@ -54,10 +52,9 @@ def user_errors(
     """
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
     except errors as error:
-        because = explain(error)
+        passes = isinstance(error, (UserError, MemoryError)) or type(error).__name__ == 'OutOfMemoryError'  # of torch
+        because = None if passes else explain(error)
         if because is None:
             raise
         raise UserError(f'{what}: {because}{hint}.') from error
