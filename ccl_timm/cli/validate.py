@@ -12,12 +12,18 @@ from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
 from ccl_timm.errors import UserError
-from ccl_timm.training.checkpoints import load_trained
-from ccl_timm.training.evaluation import Evaluation, check_save, choose_data, evaluate_split, pick_device, save_split
+from ccl_timm.experiments import plots
+from ccl_timm.training import validation
+from ccl_timm.training.checkpoints import Trained, load_trained
+from ccl_timm.training.evaluation import Evaluation, choose_data, pick_device
+from ccl_timm.training.measures import reliability
 
 __all__ = ['HELP', 'add_arguments', 'run']
 
 HELP = 'Evaluate a trained model. Preprocessing and data are those of its run.'
+_PERCENT = (
+    'top1_many', 'top1_medium', 'top1_few', 'recall_at_1', 'recall_at_5', 'map_at_r', 'knn', 'ece', 'ece_calibrated',
+)  # fmt: skip
 
 
 def add_arguments(parser: Parser) -> None:
@@ -29,28 +35,43 @@ def add_arguments(parser: Parser) -> None:
     add('--per-class', default='', metavar='CSV', help="write each class's accuracy to this new file")
     add('--confusion', default='', metavar='CSV', help='write the confusion matrix to this new file')
     add('--save-split', action='store_true', help="keep the results of --split in the run's extra_splits.csv")
-    add(
-        '--recall',
-        action='store_true',
-        help='R@1, R@5 and MAP@R: are the nearest other images, by features, of the same class?',
-    )
+    add('--calibration', action='store_true', help='NLL and ECE (15 bins), also with the temperature of the model')
+    text = 'fit a temperature on these images and keep it with the run, for `predict --calibrated` and exports'
+    add('--fit-temperature', action='store_true', help=text)
+    add('--plot', default='', metavar='FILE', help='draw the reliability diagram to this new .svg or .png file')
+    text = 'R@1, R@5 and MAP@R: are the nearest other images, by features, of the same class?'
+    add('--recall', action='store_true', help=f'{text} Also for classes never trained on')
     add('--knn', type=COUNT, metavar='K', help='accuracy of the K nearest training images, by features')
+    text = 'accuracy of classes with few (< 20), medium and many (> 100) training images'
+    add('--by-count', action='store_true', help=text)
+    text = 'how well softmax, energy, nearest training feature and norm tell this folder of unknown images apart'
+    add('--ood', default=None, metavar='DIR', help=text)
 
 
 def run(args: argparse.Namespace) -> int:
-    for path in filter(None, (args.confusion, args.per_class)):
+    for path in filter(None, (args.confusion, args.per_class, args.plot)):
         if Path(path).exists():
             raise UserError(f"'{path}' exists already: name another file.")
+    if args.plot:
+        plots.check_name(args.plot)
     source, device = args.source or args.checkpoint, torch.device(pick_device(args.device))
     trained = load_trained(source, args.use_ema)
     if args.save_split:
-        check_save(source, trained, args.split, other_data=args.data_dir is not None or args.dataset is not None)
+        other = args.data_dir is not None or args.dataset is not None
+        validation.check_save(source, trained, args.split, other_data=other)
+    if args.fit_temperature:
+        validation.check_save_temperature(source, trained)
     data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
-    found = evaluate_split(trained, data, args.split is not None, device, args.workers, args.recall, args.knn)
+    wanted = validation.Measures(
+        args.calibration or bool(args.plot), args.fit_temperature, args.recall, args.knn, args.by_count, args.ood
+    )
+    found = validation.evaluate_split(trained, data, args.split is not None, device, args.workers, wanted)
     _log(found)
-    _write_tables(args, found, trained.labels)
+    _write_files(args, found, trained)
     if args.save_split:
-        save_split(source, trained, args.split, found)
+        validation.save_split(source, trained, args.split, found)
+    if args.fit_temperature:
+        validation.save_temperature(source, trained, found)
     result = {'model': trained.name, **found.metrics, 'images': found.images}
     print(f'--result\n{json.dumps({**result, "img_size": trained.data_config["input_size"][-1]}, indent=4)}')
     return 0
@@ -58,16 +79,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _log(found: Evaluation) -> None:
     metrics = found.metrics
-    log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
-    names = ('recall_at_1', 'recall_at_5', 'map_at_r', 'knn')
-    features = [f'{name} {metrics[name]:.3f}%' for name in names if name in metrics]
-    if features:
-        log_info('  '.join(features))
+    if 'top1' in metrics:
+        log_info(f'top-1 {metrics["top1"]:.3f}%  top-5 {metrics["top5"]:.3f}%  loss {metrics["loss"]:.4f}')
+    measured = [f'{name} {metrics[name]:.3f}%' for name in _PERCENT if name in metrics]
+    measured += [f'{name} {metrics[name]:.4f}' for name in ('nll', 'nll_calibrated') if name in metrics]
+    if measured:
+        log_info('  '.join(measured))
+    for name in filter(lambda name: name.endswith('_auroc'), metrics):
+        score, missed = name.removesuffix('_auroc'), metrics[name.replace('_auroc', '_fpr95')]
+        shown = f'AUROC {metrics[name]:.2f}%, FPR at 95% TPR {missed:.2f}%'
+        log_info(f'unknown images by {score.removeprefix("ood_")}: {shown}')
     if found.unreadable:
         log_warning(f'{found.unreadable} images could not be read and are not counted')
 
 
-def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str]) -> None:
+def _write_files(args: argparse.Namespace, found: Evaluation, trained: Trained) -> None:
+    names = trained.labels
     if args.per_class:
         counts = found.confusion.sum(1).tolist()
         rows = [['class', 'images', 'accuracy'], *zip(names, counts, found.accuracies, strict=True)]
@@ -75,6 +102,14 @@ def _write_tables(args: argparse.Namespace, found: Evaluation, names: list[str])
     if args.confusion:
         rows = [[name, *row] for name, row in zip(names, found.confusion.tolist(), strict=True)]
         _write_csv(args.confusion, [['class \\ predicted', *names], *rows])
+    if args.plot:
+        outputs, temperature = found.outputs, found.metrics.get('temperature')
+        series = {'as trained': reliability(outputs['logits'], outputs['labels'])}
+        if temperature:
+            name = f'with temperature {temperature:.3g}'
+            series[name] = reliability(outputs['logits'], outputs['labels'], temperature)
+        plots.save(plots.draw_reliability(series, trained.name), Path(args.plot))
+        log_info(f'written: {args.plot}')
 
 
 def _write_csv(path: str, rows: list) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     'ImageFiles',
     'Replacing',
     'Splits',
+    'content_hash',
     'file_names',
     'stratified_holdout',
     'is_folder',
@@ -330,6 +331,11 @@ def targets_of(dataset: Dataset) -> list[int] | None:
         return [int(target) for _, target in samples]
     targets = getattr(dataset, 'targets', None)
     return None if targets is None else [int(target) for target in targets]
+
+
+def content_hash(dataset: Dataset) -> str:
+    """A hash by which a split is recognised: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
+    return fingerprint(_content(dataset), None)
 
 
 def file_names(dataset: Dataset) -> list[str]:

@@ -15,7 +15,10 @@ from ccl_timm.console.escape import terminal_text
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.analysis import class_centres
 
-__all__ = ['as_svg', 'draw_attention', 'draw_confusion', 'draw_curves', 'draw_features', 'in_the_plane', 'save']
+__all__ = [
+    'as_svg', 'check_name', 'draw_attention', 'draw_confusion', 'draw_curves', 'draw_features', 'draw_reliability',
+    'in_the_plane', 'save',
+]  # fmt: skip
 
 _READABLE = 20  # classes of which each can have its name in a picture
 _MARKERS = 'os^DvP'  # times ten colours: as many classes look different in a picture of features
@@ -35,9 +38,19 @@ def _matplotlib() -> ModuleType:
     return matplotlib
 
 
+def check_name(path: str | Path) -> None:
+    """Raise a UserError unless a picture can be written under this name."""
+    if Path(path).suffix.lower() not in ('.png', '.svg'):
+        raise UserError(f"'{path}' must end in .png or .svg: those are the pictures that can be written.")
+    _matplotlib()
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, over an older one."""
-    figure.savefig(path, dpi=120, metadata={'Software': None})
+    """Write a figure as PNG or, under a name that ends in ``.svg``, as SVG, over an older one."""
+    if path.suffix.lower() == '.svg':
+        path.write_text(as_svg(figure), encoding='utf-8')
+    else:
+        figure.savefig(path, dpi=120, metadata={'Software': None})
 
 
 def as_svg(figure: Any) -> str:
@@ -221,4 +234,35 @@ def draw_curves(title: str, curves: dict[str, list[list[tuple[int, float]]]]) ->
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    return figure
+
+
+def draw_reliability(series: dict[str, tuple[Any, Any, Any]], title: str) -> Any:
+    """Reliability diagrams: accuracy over confidence, and below how many images have which confidence.
+
+    Args:
+        series: for each name mean confidence, accuracy and number of images of each bin, as
+            :func:`ccl_timm.training.measures.reliability` gives them.
+        title: above.
+    """
+    figure = _matplotlib().figure.Figure(figsize=(5.5, 7), layout='constrained')
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    top.plot([0, 1], [0, 1], color='grey', linestyle='--', linewidth=1, label='perfectly calibrated')
+    width = 0.9 / len(next(iter(series.values()))[0]) / len(series)
+    for place, ((name, (confidence, accuracy, counts)), colour) in enumerate(
+        zip(series.items(), _colours(len(series)), strict=True)
+    ):
+        confidence, accuracy, counts = map(np.asarray, (confidence, accuracy, counts))
+        used, total = counts > 0, counts.sum()
+        error = 100 * (np.abs(confidence - accuracy)[used] * counts[used]).sum() / total
+        top.plot(confidence[used], accuracy[used], color=colour, label=f'{name}: ECE {error:.2f}%')
+        sizes = 12 + 150 * counts[used] / total
+        top.scatter(confidence[used], accuracy[used], sizes, color=colour, zorder=3, clip_on=False)
+        centres = (np.arange(len(counts)) + 0.5) / len(counts) + (place - (len(series) - 1) / 2) * width
+        bottom.bar(centres, 100 * counts / total, width, color=colour)
+    top.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
+    top.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc='outside lower center')
+    bottom.set(xlabel='confidence: probability of the predicted class', ylabel='% of images')
+    figure.suptitle(_wrapped(title, 5.5))
     return figure

@@ -89,6 +89,7 @@ def _description(trained: Trained) -> dict[str, Any]:
         'version': registry.version(),
         'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
+        **({'calibration': trained.calibration} if trained.calibration else {}),
     }
     return {
         'model_config': {'label_names': trained.class_names, 'ccl_timm': needs},

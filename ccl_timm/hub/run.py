@@ -13,13 +13,14 @@ from ccl_timm.errors import UserError
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.hub import publish
-from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.evaluation import Evaluation, choose_data, evaluate_split, pick_device
-from ccl_timm.training.prediction import preprocessing, rank
+from ccl_timm.training.evaluation import Evaluation, choose_data, pick_device
+from ccl_timm.training.gallery import Gallery, create_gallery
+from ccl_timm.training.prediction import head_outputs, preprocessing, rank, temperature_of
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.train import train as train_run
+from ccl_timm.training.validation import Measures, check_save_temperature, evaluate_split, save_temperature
 
 __all__ = ['Run', 'load', 'train']
 
@@ -91,8 +92,12 @@ class Run:
         *,
         batch_size: int = 256,
         workers: int = 0,
+        calibration: bool = False,
+        fit_temperature: bool = False,
         recall: bool = False,
         knn: int | None = None,
+        by_count: bool = False,
+        ood: str | None = None,
     ) -> Evaluation:
         """Measure the model on its run's validation split, another split, or other data.
 
@@ -102,36 +107,51 @@ class Run:
             split: name of the split.
             batch_size: images at a time.
             workers: processes that load images.
-            recall: also measure ``recall_at_1`` of the features.
+            calibration: also measure NLL and ECE, raw and with the model's temperature.
+            fit_temperature: fit a temperature on these images and keep it with the run.
+            recall: also measure R@1, R@5 and MAP@R of the features; the data may then have other classes.
             knn: also measure the accuracy of that many nearest training images, by features.
+            by_count: also measure the accuracy of classes with few, medium and many training images.
+            ood: folder of unknown images that are to be told apart, by four scores.
 
         Returns:
-            ``metrics`` (``top1``, ``top5``, ``macro_top1`` in percent, ``loss``), ``confusion`` (K, K), ``accuracies``.
+            ``metrics`` (``top1``, ``top5``, ``macro_top1`` in percent, ``loss``, and those of
+            :class:`ccl_timm.training.validation.Measures`), ``confusion`` (K, K), ``accuracies``.
 
         Raises:
             UserError: there is no such data, or it does not fit the model.
         """
         data = choose_data(self.trained.settings, data_dir, dataset, split, batch_size)
-        return evaluate_split(self.trained, data, split is not None, self.device, workers, recall, knn)
+        if fit_temperature:
+            check_save_temperature(self.source, self.trained)
+        wanted = Measures(calibration, fit_temperature, recall, knn, by_count, ood)
+        found = evaluate_split(self.trained, data, split is not None, self.device, workers, wanted)
+        if fit_temperature:
+            save_temperature(self.source, self.trained, found)
+        return found
 
-    def predict(self, images: _Images, topk: int = 5, batch_size: int = 32) -> list[list[dict[str, Any]]]:
-        """Classify PIL images or image files.
+    def predict(
+        self, images: _Images, topk: int = 5, batch_size: int = 32, calibrated: bool = False
+    ) -> list[list[dict[str, Any]]]:
+        """Classify PIL images or image files; by the features of a gallery: ``gallery.classify(run.embed(images))``.
 
         Args:
             images: one, or several.
             topk: classes per image, best first.
             batch_size: images at a time.
+            calibrated: divide the logits by the model's temperature.
 
         Returns:
             For each image a list of ``{'class', 'index', 'probability'}``.
 
         Raises:
-            UserError: a file cannot be read, or the model computes numbers that are not finite.
+            UserError: a file cannot be read, the model computes numbers that are not finite, or has no temperature.
         """
+        temperature = temperature_of(self.trained) if calibrated else 1.0
         logits = torch.cat([outputs.logits.float().cpu() for outputs in self._outputs(images, batch_size)])
         if not logits.isfinite().all():
             raise UserError('The model computes numbers that are not finite: its training diverged.')
-        return rank(self.trained, logits.softmax(-1), topk)
+        return rank(self.trained, (logits / temperature).softmax(-1), topk)
 
     def outputs(self, images: _Images) -> HeadOutputs:
         """All that the head computes for PIL images or image files, in one batch: logits, features, attention ..."""
@@ -141,6 +161,21 @@ class Run:
     def embed(self, images: _Images, batch_size: int = 32) -> Tensor:
         """Features (N, D) of PIL images or image files, float32 on the CPU, not normalised."""
         return torch.cat([outputs.features.float().cpu() for outputs in self._outputs(images, batch_size)])
+
+    def index(
+        self, folder: str | os.PathLike, validation: str | os.PathLike | None = None, batch_size: int = 256
+    ) -> Gallery:
+        """Make a gallery of a folder with one folder per class; its classes may be new to the model.
+
+        Args:
+            folder: of images.
+            validation: folder of other images of these classes, from which comes the threshold of unknown images.
+            batch_size: images at a time.
+
+        Raises:
+            UserError: there is no such folder, or the validation images are not of its classes.
+        """
+        return create_gallery(self.trained, folder, validation, self.device, batch_size)
 
     def fit(self, **settings: Any) -> 'Run':
         """Train a new run from these weights, with the settings of this run where no other ones are given.
@@ -182,5 +217,4 @@ class Run:
         for start in range(0, len(several), size):
             batch = torch.stack([prepare(image) for image in several[start : start + size]]).to(self.device)
             with torch.inference_mode():
-                pooled = model.forward_head(model.forward_features(batch), pre_logits=True)
-                yield read_head(model.get_classifier(), pooled)
+                yield head_outputs(model, batch)

@@ -13,8 +13,9 @@ from torch import nn
 
 from ccl_timm import models
 from ccl_timm.errors import LIBRARY_ERRORS, UserError, user_errors
+from ccl_timm.models import weights
 from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
-from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.run_dir import RunDir, check_calibration
 
 __all__ = ['Trained', 'build_model', 'check_outputs', 'load_trained']
 
@@ -31,6 +32,8 @@ class Trained:
         settings: those of the run; empty for an export.
         epoch: of the checkpoint, counted from 0; None for an export.
         ema: whether these are the moving average of the weights.
+        calibration: a ``temperature``, and the ``data``, ``split``, number of ``images`` and their ``fingerprint`` that
+            it was fitted on; None if none was.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Trained:
     settings: dict[str, Any]
     epoch: int | None = None
     ema: bool = False
+    calibration: dict[str, Any] | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -106,7 +110,9 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     _check_finite(model, checkpoint_file)
     config = timm.data.resolve_data_config(settings, model=model)
     names = settings.get('class_names')
-    return Trained(settings['model'], model.eval(), config, names, settings, checkpoint['epoch'], use_ema)
+    epoch = checkpoint['epoch']
+    calibration = RunDir.of(checkpoint_file).calibration(epoch, use_ema)
+    return Trained(settings['model'], model.eval(), config, names, settings, epoch, use_ema, calibration)
 
 
 def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -121,7 +127,16 @@ def _load_exported(name: str) -> Trained:
     _check_finite(model, name)
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get('label_names')
-    return Trained(model.pretrained_cfg['architecture'], model, config, list(names) if names else None, {})
+    own = weights.read_config(*timm.models.parse_model_name(name)).get('ccl_timm')
+    calibration = own.get('calibration') if isinstance(own, dict) else None
+    return Trained(
+        model.pretrained_cfg['architecture'],
+        model,
+        config,
+        list(names) if names else None,
+        settings={},
+        calibration=None if calibration is None else check_calibration(calibration, name),
+    )
 
 
 def _check_finite(model: nn.Module, source: str | os.PathLike) -> None:

@@ -1,8 +1,7 @@
-"""Evaluation: one pass over a data set, and a trained model on a split of its data or of other data."""
+"""Evaluation: one pass over a data set, and the data that a trained model is evaluated on."""
 
 import contextlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,15 @@ import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm.console import Progress, log_info
+from ccl_timm.console import Progress
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
-from ccl_timm.training import measures, retrieval
-from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.interrupts import WholeBatches
-from ccl_timm.training.run_dir import RunDir
 
 __all__ = [
-    'Evaluation', 'check_labels', 'check_save', 'choose_data', 'evaluate', 'evaluate_split', 'loader_of', 'open_for',
-    'pick_device', 'save_split',
+    'Evaluation', 'check_labels', 'choose_data', 'evaluate', 'loader_of', 'open_for', 'pick_device',
 ]  # fmt: skip
 
 
@@ -33,19 +28,22 @@ class Evaluation:
 
     Attributes:
         metrics: mean cross-entropy (``loss``); ``top1``, ``top5`` and the mean accuracy of the classes
-            (``macro_top1``) in percent.
-        confusion: (K, K) counts of images by class (row) and prediction (column).
+            (``macro_top1``) in percent; and the other measures that were asked for.
+        confusion: (K, K) counts of images by class (row) and prediction (column); 0 by 0 for data of other classes than
+            the model's, of which only retrieval is measured.
         unreadable: images that could not be read, and are not counted.
+        images: that are counted.
+        outputs: ``logits`` (N, K), ``features`` (N, D) and ``labels`` (N,), where a measure needed them.
+        calibration: the temperature fitted on this data, and what data that is; see
+            :func:`ccl_timm.training.validation.save_temperature`.
     """
 
     metrics: dict[str, float]
     confusion: Tensor
     unreadable: int
-
-    @property
-    def images(self) -> int:
-        """Number of images measured."""
-        return int(self.confusion.sum())
+    images: int
+    outputs: dict[str, Tensor] | None = None
+    calibration: dict[str, Any] | None = None
 
     @property
     def accuracies(self) -> list[float | None]:
@@ -105,7 +103,8 @@ def evaluate(
     if not confusion.any():
         raise UserError(f'No image for {label} can be read.')
     classes = math.isqrt(len(confusion))
-    found = Evaluation(dict(evaluator.compute(distributed)), confusion.view(classes, classes).cpu(), int(counts))
+    confusion = confusion.view(classes, classes).cpu()
+    found = Evaluation(dict(evaluator.compute(distributed)), confusion, int(counts), int(confusion.sum()))
     accuracies = [accuracy for accuracy in found.accuracies if accuracy is not None]
     found.metrics['macro_top1'] = sum(accuracies) / max(1, len(accuracies))
     return found
@@ -125,81 +124,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"Device '{name}' is not available here: give --device cpu, or auto.") from error
     return name
-
-
-def evaluate_split(
-    trained: Trained,
-    data: DataConfig,
-    named: bool,
-    device: torch.device,
-    workers: int,
-    recall: bool = False,
-    knn: int | None = None,
-) -> Evaluation:
-    """Measure a trained model on the validation split of some data.
-
-    Args:
-        trained: from :func:`ccl_timm.training.checkpoints.load_trained`.
-        data: from :func:`choose_data`.
-        named: see :func:`open_for`.
-        device: where to compute.
-        workers: processes that load images.
-        recall: also measure ``recall_at_1``, ``recall_at_5`` and ``map_at_r`` of the features; see
-            :func:`ccl_timm.training.measures.retrieval`.
-        knn: also measure ``knn``, the accuracy of that many nearest training images, by features.
-
-    Raises:
-        UserError: the data does not fit the model, no image can be read, or the model diverged.
-    """
-    config = {**trained.data_config, 'batch_size': data.batch_size}
-    dataset = open_for(data, data.val_split, config['input_size'][0], trained.class_names, named=named)
-    check_labels(dataset, trained)
-    loader = loader_of(dataset, config, device, workers)
-    model = trained.model.to(device)
-    log_info(f'{trained.name}: {len(dataset)} images of {"x".join(map(str, config["input_size"]))}, on {device}')
-    found = evaluate(model, loader, device)
-    if not math.isfinite(found.metrics['loss']):
-        raise UserError(f"The model's loss on this data is {found.metrics['loss']}: its accuracy would mean nothing.")
-    if not (recall or knn):
-        return found
-    features, labels = retrieval.extract_features(model, loader)
-    if recall:
-        found.metrics |= measures.retrieval(features, labels)
-    if knn:
-        known = open_for(data, data.train_split, config['input_size'][0], trained.class_names, training=True)
-        known_loader = loader_of(known, config, device, workers)
-        known_features = retrieval.extract_features(model, known_loader, 'features of the training split')
-        found.metrics['knn'] = measures.knn_accuracy(features, labels, *known_features, knn)
-    return found
-
-
-def check_save(source: str | os.PathLike, trained: Trained, split: str | None, other_data: bool) -> None:
-    """Raise a UserError unless a split's results can be saved with the run that they belong to.
-
-    Args:
-        source: what ``trained`` was loaded from.
-        trained: the model.
-        split: the name given; None if none was.
-        other_data: whether it is of other data than the run's.
-    """
-    folder = RunDir.of(source).path
-    if trained.epoch is None or not (folder / 'args.yaml').is_file():
-        raise UserError(f"--save-split keeps results with a run, which '{folder}' is not: name a run's folder.")
-    if split is None or other_data:
-        raise UserError("--save-split keeps results of a split of the run's own data: name it with --split alone.")
-    if bool(trained.settings.get('model_ema')) != trained.ema:
-        raise UserError(f"'{folder}' was measured with the moving average of its weights: give --use-ema.")
-
-
-def save_split(source: str | os.PathLike, trained: Trained, split: str, found: Evaluation) -> None:
-    """Add a split's results to the run's extra_splits.csv; see :func:`check_save`."""
-    run = RunDir.of(source)
-    measured = {name: found.metrics[name] for name in ('top1', 'top5', 'loss')}
-    path = run.add_extra_split({'split': split, 'epoch': trained.epoch, 'images': found.images, **measured})
-    log_info(f'written: {path}, of epoch {trained.epoch + 1}')
-    rows = run.rows()
-    if rows and trained.epoch != rows[-1]['epoch']:
-        log_info(f"reports show results of a run's last epoch: {run.path / 'last.pth.tar'}")
 
 
 def choose_data(

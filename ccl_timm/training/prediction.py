@@ -8,17 +8,27 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image
 from ccl_timm.errors import UserError
+from ccl_timm.heads import HeadOutputs
+from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import Trained
+from ccl_timm.training.gallery import Gallery
 
-__all__ = ['find_images', 'predict', 'preprocessing', 'rank']
+__all__ = ['find_images', 'head_outputs', 'predict', 'preprocessing', 'rank', 'temperature_of']
 
 
 def predict(
-    trained: Trained, paths: list[Path], topk: int = 5, batch_size: int = 32, device: str = 'cpu'
+    trained: Trained,
+    paths: list[Path],
+    topk: int = 5,
+    batch_size: int = 32,
+    device: str = 'cpu',
+    calibrated: bool = False,
+    gallery: Gallery | None = None,
+    threshold: float | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
     """Classify image files.
 
@@ -28,26 +38,37 @@ def predict(
         topk: how many classes for each, best first.
         batch_size: images at a time.
         device: where to compute.
+        calibrated: divide the logits by the model's temperature.
+        gallery: classify by the nearest features of this gallery, not by the model's own classes.
+        threshold: of the gallery, in the place of its own.
 
     Returns:
         For each image that can be read ``{'image', 'predictions': [{'class', 'index', 'probability'}]}``, in order;
-        and those that cannot, with the reason. None is replaced by another.
+        with a gallery as :meth:`ccl_timm.training.gallery.Gallery.classify` says. And those that cannot be read, with
+        the reason. None is replaced by another.
 
     Raises:
-        UserError: the model computes numbers that are not finite.
+        UserError: the model computes numbers that are not finite, has no temperature, or is not the gallery's.
     """
+    temperature = temperature_of(trained) if calibrated else 1.0
+    if gallery:
+        gallery.check_model(trained)
     prepare, model = preprocessing(trained), trained.model.to(device).eval()
     results, unreadable, images, names = [], [], [], []
 
     def flush() -> None:
         if images:
+            batch = torch.stack(images).to(device)
             with torch.inference_mode():
-                probabilities = model(torch.stack(images).to(device)).float().softmax(-1).cpu()
-            finite = probabilities.isfinite().all(-1).tolist()
+                numbers = (head_outputs(model, batch).features if gallery else model(batch)).float().cpu()
+            finite = numbers.isfinite().all(-1).tolist()
             if not all(finite):
                 raise UserError(f"The model computes no finite numbers for '{names[finite.index(False)]}'.")
-            ranked = zip(names, rank(trained, probabilities, topk), strict=True)
-            results.extend({'image': str(name), 'predictions': predictions} for name, predictions in ranked)
+            if gallery:
+                found = gallery.classify(numbers, topk, threshold)
+            else:
+                found = [{'predictions': own} for own in rank(trained, (numbers / temperature).softmax(-1), topk)]
+            results.extend({'image': str(name), **own} for name, own in zip(names, found, strict=True))
             images.clear()
             names.clear()
 
@@ -61,6 +82,26 @@ def predict(
             flush()
     flush()
     return results, unreadable
+
+
+def temperature_of(trained: Trained) -> float:
+    """The temperature fitted for a model.
+
+    Raises:
+        UserError: none was.
+    """
+    if trained.calibration is None:
+        raise UserError(
+            f"No temperature was fitted for this '{trained.name}': run `timm validate.py RUN --fit-temperature` on "
+            'images that it was not trained on; exports made afterwards have it, too.'
+        )
+    return trained.calibration['temperature']
+
+
+def head_outputs(model: nn.Module, images: Tensor) -> HeadOutputs:
+    """All that a model's head computes for images (N, C, H, W)."""
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    return read_head(model.get_classifier(), pooled)
 
 
 def preprocessing(trained: Trained) -> Callable[[Image.Image | str | os.PathLike], Tensor]:

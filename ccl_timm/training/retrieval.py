@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ccl_timm.console import Progress
 from ccl_timm.task import read_head
 
-__all__ = ['extract_features', 'extract_outputs']
+__all__ = ['extract_outputs']
 
 
 @torch.inference_mode()
@@ -39,13 +39,3 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
                 found.setdefault(name, []).append(outputs[name].float()[target >= 0])
         found.setdefault('labels', []).append(target[target >= 0])
     return {name: torch.cat(batches) for name, batches in found.items()}
-
-
-def extract_features(model: nn.Module, loader: Any, label: str = 'features') -> tuple[Tensor, Tensor]:
-    """Features of a data set, as :func:`extract_outputs` takes it: the input of the last layer.
-
-    Returns:
-        Features (N, D) float32, labels (N,), on the model's device.
-    """
-    found = extract_outputs(model, loader, ('features',), label)
-    return found['features'], found['labels']

@@ -23,7 +23,7 @@ from ccl_timm.training.config import TrainConfig, diff_settings
 from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.yaml_files import dump_yaml, read_yaml
 
-__all__ = ['RunDir', 'atomic_write', 'best_row', 'is_done']
+__all__ = ['RunDir', 'atomic_write', 'best_row', 'check_calibration', 'is_done']
 
 _EXTRA_SPLIT = ('split', 'epoch', 'images', 'top1', 'top5', 'loss')  # columns of extra_splits.csv
 _ENVIRONMENT = {'command': str, 'versions': dict, 'resumed': list, 'data_fingerprint': str}  # what is read again
@@ -39,8 +39,8 @@ class RunDir:
     """The folder of a run: the only reader and writer of its files.
 
     ``args.yaml`` has the settings, ``summary.csv`` one row per epoch, ``environment.json`` command, versions and
-    machine, ``extra_splits.csv`` accuracies on further splits, ``split.csv`` which images were held out; timm's
-    checkpoints are beside them. As a context manager it releases its lock.
+    machine, ``extra_splits.csv`` accuracies on further splits, ``split.csv`` which images were held out,
+    ``calibration.json`` a temperature; timm's checkpoints are beside them. As a context manager it releases its lock.
 
     Args:
         path: of the folder.
@@ -302,6 +302,29 @@ class RunDir:
         atomic_write(self.path / 'extra_splits.csv', _csv(rows))
         return self.path / 'extra_splits.csv'
 
+    def calibration(self, epoch: int, ema: bool) -> dict[str, Any] | None:
+        """The temperature fitted for a checkpoint, and on which data, from calibration.json; None if there is none.
+
+        Args:
+            epoch: of the checkpoint, counted from 0.
+            ema: whether it is of the moving average of the weights.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / 'calibration.json'
+        content = _parsed(path, 'JSON', json.loads, None)
+        if content is None:
+            return None
+        found = check_calibration(content, path)
+        return found if (content.get('epoch'), content.get('ema')) == (epoch, ema) else None
+
+    def set_calibration(self, calibration: dict[str, Any]) -> Path:
+        """Write calibration.json, over that of an earlier fit; see :meth:`calibration`. Returns its path."""
+        path = self.path / 'calibration.json'
+        atomic_write(path, json.dumps(calibration, indent=2) + '\n')
+        return path
+
     def best_or_last_checkpoint(self) -> Path:
         """The checkpoint to use the run's model from: the best one, else the last.
 
@@ -374,6 +397,19 @@ def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:
         return {}
     choose = min if metric == 'loss' else max  # of equal ones the first, as timm's saver does
     return choose(measured, key=lambda row: row[f'eval_{metric}'])
+
+
+def check_calibration(content: Any, source: str | os.PathLike) -> dict[str, Any]:
+    """What a file says of a model's temperature: ``temperature``, ``data``, ``split``, ``images``, ``fingerprint``.
+
+    Raises:
+        UserError: it is not of this form, or the temperature is not above 0.
+    """
+    kinds = {'temperature': (int, float), 'data': str, 'split': str, 'images': int, 'fingerprint': str}
+    if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        if 0 < content['temperature'] < math.inf:
+            return {key: content[key] for key in kinds}
+    raise UserError(f"'{source}' holds a temperature that was not written by `timm validate.py --fit-temperature`.")
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -1,0 +1,141 @@
+"""Measures beside accuracy, asked for by command and from Python: calibration, retrieval, unknown images, counts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ccl_timm
+from ccl_timm.hub.publish import export
+from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.training.measures import calibration, retrieval
+from ccl_timm.training.run_dir import RunDir
+
+from ..conftest import results, write_folder
+
+METRICS = ('loss', 'top1', 'top5', 'macro_top1')
+
+
+@pytest.fixture
+def run(trained, place):
+    """A copy of a finished run."""
+    return shutil.copytree(trained, place / 'run')
+
+
+def noise(folder, count=6):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f'{number}.png')
+    return folder
+
+
+def test_the_command_and_python_measure_the_same(words, run, place):
+    unknown = noise(place / 'unknown')
+    flags = ['--calibration', '--recall', '--knn', '3', '--by-count', '--ood', unknown]
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', *flags)
+    assert code == 0, err
+    printed = results(out)
+    plain = results(words('timm', 'validate.py', run, '-j', '0')[1])
+    assert printed['images'] == 12 and {n: printed[n] for n in METRICS} == pytest.approx({n: plain[n] for n in METRICS})
+    found = ccl_timm.load(run).evaluate(calibration=True, recall=True, knn=3, by_count=True, ood=str(unknown))
+    assert {name: printed[name] for name in found.metrics} == found.metrics
+    outputs = found.outputs
+    assert outputs['features'].shape == (12, 512) and outputs['logits'].shape == (12, 3)
+    expected = calibration(outputs['logits'], outputs['labels']) | retrieval(outputs['features'], outputs['labels'])
+    assert {name: printed[name] for name in expected} == expected
+    assert printed['nll'] == pytest.approx(printed['loss'], rel=1e-5)
+    assert printed['top1_few'] == printed['macro_top1'] and 'top1_many' not in printed  # 8 training images a class
+    scores = {
+        f'ood_{score}_{value}' for score in ('softmax', 'energy', 'nearest', 'norm') for value in ('auroc', 'fpr95')
+    }
+    assert scores <= printed.keys() and 'unknown images by nearest: AUROC' in err and 'map_at_r' in err
+
+
+def test_a_temperature_is_fitted_kept_exported_and_applied(words, run, place, folder):
+    image = next((folder / 'validation').rglob('*.png'))
+    code, out, err = words('ccl-timm', 'predict', run, image, '--calibrated')
+    assert code == 2 and 'No temperature was fitted' in err and '--fit-temperature' in err
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--calibration')
+    assert code == 0 and 'temperature' in err and 'split validation' in err, err
+    assert 'ece_calibrated' not in results(out)  # measured on the images that it was fitted on
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--calibration')
+    assert 'ece_calibrated' not in results(out) and 'fitted on these very images' in err
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--calibration', '--split', 'train')
+    printed, trained = results(out), load_trained(run)
+    assert printed['temperature'] == trained.calibration['temperature'] != 1.0
+    assert printed['ece_calibrated'] != printed['ece'] and 'nll_calibrated' in err
+    assert trained.calibration['images'] == 12 and trained.calibration['data'] == folder.name
+
+    export(run, place / 'exported')
+    exported = load_trained(place / 'exported')
+    assert exported.calibration == trained.calibration
+    logits = ccl_timm.load(run).outputs([image]).logits
+    expected = (logits / printed['temperature']).softmax(1).max().item()
+    for source in (run, place / 'exported'):
+        code, out, err = words('ccl-timm', 'predict', source, image, '--calibrated', '--format', 'json')
+        assert code == 0, err
+        assert json.loads(out)[0]['predictions'][0]['probability'] == pytest.approx(expected, abs=1e-5)
+    assert ccl_timm.load(run).predict(image, calibrated=True)[0][0]['probability'] == pytest.approx(expected, abs=1e-5)
+    assert load_trained(run / 'checkpoint-0.pth.tar').calibration is None  # of another epoch
+    code, out, err = words('timm', 'validate.py', 'exported', '--data-dir', folder, '-j', '0', '--fit-temperature')
+    assert code == 2 and "name a run's folder" in err
+
+
+def test_no_temperature_is_fitted_on_the_training_split(words, run):
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--fit-temperature')
+    assert code == 2 and 'was not trained on' in err and not (run / 'calibration.json').exists()
+
+
+@pytest.mark.parametrize(
+    'content', ['{', '[]', '{"temperature": 0}', '{"temperature": "hot", "epoch": 1, "ema": false}']
+)
+def test_a_damaged_temperature_is_reported(content, run, words, folder):
+    (run / 'calibration.json').write_text(content)
+    code, out, err = words('ccl-timm', 'predict', run, folder / 'validation', '--calibrated')
+    assert code == 2 and 'calibration.json' in err and 'Traceback' not in err
+
+
+def test_reliability_diagrams_are_drawn(words, run, monkeypatch):
+    pytest.importorskip('matplotlib')
+    assert words('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--plot', 'a.svg')[0] == 0
+    assert words('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--plot', 'b.png')[0] == 0
+    assert 'ECE' in Path('a.svg').read_text() and 'with temperature' not in Path('a.svg').read_text()
+    assert Image.open('b.png').size[0] > 400
+    for name, message in (('a.svg', 'exists already'), ('c.gif', 'must end in .png or .svg')):
+        code, out, err = words('timm', 'validate.py', run, '-j', '0', '--plot', name)
+        assert code == 2 and message in err
+
+
+def test_classes_never_trained_on_are_measured_by_retrieval_alone(words, run, place):
+    unseen = write_folder(place / 'unseen', ('dog', 'eel', 'fox', 'gnu', 'hen'))
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, '--recall')
+    assert code == 0 and 'only retrieval is measured' in err, err
+    printed = results(out)
+    assert printed['images'] == 20 and 'top1' not in printed and 0 <= printed['map_at_r'] <= 100
+    assert 'top1' not in ccl_timm.load(run).evaluate(str(unseen), recall=True).metrics
+    for flags in ([], ['--recall', '--calibration'], ['--recall', '--knn', '3']):
+        code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, *flags)
+        assert code == 2 and 'not among the 3 of training' in err
+    alone = write_folder(place / 'alone', ('dog', 'eel'), validation=1)
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', alone, '--recall')
+    assert code == 2 and 'No class has two images' in err
+
+
+def test_unknown_images_must_be_there(words, run, place):
+    (place / 'empty').mkdir()
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'empty')
+    assert code == 2 and "--ood 'empty' holds no image" in err
+    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'nowhere')
+    assert code == 2 and "'nowhere'" in err
+
+
+def test_the_file_of_the_temperature_names_checkpoint_and_data(run):
+    assert RunDir(run).calibration(0, False) is None
+    fitted = {'temperature': 2.0, 'data': 'x', 'split': 'test', 'images': 3, 'fingerprint': 'f'}
+    RunDir(run).set_calibration({'epoch': 0, 'ema': False, **fitted})
+    assert RunDir(run).calibration(0, False) == fitted
+    assert RunDir(run).calibration(1, False) is None and RunDir(run).calibration(0, True) is None
