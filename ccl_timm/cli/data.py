@@ -44,6 +44,8 @@ def add_arguments(parser: Parser) -> None:
     add('folder', metavar='OUT', help='a new folder')
     add('--val-fraction', type=SHARE, default=0.2, metavar='F', help='share for validation, default 0.2')
     add('--seed', type=integer(0), default=42, metavar='N', help='of the choice of images, default 42')
+    text = 'keep this share of the classes, the last by name, out of both, in unseen/: 0.5 as for Cars-196'
+    add('--held-out-classes', type=SHARE, default=0.0, metavar='F', help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +79,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    layout, single = split_folder(args.source, args.val_fraction, args.seed)
+    layout, single = split_folder(args.source, args.val_fraction, args.seed, args.held_out_classes)
     if single:
         log_warning(f'{len(single)} classes have one image, which is for training: {first_few(single)}')
     return _write(layout, args)

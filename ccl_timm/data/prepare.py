@@ -137,19 +137,23 @@ def _link(path: Path, place: Path) -> str:
     return 'copies'
 
 
-def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple[Layout, list[str]]:
+def split_folder(
+    source: str | os.PathLike, fraction: float, seed: int, unseen: float = 0.0
+) -> tuple[Layout, list[str]]:
     """Divide a folder with one folder per class into training and validation, as ``--val-fraction`` does in training.
 
     Args:
         source: the folder.
         fraction: share of each class for validation, in (0, 1).
         seed: of the choice.
+        unseen: share of the classes that are in neither, but in a folder ``unseen``: the last ones by name, as the
+            second half of Cars-196 is in metric learning.
 
     Returns:
         The layout, and the classes with a single image, which is for training.
 
     Raises:
-        UserError: it is no such folder, or no class has two images.
+        UserError: it is no such folder, no class has two images, or a share of the classes is none or all of them.
     """
     root = Path(source)
     if not root.is_dir():
@@ -166,15 +170,20 @@ def split_folder(source: str | os.PathLike, fraction: float, seed: int) -> tuple
     outside = [name for name in files if '/' not in name]
     if outside:
         raise UserError(f"{len(outside)} images in '{source}' lie outside of any class folder, such as '{outside[0]}'.")
+    names = {label: name for name, label in reader.class_to_idx.items()}
+    first_unseen = len(names) - round(unseen * len(names))
+    if unseen and not 0 < first_unseen < len(names):
+        raise UserError(f'--held-out-classes {unseen:g} of {len(names)} classes is none or all of them.')
     held = datasets.stratified_holdout(files, targets, fraction, seed)
+    held = {index for index in held if targets[index] < first_unseen}
     if not held:
         raise UserError(f"No class in '{source}' has two images: there is nothing to validate on.")
-    names = {label: name for name, label in reader.class_to_idx.items()}
-    single = [names[label] for label, count in sorted(Counter(targets).items()) if count == 1]
-    layout = {
-        f'{"validation" if i in held else "train"}/{Path(path).relative_to(root).as_posix()}': Path(path)
-        for i, path in enumerate(paths)
-    }
+    counts = sorted(Counter(targets).items())
+    single = [names[label] for label, count in counts if count == 1 and label < first_unseen]
+    layout = {}
+    for i, (path, label) in enumerate(zip(paths, targets, strict=True)):
+        split = 'unseen' if label >= first_unseen else 'validation' if i in held else 'train'
+        layout[f'{split}/{Path(path).relative_to(root).as_posix()}'] = Path(path)
     return layout, single
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from ccl_timm.data import archives, check, datasets, prepare
 from ccl_timm.training.config import TrainConfig
+
+from ..conftest import write_folder
 
 
 def put(path, value=0, mode='RGB', size=(8, 6)):
@@ -190,6 +193,21 @@ def test_split_holds_out_what_training_would(folder, place, words):
     argv = ['--data-dir', str(folder / 'train'), '--val-fraction', '0.25', '--seed', '3']
     record = datasets.create_splits(TrainConfig.resolve(argv), channels=3).held_out
     assert set(tree(place / 'parts')) == {f'{part}/{name}' for name, part in record}
+
+
+def test_classes_held_out_are_the_last_by_name(place, words):
+    source = write_folder(place / 'images', ('ant', 'bee', 'cat', 'dog', 'eel'), train=4) / 'train'
+    words('ccl-timm', 'data', 'split', source, 'all', '--val-fraction', '0.25')
+    code, out, err = words(
+        'ccl-timm', 'data', 'split', source, 'half', '--val-fraction', '0.25', '--held-out-classes', '.4'
+    )
+    assert code == 0 and '8 images of 2 classes in unseen' in out, err
+    classes = {split: sorted(path.name for path in Path('half', split).iterdir()) for split in ('train', 'unseen')}
+    assert classes == {'train': ['ant', 'bee', 'cat'], 'unseen': ['dog', 'eel']}
+    trained = sorted(path.relative_to('half') for path in Path('half').glob('[tv]*/*/*'))
+    assert trained == sorted(path.relative_to('all') for path in Path('all').glob('*/[abc]*/*'))
+    code, out, err = words('ccl-timm', 'data', 'split', source, 'none', '--held-out-classes', '0.01')
+    assert code == 2 and '0.01 of 5 classes is none or all of them' in err and not Path('none').exists()
 
 
 def test_split_says_what_it_cannot_do(folder, place, words):
