@@ -14,7 +14,7 @@ from ccl_timm.data.archives import Layout
 from ccl_timm.data.files import FolderReader
 from ccl_timm.errors import UserError, user_errors
 
-__all__ = ['describe', 'new_folder', 'split_folder', 'write_digits', 'write_links']
+__all__ = ['describe', 'new_folder', 'open_classes', 'split_folder', 'write_digits', 'write_links']
 
 _LONGEST_NAME = 255  # bytes, of the usual file systems
 
@@ -155,21 +155,9 @@ def split_folder(
     Raises:
         UserError: it is no such folder, no class has two images, or a share of the classes is none or all of them.
     """
-    root = Path(source)
-    if not root.is_dir():
-        raise UserError(f"There is no folder '{source}'.")
-    splits = [name for name in datasets.SPLITS if (root / name).is_dir()]
-    if splits:
-        raise UserError(
-            f"'{source}' has splits ({', '.join(splits)}): name the one to divide, such as '{root / splits[0]}'."
-        )
-    with user_errors(f"'{source}' cannot be divided", (RuntimeError,)):
-        reader = FolderReader(source)
+    root, reader = Path(source), open_classes(source)
     paths, targets = zip(*reader.samples, strict=True)
     files = [Path(name).as_posix() for name in reader.filenames()]
-    outside = [name for name in files if '/' not in name]
-    if outside:
-        raise UserError(f"{len(outside)} images in '{source}' lie outside of any class folder, such as '{outside[0]}'.")
     names = {label: name for name, label in reader.class_to_idx.items()}
     first_unseen = len(names) - round(unseen * len(names))
     if unseen and not 0 < first_unseen < len(names):
@@ -185,6 +173,26 @@ def split_folder(
         split = 'unseen' if label >= first_unseen else 'validation' if i in held else 'train'
         layout[f'{split}/{Path(path).relative_to(root).as_posix()}'] = Path(path)
     return layout, single
+
+
+def open_classes(folder: str | os.PathLike) -> FolderReader:
+    """A reader of a folder with one folder per class.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"There is no folder '{folder}'.")
+    splits = [name for name in datasets.SPLITS if (root / name).is_dir()]
+    if splits:
+        raise UserError(f"'{folder}' has splits ({', '.join(splits)}): name one of them, such as '{root / splits[0]}'.")
+    with user_errors(f"'{folder}' cannot be used", (RuntimeError,)):
+        reader = FolderReader(folder)
+    outside = [name for name in reader.filenames() if os.sep not in name]
+    if outside:
+        raise UserError(f"{len(outside)} images in '{folder}' lie outside of any class folder, such as '{outside[0]}'.")
+    return reader
 
 
 def describe(layout: Layout) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
-from ccl_timm.data.files import FolderReader, color_mode
-from ccl_timm.errors import UserError
+from ccl_timm.data.files import color_mode
+from ccl_timm.data.prepare import open_classes
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.evaluation import loader_of
@@ -64,16 +65,13 @@ class Gallery:
         Raises:
             UserError: there is none.
         """
-        try:
-            with safe_open(path, 'pt') as file:
-                metadata = file.metadata()
-                known = json.loads(metadata['gallery'])
-                tensors = file.get_tensor('features'), file.get_tensor('labels')
+        errors = (SafetensorError, OSError, LookupError, TypeError, ValueError)
+        with user_errors(f"'{path}' is not a gallery of `ccl-timm index`", errors), safe_open(path, 'pt') as file:
+            metadata = file.metadata()
+            known = json.loads(metadata['gallery'])
+            tensors = file.get_tensor('features'), file.get_tensor('labels')
             gallery = cls(*tensors, known['class_names'], metadata['model'], metadata['weights'], known['threshold'])
             gallery._check()
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            raise UserError(f"'{path}' is not a gallery of `ccl-timm index`: {reason}.") from error
         return gallery
 
     def _check(self) -> None:
@@ -147,7 +145,7 @@ def create_gallery(
     trained.model.to(device)
 
     def compute(source: str | os.PathLike, label: str) -> tuple[Tensor, Tensor, list[str]]:
-        reader = _open(source)
+        reader = open_classes(source)
         mode = trained.settings.get('input_img_mode') or color_mode(trained.data_config['input_size'][0])
         config = {**trained.data_config, 'batch_size': batch_size}
         loader = loader_of(datasets.ImageFiles(reader, mode), config, device, workers)
@@ -169,23 +167,6 @@ def create_gallery(
             raise UserError(f"The images in '{validation}' are those of the gallery: name other ones.")
         threshold = measures.threshold(nearest, ACCEPTED)
     return Gallery(features, labels, names, trained.name, hash_weights(trained.model), threshold)
-
-
-def _open(folder: str | os.PathLike) -> FolderReader:
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"There is no folder '{folder}'.")
-    splits = [name for name in datasets.SPLITS if (root / name).is_dir()]
-    if splits:
-        raise UserError(f"'{folder}' has splits ({', '.join(splits)}): name one, such as '{root / splits[0]}'.")
-    try:
-        reader = FolderReader(folder)
-    except RuntimeError as error:
-        raise UserError(' '.join(str(error).split())) from error
-    outside = [name for name in reader.filenames() if os.sep not in name]
-    if outside:
-        raise UserError(f"{len(outside)} images in '{folder}' lie outside of any class folder, such as '{outside[0]}'.")
-    return reader
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from ccl_timm.console import log_info, log_warning
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.files import FolderReader, color_mode
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.evaluation import Evaluation, check_labels, evaluate, loader_of, open_for
@@ -127,10 +127,8 @@ class _Split:
 
     def open_folder(self, folder: str) -> Any:
         """All images of a folder, whatever its structure."""
-        try:
+        with user_errors(f"--ood '{folder}' cannot be used", (RuntimeError,)):
             reader = FolderReader(folder)
-        except RuntimeError as error:
-            raise UserError(f"--ood '{folder}' holds no image.") from error
         mode = self.trained.settings.get('input_img_mode') or color_mode(self._channels)
         return datasets.ImageFiles(reader, mode)
 

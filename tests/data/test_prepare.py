@@ -224,7 +224,7 @@ def test_split_says_what_it_cannot_do(folder, place, words):
         (['one', 'parts'], "1 images in 'one' lie outside of any class folder, such as 'c.png'"),
         ([folder / 'train', 'parts'], "'parts' exists and is not empty"),
         ([folder / 'train', folder / 'train' / 'new'], 'which is not changed: name a folder outside'),
-        ([folder, 'new'], f"has splits (train, validation): name the one to divide, such as '{folder}/train'"),
+        ([folder, 'new'], f"has splits (train, validation): name one of them, such as '{folder}/train'"),
         ([folder / 'train', 'new', '--val-fraction', '1'], '--val-fraction: 1 must be above 0 and below 1'),
         (['nowhere', 'new'], "no folder 'nowhere'"),
         (['nothing', 'new'], 'Found 0 images'),

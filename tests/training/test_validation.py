@@ -128,7 +128,7 @@ def test_classes_never_trained_on_are_measured_by_retrieval_alone(words, run, pl
 def test_unknown_images_must_be_there(words, run, place):
     (place / 'empty').mkdir()
     code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'empty')
-    assert code == 2 and "--ood 'empty' holds no image" in err
+    assert code == 2 and "--ood 'empty' cannot be used: Found 0 images" in err
     code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'nowhere')
     assert code == 2 and "'nowhere'" in err
 
