@@ -8,16 +8,16 @@ import torch
 from ccl_timm.cli.common import add_data, add_loading, add_output, add_source
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import Parser, integer
-from ccl_timm.experiments.features import analyse, describe, draw, split_outputs
+from ccl_timm.experiments.features import analyse, describe, draw, draw_neighbours, split_outputs
 from ccl_timm.training.checkpoints import load_trained
-from ccl_timm.training.evaluation import choose_data, pick_device
+from ccl_timm.training.evaluation import choose_data, open_for, pick_device
 from ccl_timm.training.run_dir import RunDir
 
 __all__ = ['HELP', 'add_arguments', 'run']
 
 HELP = (
-    "Draw a model's features, attention and confusion. Features are drawn as they are if two wide, else by t-SNE; "
-    'distances, norms and what other classifiers make of the features are printed.'
+    "Draw a model's features, attention, confusion and nearest images. Features are drawn as they are if two wide, "
+    'else by t-SNE; distances, norms and what other classifiers make of the features are printed.'
 )
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
     add_data(parser)
     add_loading(parser)
     add = parser.add_argument
+    add('--format', default='png', choices=('png', 'svg'), help='of the pictures, default png, which reports show')
     text = 'features: input of the last layer (default); hidden: output of the first layer of cam and mlp'
     add('--layer', default='features', choices=('features', 'hidden'), help=text)
     add('--limit', type=integer(2), default=1500, metavar='N', help='images of each split for t-SNE, default 1500')
@@ -38,7 +39,14 @@ def run(args: argparse.Namespace) -> int:
     data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
     splits = split_outputs(trained, data, args.split is not None, device, args.workers, args.layer)
     folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
-    for path in draw(splits, trained.labels, describe(trained), folder, args.limit, args.layer):
+    title, last = describe(trained), list(splits)[-1]
+    drawn = draw(splits, trained.labels, title, folder, args.limit, args.layer, args.format)
+    if args.layer == 'features':
+        channels, names = trained.data_config['input_size'][0], trained.class_names
+        dataset = open_for(data, data.val_split, channels, names, named=args.split is not None)
+        path, title = folder / f'retrieval.{args.format}', f'{title}\n{last} split'
+        drawn += draw_neighbours(dataset, splits[last], trained.labels, title, path)
+    for path in drawn:
         log_info(f'written: {path}')
     weight = getattr(trained.model.get_classifier(), 'weight', None) if args.layer == 'features' else None
     rows = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())

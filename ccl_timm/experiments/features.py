@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from ccl_timm.data.config import DataConfig
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import analysis, plots
 from ccl_timm.training import evaluation, retrieval
 from ccl_timm.training.checkpoints import Trained
+from ccl_timm.training.measures import nearest
 
-__all__ = ['analyse', 'describe', 'draw', 'split_outputs']
+__all__ = ['analyse', 'describe', 'draw', 'draw_neighbours', 'split_outputs']
 
 
 def split_outputs(
@@ -29,8 +31,8 @@ def split_outputs(
         layer: whose output is called ``features``: ``'features'`` or ``'hidden'``.
 
     Returns:
-        For each split ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,) and, where the model has it,
-        ``attention`` (N, C).
+        For each split ``features`` (N, D), ``logits`` (N, K), ``labels`` (N,), ``index`` (N,) of the images and, where
+        the model has it, ``attention`` (N, C).
 
     Raises:
         UserError: the data does not fit the model, the run had no validation split, or the model lacks the layer.
@@ -68,6 +70,7 @@ def draw(
     folder: Path,
     limit: int,
     layer: str = 'features',
+    form: str = 'png',
 ) -> list[Path]:
     """Draw features of both splits, and attention and confusion of the last one.
 
@@ -78,6 +81,7 @@ def draw(
         folder: where to write; created if it does not exist.
         limit: see :func:`plots.in_the_plane`.
         layer: of which the features are, ``features`` or ``hidden``; their picture is named after it.
+        form: ``'png'`` or ``'svg'``.
 
     Returns:
         The files written.
@@ -95,8 +99,41 @@ def draw(
     drawn['confusion'] = plots.draw_confusion(confusion, names, title)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        plots.save(figure, folder / f'{name}.png')
-    return [folder / f'{name}.png' for name in drawn]
+        plots.save(figure, folder / f'{name}.{form}')
+    return [folder / f'{name}.{form}' for name in drawn]
+
+
+def draw_neighbours(
+    dataset: Any, own: dict[str, np.ndarray], names: list[str], title: str, path: Path, queries: int = 6
+) -> list[Path]:
+    """Draw some images of a split, chosen at random but the same at every call, with the nearest five by features.
+
+    Args:
+        dataset: the split; its ``transform`` is taken off.
+        own: ``features`` (N, D), ``labels`` (N,) and ``index`` (N,) of it.
+        names: of the classes.
+        title: of the model.
+        path: of the file.
+        queries: how many images.
+
+    Returns:
+        The file written; none of a split whose images come in no order, or that is a single image.
+    """
+    if isinstance(dataset, IterableDataset) or len(own['labels']) < 2:
+        return []
+    dataset.transform = None
+    labels, index = own['labels'].tolist(), own['index'].tolist()
+    chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:queries])
+    features = torch.from_numpy(own['features'])
+    ((_, cosines, found),) = nearest(features[torch.from_numpy(chosen)], features, 6)
+    examples = []
+    for query, cosine, places in zip(chosen.tolist(), cosines.tolist(), found.tolist(), strict=True):
+        others = [pair for pair in zip(places, cosine, strict=True) if pair[0] != query][:5]
+        neighbours = [plots.Neighbour(dataset[index[place]][0], labels[place], value) for place, value in others]
+        examples.append((dataset[index[query]][0], labels[query], neighbours))
+    title = f'{title}\nimages chosen at random, each with the nearest five others by cosine of features'
+    plots.save(plots.draw_retrieval(examples, names, title), path)
+    return [path]
 
 
 def _distances(split: str, own: dict[str, np.ndarray]) -> str:

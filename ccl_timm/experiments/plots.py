@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.manifold import TSNE
@@ -16,8 +16,8 @@ from ccl_timm.errors import UserError
 from ccl_timm.experiments.analysis import class_centres
 
 __all__ = [
-    'as_svg', 'check_name', 'draw_attention', 'draw_confusion', 'draw_curves', 'draw_features', 'draw_reliability',
-    'in_the_plane', 'save',
+    'ForestRow', 'Neighbour', 'as_svg', 'check_name', 'draw_attention', 'draw_confusion', 'draw_curves',
+    'draw_features', 'draw_forest', 'draw_reliability', 'draw_retrieval', 'in_the_plane', 'save',
 ]  # fmt: skip
 
 _READABLE = 20  # classes of which each can have its name in a picture
@@ -266,3 +266,104 @@ def draw_reliability(series: dict[str, tuple[Any, Any, Any]], title: str) -> Any
     bottom.set(xlabel='confidence: probability of the predicted class', ylabel='% of images')
     figure.suptitle(_wrapped(title, 5.5))
     return figure
+
+
+class ForestRow(NamedTuple):
+    """A difference in a forest plot.
+
+    Attributes:
+        label: of what, such as a loss.
+        difference: to the control, in points.
+        low: lower end of its interval; NaN for none.
+        high: upper end; NaN for none.
+        verdict: what follows from it, such as ``'no difference shown'``.
+    """
+
+    label: str
+    difference: float
+    low: float
+    high: float
+    verdict: str
+
+
+def draw_forest(rows: Sequence[ForestRow], title: str, equivalence: float = 0.5) -> Any:
+    """Differences to a control with their intervals, one below the other: blue above 0, orange below, else black.
+
+    Args:
+        rows: from top to bottom.
+        title: above.
+        equivalence: differences of up to so many points count as none, in the shaded band; 0 for no band.
+    """
+    figure = _matplotlib().figure.Figure(figsize=(10, 1.6 + 0.38 * len(rows)), layout='constrained')
+    axis = figure.subplots()
+    places = range(len(rows))
+    if equivalence:
+        label = f'equivalent: within ±{equivalence:g} points'
+        axis.axvspan(-equivalence, equivalence, color='grey', alpha=0.15, linewidth=0, label=label)
+        figure.legend(fontsize=9, loc='outside lower center')
+    axis.axvline(0, color='grey', linewidth=1)
+    for place, row in zip(places, rows, strict=True):
+        colour = '#0072b2' if row.low > 0 else '#d55e00' if row.high < 0 else 'black'
+        axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle='butt')
+        axis.plot(row.difference, place, 's', color=colour, markersize=6)
+    reach = 1.15 * max(equivalence, *(abs(x) for row in rows for x in row[1:4] if np.isfinite(x)), 0.01)
+    axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6), xlabel='difference to the control, points')
+    axis.set_yticks(places, [_label(row.label) for row in rows])
+    right = axis.secondary_yaxis('right')
+    right.set_yticks(places, [_forest_text(row) for row in rows])
+    right.tick_params(length=0)
+    axis.grid(axis='x', alpha=0.3)
+    figure.suptitle(_wrapped(title, 10))
+    return figure
+
+
+def _forest_text(row: ForestRow) -> str:
+    interval = f' [{row.low:+.2f}, {row.high:+.2f}]' if np.isfinite(row.low) else ''
+    return f'{row.difference:+.2f}{interval}  {terminal_text(row.verdict)}'.rstrip()
+
+
+class Neighbour(NamedTuple):
+    """An image found for a query.
+
+    Attributes:
+        image: PIL image.
+        label: its class.
+        cosine: with the query.
+    """
+
+    image: Any
+    label: int
+    cosine: float
+
+
+def draw_retrieval(examples: Sequence[tuple[Any, int, list[Neighbour]]], names: Sequence[str], title: str) -> Any:
+    """Queries, one per row, and the images nearest to them: framed in green if of the query's class, else in red.
+
+    Args:
+        examples: for each query its PIL image, its label, and the images found, the nearest first.
+        names: of the classes, by label.
+        title: above.
+    """
+    columns = 1 + max(len(found) for _, _, found in examples)
+    figure = _matplotlib().figure.Figure(figsize=(1.5 * columns, 1.8 * len(examples) + 0.8), layout='constrained')
+    for row, (image, label, found) in zip(
+        figure.subplots(len(examples), columns, squeeze=False), examples, strict=True
+    ):
+        cells = [(image, _short(names[label]), 'black')]
+        for own in found:
+            colour = '#009e73' if own.label == label else '#d55e00'  # which colour-blind people tell apart
+            cells.append((own.image, f'{_short(names[own.label])}\n{own.cosine:.3f}', colour))
+        for axis in row[len(cells) :]:
+            axis.set_axis_off()
+        for axis, (picture, text, colour) in zip(row, cells, strict=False):
+            axis.imshow(np.asarray(picture.convert('RGB')))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(text, fontsize=8, color=colour)
+            axis.spines[:].set(color=colour, linewidth=1 if colour == 'black' else 4)
+        row[0].set_ylabel('query', fontsize=9)
+    figure.suptitle(_wrapped(title, 1.5 * columns))
+    return figure
+
+
+def _short(name: str) -> str:
+    return '\n'.join(textwrap.wrap(_label(name), 18, max_lines=2, placeholder='...')) or '?'

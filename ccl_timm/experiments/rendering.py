@@ -38,6 +38,7 @@ class Report:
         records: for programs, one per group of runs, with the same keys in all.
         curves: for each data set the curves to draw, see ``plots.draw_curves``.
         pictures: files to show in HTML.
+        forests: for each title the differences to draw in HTML, see ``plots.draw_forest``.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Report:
     records: list[dict[str, Any]]
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
+    forests: dict[str, list[plots.ForestRow]] = field(default_factory=dict)
 
 
 def _markdown(report: Report) -> str:
@@ -88,6 +90,7 @@ def _json(report: Report) -> str:
 
 
 def _html(report: Report) -> str:
+    forests = {title: plots.as_svg(plots.draw_forest(rows, title)) for title, rows in report.forests.items() if rows}
     curves = {data: plots.as_svg(plots.draw_curves(data, own)) for data, own in report.curves.items()}
     pictures = [
         (
@@ -97,7 +100,7 @@ def _html(report: Report) -> str:
         )
         for path in report.pictures
     ]
-    return _HTML.get_template('report.html').render(report=report, curves=curves, pictures=pictures)
+    return _HTML.get_template('report.html').render(report=report, forests=forests, curves=curves, pictures=pictures)
 
 
 def _finalize(value: Any) -> Any:

@@ -24,18 +24,22 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
         label: name in front of the progress.
 
     Returns:
-        Each (N, ...) float32, and ``labels`` (N,), on the model's device.
+        Each (N, ...) float32; ``labels`` (N,), and ``index`` (N,), the place of each image in the data set. All are on
+        the model's device.
     """
     model.eval()
     found: dict[str, list[Tensor]] = {}
+    seen = 0
     for images, target in Progress(loader, label, 50):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         head = model.get_classifier()
         outputs = read_head(head, pooled)._asdict()
         if 'hidden' in names and hasattr(head, 'hidden'):
             outputs['hidden'] = head.hidden(pooled)
-        for name in names:
-            if outputs.get(name) is not None:
-                found.setdefault(name, []).append(outputs[name].float()[target >= 0])
-        found.setdefault('labels', []).append(target[target >= 0])
+        readable = target >= 0
+        rows = {name: outputs[name].float() for name in names if outputs.get(name) is not None}
+        rows |= {'labels': target, 'index': torch.arange(seen, seen + len(target), device=target.device)}
+        seen += len(target)
+        for name, own in rows.items():
+            found.setdefault(name, []).append(own[readable])
     return {name: torch.cat(batches) for name, batches in found.items()}

@@ -15,6 +15,9 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from ccl_timm import cli
 from ccl_timm.experiments import analysis, plots
+from ccl_timm.experiments.features import draw_neighbours
+from ccl_timm.experiments.plots import draw_retrieval
+from ccl_timm.experiments.rendering import FORMATS, Report
 from ccl_timm.training import retrieval
 from ccl_timm.training.checkpoints import load_trained
 
@@ -127,6 +130,62 @@ def test_pictures_show_what_they_are_given():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ['ce (n=2)', 'cc']
 
 
+def test_a_forest_plot_shows_intervals_and_verdicts(tmp_path):
+    rows = [
+        plots.ForestRow('cc', 0.4, 0.1, 0.7, 'better'),
+        plots.ForestRow('pod', -2.0, -3.0, -1.0, 'worse'),
+        plots.ForestRow('focal', 0.1, float('nan'), float('nan'), 'one seed, no test'),
+    ]
+    figure = plots.draw_forest(rows, 'title', equivalence=0.5)
+    axis = figure.axes[0]
+    intervals = {tuple(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2}
+    assert {(0.1, 0.7), (-3.0, -1.0)} <= intervals and axis.get_xlim()[0] < -3
+    colours = {line.get_xdata()[0]: line.get_color() for line in axis.lines if line.get_marker() == 's'}
+    assert len({*colours.values()}) == 3 and colours[0.1] == 'black'
+    band = axis.patches[0]
+    assert (band.get_x(), band.get_width()) == (-0.5, 1.0)
+    plots.save(figure, tmp_path / 'a.svg')
+    text = (tmp_path / 'a.svg').read_text()
+    assert '+0.40 [+0.10, +0.70]  better' in text and '+0.10  one seed, no test' in text and '>pod<' in text
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first row is on top
+    plots.save(plots.draw_forest(rows[:1], '$', 0), tmp_path / 'b.png')
+
+
+def test_forests_are_in_the_html_report():
+    report = Report('title', [], [], [], forests={'against ce': [plots.ForestRow('cc', 0.4, 0.1, 0.7, 'better')]})
+    text = FORMATS['html'](report)
+    assert text.count('<svg') == 1 and 'better' in text and 'against ce' in text
+
+
+def test_a_reliability_diagram_shows_the_bins():
+    bins = [np.array([np.nan, 0.4, 0.9]), np.array([np.nan, 0.5, 0.7]), np.array([0.0, 10.0, 30.0])]
+    top, bottom = plots.draw_reliability({'raw': bins, 'other': bins}, 'title').axes
+    assert [list(line.get_ydata()) for line in top.lines] == [[0, 1], [0.5, 0.7], [0.5, 0.7]]
+    assert top.lines[1].get_label() == 'raw: ECE 17.50%'  # 0.25 * 10% + 0.75 * 20%
+    assert [bar.get_height() for bar in bottom.patches[:3]] == [0, 25, 75]
+
+
+def test_nearest_images_are_drawn_with_their_frames(tmp_path):
+    features = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    own = {'features': features, 'labels': np.array([0, 0, 1, 0]), 'index': np.array([0, 1, 3, 4])}
+
+    class Images(list):  # of which number 2 could not be read
+        transform = 'of the model'
+
+    images = Images((Image.new('L', (4, 4), 40 * number), -7) for number in range(5))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, 'draw_retrieval', lambda *args: drawn.append(args) or draw_retrieval(*args))
+        path = tmp_path / 'a.png'
+        assert draw_neighbours(images, own, ['ant', 'bee'], 'title', path) == [path] and images.transform is None
+    examples, _, _ = drawn[0]
+    assert [(query.getpixel((0, 0)), label) for query, label, _ in examples] == [(0, 0), (40, 0), (120, 1), (160, 0)]
+    assert [own.image.getpixel((0, 0)) for own in examples[2][2]] == [160, 40, 0]
+    frames = [axis.spines['left'].get_edgecolor() for axis in draw_retrieval(*drawn[0]).axes[8:12]]
+    assert len({*frames}) == 2 and frames[1] == frames[2]  # a bee's neighbours are ants
+    assert draw_neighbours(images, {**own, 'labels': own['labels'][:1]}, ['ant'], '', tmp_path / 'b.png') == []
+
+
 @pytest.mark.parametrize('classes', [3, 15, 40])
 def test_every_number_of_classes_can_be_drawn(classes, tmp_path):
     features, labels = blobs(width=2, classes=classes, count=4)
@@ -157,7 +216,7 @@ def test_features_of_a_run(place_of_runs, words):
     code, out, err = words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
     assert code == 0, err
     drawn = {path.name for path in (place_of_runs / 'runs' / 'cc0' / 'pictures').iterdir()}
-    assert drawn == {'features.png', 'attention.png', 'confusion.png'} and err.count('written: ') == 3
+    assert drawn == {'features.png', 'attention.png', 'confusion.png', 'retrieval.png'} and err.count('written: ') == 4
     rows = {line[:55].strip(): line[55:].split() for line in out.splitlines()}
     assert rows['images'] == ['24', '12']
     best = words('timm', 'validate.py', place_of_runs / 'runs' / 'cc0', '--workers', '0')[1]
@@ -186,12 +245,21 @@ def test_the_layer_that_the_paper_draws(place_of_runs, words, folder, tmp_path):
 
 def test_features_two_wide_in_another_folder(place_of_runs, words):
     code, out, err = words(
-        'ccl-timm', 'features', place_of_runs / 'runs' / 'flat', '--workers', '0', '-o', place_of_runs / 'flat'
+        'ccl-timm',
+        'features',
+        place_of_runs / 'runs' / 'flat',
+        '--workers',
+        '0',
+        '-o',
+        place_of_runs / 'flat',
+        '--format',
+        'svg',
     )
     assert code == 0, err
     assert {path.name for path in (place_of_runs / 'flat').iterdir()} == {
-        'features.png',
-        'confusion.png',
+        'features.svg',
+        'confusion.svg',
+        'retrieval.svg',
     }  # no attention
     assert not (place_of_runs / 'runs' / 'flat' / 'pictures').exists()
 
@@ -235,7 +303,7 @@ def test_html_is_one_file_and_the_same_each_time(place_of_runs, words):
     words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
     text = html_of(place_of_runs, words, 'one.html').read_text()
     assert text == html_of(place_of_runs, words, 'two.html').read_text()
-    assert text.count('<svg') == 1 and text.count('src="data:image/png;base64,') == 3
+    assert text.count('<svg') == 1 and text.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:|#)', text)
 
 
