@@ -53,27 +53,30 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def words(capsys):
-    """Run a command line in this process: ``words('timm', 'train.py', ...)`` -> (code, stdout, stderr)."""
+def run_cli(capsys):
+    """Run a command line in this process: ``run_cli('timm', 'train.py', ...)`` -> (code, stdout, stderr)."""
 
     def run(program, *argv):
         entry = {'timm': cli.timm, 'ccl-timm': cli.main}[program]
         capsys.readouterr()
         try:
-            code = entry([str(word) for word in argv])
+            code = entry([str(arg) for arg in argv])
         except SystemExit as stop:  # argparse's --help, and scripts that leave by themselves
             code = stop.code or 0
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
+
+
+words, place = run_cli, workdir  # their former names, until no test asks for them
 
 
 @pytest.fixture

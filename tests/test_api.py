@@ -20,10 +20,10 @@ def run(trained):
     return ccl_timm.load(trained)
 
 
-def test_a_trained_run_answers_as_the_commands_do(run, trained, folder, words):
+def test_a_trained_run_answers_as_the_commands_do(run, trained, folder, run_cli):
     images = sorted((folder / 'validation').rglob('*.png'))
     found = run.evaluate(batch_size=8)
-    printed = results(words('timm', 'validate.py', trained, '-b', '8', '-j', '0')[1])
+    printed = results(run_cli('timm', 'validate.py', trained, '-b', '8', '-j', '0')[1])
     assert {name: printed[name] for name in found.metrics} == found.metrics
     (first, *_), *_ = predictions = run.predict(images, topk=2)
     assert len(predictions) == len(images) and first['class'] in run.labels and first['probability'] > 0
@@ -38,7 +38,7 @@ def test_outputs_are_those_of_the_head(run, folder):
     torch.testing.assert_close(run.embed(images, batch_size=2), outputs.features, rtol=1e-4, atol=1e-4)
 
 
-def test_train_fit_export_and_load(folder, place):
+def test_train_fit_export_and_load(folder, workdir):
     run = ccl_timm.train(**SETTINGS, data_dir=str(folder), experiment='a', smoothing=0.0)
     assert Path(run.source) == Path('output/train/a') and run.trained.settings['loss'] == 'cc'
     again = run.fit(epochs=2, experiment='b', lr=0.001)
@@ -60,10 +60,10 @@ def test_train_fit_export_and_load(folder, place):
         ({'loss': 'cd', 'data_dir': 'x'}, "Unknown loss 'cd'"),
     ],
 )
-def test_mistakes_are_sentences(settings, message, place):
+def test_mistakes_are_sentences(settings, message, workdir):
     with pytest.raises(ccl_timm.UserError) as caught:
         ccl_timm.train(**settings)
-    assert message in str(caught.value) and not any(place.iterdir())
+    assert message in str(caught.value) and not any(workdir.iterdir())
 
 
 def test_the_import_loads_neither_data_nor_training():

@@ -111,9 +111,9 @@ class NoOutputs(Head):
 """
 
 
-def test_a_head_of_a_plugin_goes_on_any_backbone(install, words, folder, place):
+def test_a_head_of_a_plugin_goes_on_any_backbone(install, run_cli, folder, workdir):
     install('plug-a', '[ccl_timm.heads]\nplain = fake_head:Plain\nempty = fake_head:NoOutputs\n', fake_head=HEAD)
-    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet_plain')
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet_plain')
     assert code == 0, err
     assert 'Plain' in err
     assert timm.create_model('resnet10t_plain', num_classes=4).num_classes == 4
@@ -467,7 +467,7 @@ def returns_nothing():
 """
 
 
-def test_check_tries_the_contract(install, words):
+def test_check_tries_the_contract(install, run_cli):
     entries = {
         'no_terms': 'NoTerms',
         'foreign': 'Foreign',
@@ -476,7 +476,7 @@ def test_check_tries_the_contract(install, words):
         'none': 'returns_nothing',
     }
     install('plug-a', LOSSES + ''.join(f'{name} = fake_loss:{obj}\n' for name, obj in entries.items()), fake_loss=LOSS)
-    code, out, err = words('ccl-timm', 'plugins', '--check', '--json')
+    code, out, err = run_cli('ccl-timm', 'plugins', '--check', '--json')
     found = {row['name']: (row['state'], row['error'] or '') for row in json.loads(out)}
     assert code == 1 and {name: state for name, (state, _) in found.items()} == {
         'no_terms': 'broken', 'foreign': 'broken', 'vector': 'broken', 'good': 'loaded', 'none': 'broken'
@@ -486,18 +486,18 @@ def test_check_tries_the_contract(install, words):
 
 
 @pytest.mark.parametrize('end', ['raise SystemExit(0)', 'raise BaseException("no")', 'raise GeneratorExit'])
-def test_a_plugin_cannot_end_the_program(end, install, words, folder, place):
+def test_a_plugin_cannot_end_the_program(end, install, run_cli, folder, workdir):
     install('plug-a', LOSSES + 'leaves = fake_end:Loss\n', fake_end=f'{end}\n')
-    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--loss', 'leaves')
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, '--loss', 'leaves')
     assert code == 2 and "Cannot load the loss plugin 'leaves'" in err
-    code, out, err = words('ccl-timm', 'plugins', '--check')
+    code, out, err = run_cli('ccl-timm', 'plugins', '--check')
     assert code == 1 and 'broken' in out
 
 
-def test_lists_import_no_plugin(install, words):
+def test_lists_import_no_plugin(install, run_cli):
     install('plug-a', LOSSES + 'other = fake_unused:Loss\n', fake_unused='raise BaseException\n')
     for argv in (['losses'], ['losses', 'cc'], ['models', 'resnet18_*'], ['plugins']):
-        code, out, err = words('ccl-timm', *argv)
+        code, out, err = run_cli('ccl-timm', *argv)
         assert code == 0, err
         assert 'fake_unused' not in sys.modules and ('plug-in plug-a 1.0' in out) == (argv == ['losses'])
 
@@ -532,19 +532,19 @@ def ending(install):
 @pytest.mark.parametrize(
     'typed', [['--loss', 'when_built'], ['--loss', 'when_called'], ['--model', 'ending_net']], ids=str
 )
-def test_a_plugin_that_exits_ends_no_training_as_if_it_was_done(typed, ending, words, folder, place):
-    code, out, err = words('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet', *typed)
+def test_a_plugin_that_exits_ends_no_training_as_if_it_was_done(typed, ending, run_cli, folder, workdir):
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, '--model', 'test_resnet', *typed)
     assert code == 2 and "The module 'fake_ends' ended the program" in err
 
 
-def test_models_that_cannot_be_built_are_found_by_the_check_and_left_out_of_the_list(ending, words):
-    code, out, err = words('ccl-timm', 'plugins', '--check', '--json')
+def test_models_that_cannot_be_built_are_found_by_the_check_and_left_out_of_the_list(ending, run_cli):
+    code, out, err = run_cli('ccl-timm', 'plugins', '--check', '--json')
     assert code == 1 and {row['state'] for row in json.loads(out)} == {'broken'}
     with pytest.warns(UserWarning, match="Left out: 'ending_net'"):
-        code, out, err = words('ccl-timm', 'models')
+        code, out, err = run_cli('ccl-timm', 'models')
     assert code == 0 and 'resnet18_cam' in out and 'ending_net' not in out
 
 
-def test_help_still_ends_with_code_0(words):
-    code, out, err = words('timm', 'train.py', '--help')
+def test_help_still_ends_with_code_0(run_cli):
+    code, out, err = run_cli('timm', 'train.py', '--help')
     assert code == 0 and '--loss' in out and 'ended the program' not in err

@@ -67,13 +67,13 @@ def few_digits(monkeypatch):
 
 @pytest.mark.usefixtures('workdir', 'hub', 'few_digits')
 @pytest.mark.parametrize('page', PAGES)
-def test_documented_commands_and_code_run(page, words, subtests):
+def test_documented_commands_and_code_run(page, run_cli, subtests):
     """One test a page, since a command uses what earlier ones made."""
     for kind, block in re.findall(r'```(bash|python)\n(.*?)```', TEXTS[page], re.S):
         for item in [block] if kind == 'python' else filter(str.strip, block.splitlines()):
             if item not in INSTALLS:
                 with subtests.test(item):
-                    run_python(item, page) if kind == 'python' else run_command(item, words)
+                    run_python(item, page) if kind == 'python' else run_command(item, run_cli)
 
 
 def run_python(code, page):
@@ -83,8 +83,8 @@ def run_python(code, page):
         names[name]()
 
 
-def run_command(line, words):
-    code, _, err = words(*cheaper(one_process(shlex.split(line))))
+def run_command(line, run_cli):
+    code, _, err = run_cli(*cheaper(one_process(shlex.split(line))))
     assert code == 0, err
 
 
@@ -135,8 +135,8 @@ def test_every_loss_and_head_is_in_the_readme():
     assert all(f'`{name}`' in TEXTS['README.md'] for name in [*list_losses(), *list_heads()])
 
 
-def test_losses_and_their_heads_are_those_that_the_command_lists(words):
-    code, listed, err = words('ccl-timm', 'losses')
+def test_losses_and_their_heads_are_those_that_the_command_lists(run_cli):
+    code, listed, err = run_cli('ccl-timm', 'losses')
     assert code == 0, err
     heads = dict(line.split()[:2] for line in listed.splitlines()[1:])
     table = re.search(r'\| loss \| idea \| head \|\n\|.*\n((?:\|.*\n)+)', TEXTS['README.md']).group(1)
@@ -159,13 +159,13 @@ def test_the_readme_is_short_and_its_pictures_are_small():
     assert all((ROOT / picture).stat().st_size <= 120_000 for picture in PICTURES)
 
 
-def test_results_in_the_readme_are_those_of_the_records(words, monkeypatch):
+def test_results_in_the_readme_are_those_of_the_records(run_cli, monkeypatch):
     """A table below a comment with a report's command has some of that report's rows and columns."""
     monkeypatch.chdir(ROOT)
     found = re.findall(r'<!-- from: (ccl-timm report .*) -->\n\n((?:\|.*\n)+)', TEXTS['README.md'])
     assert found
     for command, shown in found:
-        code, report, err = words(*shlex.split(command))
+        code, report, err = run_cli(*shlex.split(command))
         assert code == 0, err
         recorded = {}
         for row in read_rows(report):

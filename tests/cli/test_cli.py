@@ -1,4 +1,4 @@
-"""The words of the command line that no other test speaks."""
+"""Command lines that no other test runs."""
 
 import subprocess
 import sys
@@ -10,16 +10,16 @@ from ccl_timm.cli.dispatch import COMMANDS
 from ccl_timm.training import recipes
 
 
-def test_help_lists_every_command(words):
-    code, out, err = words('ccl-timm')
+def test_help_lists_every_command(run_cli):
+    code, out, err = run_cli('ccl-timm')
     assert code == 0
     assert all(f'  {name} ' in out for name in COMMANDS)
-    assert words('timm')[1].startswith('usage: timm SCRIPT')
+    assert run_cli('timm')[1].startswith('usage: timm SCRIPT')
 
 
 @pytest.mark.parametrize('command', sorted(COMMANDS))
-def test_every_command_has_help(command, words):
-    code, out, err = words('ccl-timm', command, '--help')
+def test_every_command_has_help(command, run_cli):
+    code, out, err = run_cli('ccl-timm', command, '--help')
     assert code == 0 and out.startswith(f'usage: ccl-timm {command}')
 
 
@@ -34,49 +34,49 @@ def test_every_command_has_help(command, words):
         ('ccl-timm', ['data', 'digit', 'x'], "; did you mean 'digits'?"),
     ],
 )
-def test_wrong_words_get_a_suggestion(program, argv, message, words):
-    code, out, err = words(program, *argv)
+def test_wrong_words_get_a_suggestion(program, argv, message, run_cli):
+    code, out, err = run_cli(program, *argv)
     assert code == 2 and message in err
 
 
-def test_losses_are_listed_and_explained(words):
-    code, out, err = words('ccl-timm', 'losses')
+def test_losses_are_listed_and_explained(run_cli):
+    code, out, err = run_cli('ccl-timm', 'losses')
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:]] == losses.list_losses()
     for name in losses.list_losses():
-        code, out, err = words('ccl-timm', 'losses', name)
+        code, out, err = run_cli('ccl-timm', 'losses', name)
         assert code == 0 and out.startswith(f'{name}(') and 'Terms: ' in out and '\npaper: ' in out
 
 
-def test_models_are_listed_with_their_losses(words):
-    code, out, err = words('ccl-timm', 'models', 'resnet18_*')
+def test_models_are_listed_with_their_losses(run_cli):
+    code, out, err = run_cli('ccl-timm', 'models', 'resnet18_*')
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith('resnet18')}
     assert code == 0 and set(rows) == {f'resnet18_{head}' for head in ('cam', 'cosine', 'linear', 'mlp', 'pedcc', 'mc')}
     assert rows['resnet18_pedcc'].endswith('nac, pedcc, pod') and '12.0 M' in rows['resnet18_cam']
-    assert words('ccl-timm', 'models', 'nothing*')[0] == 2
+    assert run_cli('ccl-timm', 'models', 'nothing*')[0] == 2
 
 
-def test_recipes_are_listed_and_printed(words):
-    lines = words('ccl-timm', 'recipes')[1].splitlines()[1:]
+def test_recipes_are_listed_and_printed(run_cli):
+    lines = run_cli('ccl-timm', 'recipes')[1].splitlines()[1:]
     assert [line.split()[0] for line in lines] == recipes.list_recipes()
     assert any(line.startswith('cc_mnist ') and 'torch/mnist' in line and 'cc-table1 (16)' in line for line in lines)
-    assert 'dataset: digits' in words('ccl-timm', 'recipes', 'digits')[1]
+    assert 'dataset: digits' in run_cli('ccl-timm', 'recipes', 'digits')[1]
 
 
-def test_data_digits_writes_a_folder(words, place):
-    code, out, err = words('ccl-timm', 'data', 'digits', 'here')
+def test_data_digits_writes_a_folder(run_cli, workdir):
+    code, out, err = run_cli('ccl-timm', 'data', 'digits', 'here')
     assert code == 0 and '1797 images in here' in out
-    assert len(list((place / 'here').rglob('*.png'))) == 1797
-    assert words('ccl-timm', 'data', 'digits', 'here')[0] == 2
+    assert len(list((workdir / 'here').rglob('*.png'))) == 1797
+    assert run_cli('ccl-timm', 'data', 'digits', 'here')[0] == 2
 
 
-def test_version(words):
+def test_version(run_cli):
     import ccl_timm
 
-    assert words('ccl-timm', '--version')[1].strip() == ccl_timm.__version__
+    assert run_cli('ccl-timm', '--version')[1].strip() == ccl_timm.__version__
 
 
-def test_reader_that_goes_away_is_no_error(place):
+def test_reader_that_goes_away_is_no_error(workdir):
     import subprocess
     import sys
 

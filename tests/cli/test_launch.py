@@ -22,11 +22,11 @@ WORDS = ['--model', 'test_resnet_cam', '--img-size', '32', '--num-classes', '3',
 
 
 @pytest.fixture
-def launch(words, folder, place):
+def launch(run_cli, folder, workdir):
     """Run a script on the small folder."""
 
     def run(script, *argv, data=True):
-        return words('timm', script, *(['--data-dir', folder] if data else []), *argv)
+        return run_cli('timm', script, *(['--data-dir', folder] if data else []), *argv)
 
     return run
 
@@ -75,8 +75,8 @@ def test_checkpoint_has_plain_names_and_resumes(script, launch):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_epochs_and_steps_reach_a_loss_with_a_schedule(script, launch):
-    words = [*WORDS, '--model', 'test_resnet_pedcc', '--loss', 'nac', '--loss-kwargs', 'alpha=0.5', '--experiment', 'a']
-    code, out, err = launch(script, *words, '--epochs', '3')
+    argv = [*WORDS, '--model', 'test_resnet_pedcc', '--loss', 'nac', '--loss-kwargs', 'alpha=0.5', '--experiment', 'a']
+    code, out, err = launch(script, *argv, '--epochs', '3')
     assert code == 0, err
     first, last = (
         torch.load(f'output/train/a/checkpoint-{epoch}.pth.tar', weights_only=False)['task_state'] for epoch in (0, 2)
@@ -157,14 +157,14 @@ def test_script_that_never_builds_its_task_is_an_error(launch):
     assert code == 2 and "never built its training task: the loss 'cc' was not used" in err
 
 
-def test_missing_script(words, place):
-    assert words('ccl-timm', 'run', 'nothing.py')[0] == 2
-    code, out, err = words('timm', 'onnx_export.py')
+def test_missing_script(run_cli, workdir):
+    assert run_cli('ccl-timm', 'run', 'nothing.py')[0] == 2
+    code, out, err = run_cli('timm', 'onnx_export.py')
     assert code == 2 and "There is no file 'onnx_export.py', and it is not built in" in err
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_stock_script_is_stopped_before_it_trains_something_else(script, folder, place):
+def test_stock_script_is_stopped_before_it_trains_something_else(script, folder, workdir):
     recipe = write_recipe(loss='cc', model='resnet18_cam', device_modules=['ccl_timm.autoload'])
     argv = [sys.executable, script, '-c', recipe, '--data-dir', folder, '--device', 'cpu', *WORDS]
     result = subprocess.run(argv, capture_output=True, text=True)
@@ -174,10 +174,10 @@ def test_stock_script_is_stopped_before_it_trains_something_else(script, folder,
 
 
 @pytest.mark.parametrize('builtin', [True, False])
-def test_args_yaml_of_every_run_stops_a_stock_script(builtin, folder, launch, words):
+def test_args_yaml_of_every_run_stops_a_stock_script(builtin, folder, launch, run_cli):
     """Also of a run without a recipe, whose loss a stock script would leave out; our launcher repeats it."""
     if builtin:
-        code, out, err = words('timm', 'train.py', '--data-dir', folder, *WORDS, '--loss', 'cc', '--epochs', '1')
+        code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *WORDS, '--loss', 'cc', '--epochs', '1')
     else:
         code, out, err = launch(STAND_IN, *WORDS, '--loss', 'cc', '--epochs', '1')
     assert code == 0, err
@@ -185,7 +185,7 @@ def test_args_yaml_of_every_run_stops_a_stock_script(builtin, folder, launch, wo
     argv = [sys.executable, STAND_IN, '-c', recipe, '--data-dir', folder, '--device', 'cpu']
     result = subprocess.run(argv, capture_output=True, text=True)
     assert result.returncode == 2 and 'would train with cross-entropy' in result.stderr
-    code, out, err = words('timm', STAND_IN, '-c', recipe, '--experiment', 'again')
+    code, out, err = run_cli('timm', STAND_IN, '-c', recipe, '--experiment', 'again')
     assert code == 0, err
 
 
@@ -196,7 +196,7 @@ def test_a_recipe_imports_no_module_that_was_not_typed(launch):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_stock_script_trains_our_models_after_autoload(script, folder, place):
+def test_stock_script_trains_our_models_after_autoload(script, folder, workdir):
     argv = [sys.executable, script, '--data-dir', folder, '--device', 'cpu', *WORDS, '--epochs', '1']
     argv += ['--model', 'resnet18_cam']  # known to timm by name
     result = subprocess.run([*argv, '--device-modules', 'ccl_timm.autoload'], capture_output=True, text=True)

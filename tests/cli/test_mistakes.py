@@ -81,17 +81,17 @@ def test_there_are_a_thousand():
 
 
 @pytest.mark.parametrize('chosen', [ALL[::25], pytest.param(ALL, marks=pytest.mark.slow)], ids=['some', 'all'])
-def test_a_number_that_means_nothing_is_refused(chosen, words, folder, trained, place):
+def test_a_number_that_means_nothing_is_refused(chosen, run_cli, folder, trained, workdir):
     accepted = []
     for argv, recipe in chosen:
         argv = [{'RUN': trained, 'IMAGES': folder}.get(word, word) for word in argv]
         if recipe is not None:
-            (place / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-            argv += ['--config', place / 'recipe.yaml']
-        code, out, err = words(*argv)
+            (workdir / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+            argv += ['--config', workdir / 'recipe.yaml']
+        code, out, err = run_cli(*argv)
         last = err.strip().splitlines()[-1] if err.strip() else ''
         if code != 2 or not last.startswith('error: ') or 'Traceback' in err:
             accepted.append((argv, recipe, code, last))
-    (place / 'recipe.yaml').unlink(missing_ok=True)
+    (workdir / 'recipe.yaml').unlink(missing_ok=True)
     assert not accepted, '\n'.join(map(str, accepted))
-    assert not any(place.iterdir())
+    assert not any(workdir.iterdir())

@@ -121,7 +121,7 @@ def test_label_out_of_range(folder):
         (['--dataset', 'torch/mnist', '--data-dir', '.'], "Split 'train' of 'torch/mnist' cannot be opened"),
     ],
 )
-def test_data_that_is_not_there(argv, message, place):
+def test_data_that_is_not_there(argv, message, workdir):
     with pytest.raises(UserError, match=message.replace('?', r'\?')):
         create_splits(*argv)
 

@@ -133,7 +133,7 @@ def test_no_damaged_image_escapes(count, tmp_path, recwarn):
     assert all(names == found['check'] for names in found.values())
 
 
-def test_links_that_loop_pipes_and_hidden_files_are_no_images(folder, tmp_path, words, monkeypatch):
+def test_links_that_loop_pipes_and_hidden_files_are_no_images(folder, tmp_path, run_cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = shutil.copytree(folder, tmp_path / 'images')
     for name in ('loop', 'loop2'):
@@ -147,31 +147,31 @@ def test_links_that_loop_pipes_and_hidden_files_are_no_images(folder, tmp_path, 
     assert timm.data.create_dataset('', root=str(folder / 'train'), search_split=False).reader.class_to_idx == (
         FolderReader(root / 'train').class_to_idx
     )
-    code, out, err = words('timm', 'train.py', '--data-dir', root, *TINY)
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', root, *TINY)
     assert code == 0 and "'ant/pipe.png' cannot be read, and is left out: not a regular file" in err
-    assert words('ccl-timm', 'data', 'check', root)[0] == 1
-    assert words('ccl-timm', 'data', 'split', root / 'train', tmp_path / 'new')[0] == 0
+    assert run_cli('ccl-timm', 'data', 'check', root)[0] == 1
+    assert run_cli('ccl-timm', 'data', 'split', root / 'train', tmp_path / 'new')[0] == 0
     assert len(list((tmp_path / 'new').rglob('*.png'))) == 24
 
 
-def test_names_that_are_not_utf8(folder, tmp_path, words, monkeypatch, trained):
+def test_names_that_are_not_utf8(folder, tmp_path, run_cli, monkeypatch, trained):
     monkeypatch.chdir(tmp_path)
     root = shutil.copytree(folder, tmp_path / 'images')
     for part in ('train', 'validation'):
         os.rename(root / part / 'ant' / '0.png', os.fsencode(root / part / 'ant') + b'/\xff\xe9.png')
-    assert words('timm', 'train.py', '--data-dir', root, *TINY)[0] == 0
-    code, out, err = words('ccl-timm', 'data', 'check', root)
+    assert run_cli('timm', 'train.py', '--data-dir', root, *TINY)[0] == 0
+    code, out, err = run_cli('ccl-timm', 'data', 'check', root)
     assert code == 0 and 'names that are not UTF-8' in out and r'train/ant/\xff\xe9.png' in out
-    code, out, err = words('ccl-timm', 'predict', trained, root / 'validation')
+    code, out, err = run_cli('ccl-timm', 'predict', trained, root / 'validation')
     assert code == 0 and r'\xff\xe9.png' in out
 
 
-def test_unreadable_and_vanished_images_are_left_out_of_a_measurement(folder, tmp_path, words, trained):
+def test_unreadable_and_vanished_images_are_left_out_of_a_measurement(folder, tmp_path, run_cli, trained):
     root = shutil.copytree(folder, tmp_path / 'images')
     (root / 'validation' / 'ant' / '0.png').write_bytes(b'DDS ')
     (root / 'validation' / 'bee' / 'gone.png').symlink_to(tmp_path / 'gone.png')
     for workers in ('0', '1'):
-        code, out, err = words('timm', 'validate.py', trained, '--data-dir', root, '-j', workers)
+        code, out, err = run_cli('timm', 'validate.py', trained, '--data-dir', root, '-j', workers)
         assert code == 0 and results(out)['images'] == 11, err
         assert '2 images could not be read' in err
 
@@ -185,8 +185,8 @@ def test_a_training_folder_that_vanishes_ends_the_run_in_a_sentence(folder, tmp_
 
 
 @pytest.mark.parametrize('name', ['torhc/cifar10', 'a/b', '../x', 'cifar10'])
-def test_an_unknown_scheme_does_not_train_on_the_folder(name, folder, words):
-    code, out, err = words('timm', 'train.py', '--dataset', name, '--data-dir', folder, *TINY)
+def test_an_unknown_scheme_does_not_train_on_the_folder(name, folder, run_cli):
+    code, out, err = run_cli('timm', 'train.py', '--dataset', name, '--data-dir', folder, *TINY)
     assert code == 2 and f"Unknown data set '{name}'" in err and ('did you mean' in err) == (name[:4] == 'torh')
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_scheme_does_not_train_on_the_folder(name, folder, words):
     'file, label',
     [('x.png', '../../victim'), ('/etc/passwd', 'n01'), ('../../x', 'n01'), ('x.png', '..'), ('.', 'n01')],
 )
-def test_annotations_cannot_write_outside_of_the_new_folder(file, label, tmp_path, words):
+def test_annotations_cannot_write_outside_of_the_new_folder(file, label, tmp_path, run_cli):
     source, victim = tmp_path / 'a' / 'source', tmp_path / 'a' / 'victim'
     victim.mkdir(parents=True)
     shutil.copytree(write_folder(tmp_path / 'own') / 'train', source / 'train')
@@ -202,16 +202,16 @@ def test_annotations_cannot_write_outside_of_the_new_folder(file, label, tmp_pat
     (source / 'val' / 'images' / 'x.png').write_bytes(b'x')
     (source / 'val' / 'val_annotations.txt').write_text(f'{file}\t{label}\t0\n')
     before = sorted(tmp_path.rglob('*'))
-    code, out, err = words('ccl-timm', 'data', 'tiny-imagenet', source, tmp_path / 'a' / 'b' / 'new')
+    code, out, err = run_cli('ccl-timm', 'data', 'tiny-imagenet', source, tmp_path / 'a' / 'b' / 'new')
     assert code == 2 and '\nerror: ' in err and sorted(tmp_path.rglob('*')) == before
 
 
-def test_classes_of_imagenet_are_names_of_folders(tmp_path, words):
+def test_classes_of_imagenet_are_names_of_folders(tmp_path, run_cli):
     write_folder(tmp_path / 'source')
     for text, message in (('/etc', 'has no folder of 1 of the 1 classes'), (b'\xff\xfe', 'not a text file in UTF-8')):
         (tmp_path / 'classes.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
         argv = ['imagenet-subset', tmp_path / 'source', tmp_path / 'new', '--classes', tmp_path / 'classes.txt']
-        code, out, err = words('ccl-timm', 'data', *argv)
+        code, out, err = run_cli('ccl-timm', 'data', *argv)
         assert code == 2 and message in err and not (tmp_path / 'new').exists()
 
 

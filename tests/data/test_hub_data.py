@@ -90,20 +90,20 @@ def test_columns_that_training_cannot_use(reader, message, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['hfds/owner/name', 'HFDS/owner/name', 'hfids/owner/name'])
-def test_without_the_package_it_says_how_to_install_it(name, monkeypatch, words, place):
+def test_without_the_package_it_says_how_to_install_it(name, monkeypatch, run_cli, workdir):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    code, out, err = words('timm', 'train.py', *TINY, '--dataset', name)
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--dataset', name)
     assert code == 2 and f"'{name}' needs the package datasets: `pip install 'ccl-timm[datasets]'`." in err
 
 
 @needs_datasets
-def test_parquet_files_train_and_validate(words, place):
+def test_parquet_files_train_and_validate(run_cli, workdir):
     import datasets
     import pyarrow
     import pyarrow.parquet
 
     schema = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=NAMES)}).arrow_schema
-    (place / 'mine').mkdir()
+    (workdir / 'mine').mkdir()
     for part, count in (('train', 24), ('validation', 12)):
         labels, images = [number % 3 for number in range(count)], []
         for number, label in enumerate(labels):
@@ -111,16 +111,16 @@ def test_parquet_files_train_and_validate(words, place):
             Image.new('RGB', (12, 12), (80 * label, number, 0)).save(file, 'png')
             images.append({'bytes': file.getvalue(), 'path': None})
         table = pyarrow.table({'image': images, 'label': labels}, schema=schema)
-        pyarrow.parquet.write_table(table, place / 'mine' / f'{part}-00000-of-00001.parquet')
+        pyarrow.parquet.write_table(table, workdir / 'mine' / f'{part}-00000-of-00001.parquet')
     argv = ['--dataset', 'hfds/mine', '--data-dir', 'cache', '--model', 'resnet10t', '--loss', 'ce']
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--experiment', 'run')
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--experiment', 'run')
     assert code == 0 and '24 to train on, 12 to validate on' in err and '3, 8 to 8 images each  [the data]' in err
-    code, out, err = words('timm', 'validate.py', 'output/train/run', '-j', '0')
+    code, out, err = run_cli('timm', 'validate.py', 'output/train/run', '-j', '0')
     assert code == 0 and results(out)
     for words_typed, message in (
         (['--input-key', 'img'], "no column 'img' of images: name one with --input-key (image, label)"),
         (['--target-key', 'fine'], "no column 'fine' of labels: name one with --target-key (label)"),
         (['--train-split', 'training'], "Unknown split \"training\". Should be one of ['train', 'validation']"),
     ):
-        code, out, err = words('timm', 'train.py', *TINY, *argv, *words_typed)
+        code, out, err = run_cli('timm', 'train.py', *TINY, *argv, *words_typed)
         assert code == 2 and message in err

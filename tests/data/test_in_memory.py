@@ -150,7 +150,7 @@ def test_last_batch_is_kept_or_dropped():
         assert [len(target) for _, target in loader] == sizes and len(loader) == len(sizes)
 
 
-# what is said at the start of a run on images of 12 x 12, by words
+# what is said at the start of a run on images of 12 x 12, by name
 CHOICES = {
     'small and enlarged': ([], '24 training images in memory'),
     'random interpolation': (['--train-interpolation', 'random'], 'random is not bilinear'),
@@ -167,15 +167,15 @@ CHOICES = {
 
 
 @pytest.mark.parametrize('case', CHOICES)
-def test_choice_is_said_and_trains(case, words, folder, place):
+def test_choice_is_said_and_trains(case, run_cli, folder, workdir):
     argv, said = CHOICES[case]
     fast = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-b', '8', '-j', '0', '--img-size', '32']
     plain = ['--train-interpolation', 'bilinear', '--color-jitter', '0']
-    code, out, err = words('timm', 'train.py', '--data-dir', folder, *fast, *plain, *argv)
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *fast, *plain, *argv)
     assert code == 0, err
     assert said in err
 
 
-def test_in_memory_on_is_refused_where_it_cannot_be(words, place):
-    code, out, err = words('timm', 'train.py', '--in-memory', 'on', '--color-jitter', '0.4')
+def test_in_memory_on_is_refused_where_it_cannot_be(run_cli, workdir):
+    code, out, err = run_cli('timm', 'train.py', '--in-memory', 'on', '--color-jitter', '0.4')
     assert code == 2 and '--in-memory on does not work here: --color-jitter' in err

@@ -39,9 +39,9 @@ def tiny(tmp_path):
     return root.parent
 
 
-def test_tiny_imagenet(tiny, tmp_path, words):
+def test_tiny_imagenet(tiny, tmp_path, run_cli):
     before = tree(tiny)
-    code, out, err = words('ccl-timm', 'data', 'tiny-imagenet', tiny, tmp_path / 'new')
+    code, out, err = run_cli('ccl-timm', 'data', 'tiny-imagenet', tiny, tmp_path / 'new')
     assert code == 0 and '6 images of 2 classes in train, 2 images of 2 classes in validation' in out
     assert 'the official set 100000' in err
     assert set(tree(tmp_path / 'new')) == {
@@ -51,16 +51,16 @@ def test_tiny_imagenet(tiny, tmp_path, words):
     }
     assert (tmp_path / 'new/validation/n01/val_1.JPEG').is_symlink()
     assert tree(tiny) == before
-    assert words('ccl-timm', 'data', 'check', tmp_path / 'new')[0] == 0
+    assert run_cli('ccl-timm', 'data', 'check', tmp_path / 'new')[0] == 0
 
 
 @pytest.mark.parametrize('part', ['val', 'validation'])
-def test_imagenet_subset(part, tmp_path, words):
+def test_imagenet_subset(part, tmp_path, run_cli):
     names = [f'n{number:02d}' for number in (3, 1, 2)]
     for name in names:
         put(tmp_path / 'have/train' / name / 'a.JPEG')
         put(tmp_path / 'have' / part / name / 'b.JPEG')
-    code, out, err = words(
+    code, out, err = run_cli(
         'ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'two', '--num-classes', 2
     )
     assert code == 0 and "No source names the paper's classes" in err
@@ -69,7 +69,7 @@ def test_imagenet_subset(part, tmp_path, words):
     )
     (tmp_path / 'mine.txt').write_text('n03\n')
     argv = ('ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'one')
-    assert words(*argv, '--classes', tmp_path / 'mine.txt')[0] == 0
+    assert run_cli(*argv, '--classes', tmp_path / 'mine.txt')[0] == 0
     assert set(tree(tmp_path / 'one')) == {'train/n03/a.JPEG', 'validation/n03/b.JPEG'}
     (tmp_path / 'mine.txt').write_text('n03\nn09\n')
     for argv, message in (
@@ -77,7 +77,7 @@ def test_imagenet_subset(part, tmp_path, words):
         (['--num-classes', '4'], 'has 3 classes, fewer than --num-classes 4'),
         ([], 'Which classes?'),
     ):
-        code, out, err = words('ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'no', *argv)
+        code, out, err = run_cli('ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'no', *argv)
         assert code == 2 and message in err and not (tmp_path / 'no').exists()
 
 
@@ -99,43 +99,43 @@ def write_cars(root):
     return root
 
 
-def test_cars196_from_the_official_archive(tmp_path, words):
+def test_cars196_from_the_official_archive(tmp_path, run_cli):
     have = write_cars(tmp_path / 'have')
-    assert words('ccl-timm', 'data', 'cars196', have, tmp_path / 'new')[0] == 0
+    assert run_cli('ccl-timm', 'data', 'cars196', have, tmp_path / 'new')[0] == 0
     paths = {'Ram C-V Van/00001.jpg', 'Acura TL/00002.jpg'}
     assert set(tree(tmp_path / 'new')) == {f'{part}/{path}' for part in ('train', 'validation') for path in paths}
     brightness = Image.open(tmp_path / 'new/train/Ram C-V Van/00001.jpg').getpixel((0, 0))[0]
     assert abs(brightness - 120) < 4
     (have / 'cars_test/cars_test/00002.jpg').unlink()
-    code, out, err = words('ccl-timm', 'data', 'cars196', have, tmp_path / 'again')
+    code, out, err = run_cli('ccl-timm', 'data', 'cars196', have, tmp_path / 'again')
     assert code == 2 and '1 of 4 images are missing' in err and not (tmp_path / 'again').exists()
     (have / 'devkit/cars_test_annos_withlabels.mat').unlink()
-    code, out, err = words('ccl-timm', 'data', 'cars196', have, tmp_path / 'again')
+    code, out, err = run_cli('ccl-timm', 'data', 'cars196', have, tmp_path / 'again')
     assert code == 2 and 'lacks cars_test_annos_withlabels.mat' in err
 
 
-def test_cars196_from_class_folders(tmp_path, words):
+def test_cars196_from_class_folders(tmp_path, run_cli):
     put(tmp_path / 'have/train/Acura TL/1.jpg')
     put(tmp_path / 'have/test/Acura TL/2.jpg')
-    assert words('ccl-timm', 'data', 'cars196', tmp_path / 'have', tmp_path / 'new')[0] == 0
+    assert run_cli('ccl-timm', 'data', 'cars196', tmp_path / 'have', tmp_path / 'new')[0] == 0
     assert set(tree(tmp_path / 'new')) == {'train/Acura TL/1.jpg', 'validation/Acura TL/2.jpg'}
 
 
 @pytest.mark.parametrize('name', sorted(archives.SOURCES))
-def test_without_a_folder_it_says_where_people_get_it(name, place, words):
-    code, out, err = words('ccl-timm', 'data', name)
+def test_without_a_folder_it_says_where_people_get_it(name, workdir, run_cli):
+    code, out, err = run_cli('ccl-timm', 'data', name)
     assert code == 2 and archives.SOURCES[name].get in err
-    code, out, err = words('ccl-timm', 'data', name, 'nowhere', 'new')
+    code, out, err = run_cli('ccl-timm', 'data', name, 'nowhere', 'new')
     assert code == 2 and archives.SOURCES[name].get in err
-    assert words('ccl-timm', 'data', name, '--help')[0] == 0
+    assert run_cli('ccl-timm', 'data', name, '--help')[0] == 0
     if archives.SOURCES[name].layout:
-        (place / 'empty').mkdir()
-        code, out, err = words('ccl-timm', 'data', name, 'empty', 'new')
+        (workdir / 'empty').mkdir()
+        code, out, err = run_cli('ccl-timm', 'data', name, 'empty', 'new')
         assert code == 2 and "'empty' holds no train/" in err
 
 
-def test_data_lists_its_commands(words):
-    code, out, err = words('ccl-timm', 'data')
+def test_data_lists_its_commands(run_cli):
+    code, out, err = run_cli('ccl-timm', 'data')
     assert code == 0 and all(f'  {name}' in out for name in ('digits', 'check', 'split', *archives.SOURCES))
 
 
@@ -160,10 +160,10 @@ def test_what_fails_half_way_leaves_nothing_and_the_source_as_it_was(tmp_path, m
     paths = [put(tmp_path / f'have/{number}.png') for number in range(3)]
     link, before = os.symlink, tree(tmp_path / 'have')
 
-    def stop_at_the_third(path, place):
+    def stop_at_the_third(path, workdir):
         if path == paths[2]:
             raise KeyboardInterrupt
-        link(path, place)
+        link(path, workdir)
 
     monkeypatch.setattr(os, 'symlink', stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -181,9 +181,9 @@ def test_a_folder_that_cannot_tell_two_names_apart_never_writes_into_the_source(
     assert tree(tmp_path / 'have') == before
 
 
-def test_split_holds_out_what_training_would(folder, place, words):
+def test_split_holds_out_what_training_would(folder, workdir, run_cli):
     before = tree(folder)
-    code, out, err = words(
+    code, out, err = run_cli(
         'ccl-timm', 'data', 'split', folder / 'train', 'parts', '--val-fraction', '0.25', '--seed', '3'
     )
     assert (
@@ -192,13 +192,13 @@ def test_split_holds_out_what_training_would(folder, place, words):
     assert tree(folder) == before
     argv = ['--data-dir', str(folder / 'train'), '--val-fraction', '0.25', '--seed', '3']
     record = datasets.create_splits(TrainConfig.resolve(argv), channels=3).held_out
-    assert set(tree(place / 'parts')) == {f'{part}/{name}' for name, part in record}
+    assert set(tree(workdir / 'parts')) == {f'{part}/{name}' for name, part in record}
 
 
-def test_classes_held_out_are_the_last_by_name(place, words):
-    source = write_folder(place / 'images', ('ant', 'bee', 'cat', 'dog', 'eel'), train=4) / 'train'
-    words('ccl-timm', 'data', 'split', source, 'all', '--val-fraction', '0.25')
-    code, out, err = words(
+def test_classes_held_out_are_the_last_by_name(workdir, run_cli):
+    source = write_folder(workdir / 'images', ('ant', 'bee', 'cat', 'dog', 'eel'), train=4) / 'train'
+    run_cli('ccl-timm', 'data', 'split', source, 'all', '--val-fraction', '0.25')
+    code, out, err = run_cli(
         'ccl-timm', 'data', 'split', source, 'half', '--val-fraction', '0.25', '--held-out-classes', '.4'
     )
     assert code == 0 and '8 images of 2 classes in unseen' in out, err
@@ -206,20 +206,20 @@ def test_classes_held_out_are_the_last_by_name(place, words):
     assert classes == {'train': ['ant', 'bee', 'cat'], 'unseen': ['dog', 'eel']}
     trained = sorted(path.relative_to('half') for path in Path('half').glob('[tv]*/*/*'))
     assert trained == sorted(path.relative_to('all') for path in Path('all').glob('*/[abc]*/*'))
-    code, out, err = words('ccl-timm', 'data', 'split', source, 'none', '--held-out-classes', '0.01')
+    code, out, err = run_cli('ccl-timm', 'data', 'split', source, 'none', '--held-out-classes', '0.01')
     assert code == 2 and '0.01 of 5 classes is none or all of them' in err and not Path('none').exists()
 
 
-def test_split_says_what_it_cannot_do(folder, place, words):
-    put(place / 'one/a/1.png')
+def test_split_says_what_it_cannot_do(folder, workdir, run_cli):
+    put(workdir / 'one/a/1.png')
     for number in range(5):
-        put(place / f'one/b/{number}.png')
-    code, out, err = words('ccl-timm', 'data', 'split', 'one', 'parts')
+        put(workdir / f'one/b/{number}.png')
+    code, out, err = run_cli('ccl-timm', 'data', 'split', 'one', 'parts')
     assert code == 0 and 'warning: 1 classes have one image, which is for training: a' in err
     assert os.listdir('parts/validation') == ['b'] and sorted(os.listdir('parts/train')) == ['a', 'b']
     shutil.copy('one/a/1.png', 'one/c.png')
-    (place / 'nothing').mkdir()
-    put(place / 'single/a/1.png')
+    (workdir / 'nothing').mkdir()
+    put(workdir / 'single/a/1.png')
     for argv, message in (
         (['one', 'parts'], "1 images in 'one' lie outside of any class folder, such as 'c.png'"),
         ([folder / 'train', 'parts'], "'parts' exists and is not empty"),
@@ -230,9 +230,9 @@ def test_split_says_what_it_cannot_do(folder, place, words):
         (['nothing', 'new'], 'Found 0 images'),
         (['single', 'new'], "No class in 'single' has two images"),
     ):
-        code, out, err = words('ccl-timm', 'data', 'split', *argv)
+        code, out, err = run_cli('ccl-timm', 'data', 'split', *argv)
         assert code == 2 and message in err
-    assert not (place / 'new').exists() and not (folder / 'train' / 'new').exists()
+    assert not (workdir / 'new').exists() and not (folder / 'train' / 'new').exists()
 
 
 @pytest.fixture
@@ -288,9 +288,9 @@ MESS = {
 }
 
 
-def test_check_finds_each_problem_by_name(messy, words):
+def test_check_finds_each_problem_by_name(messy, run_cli):
     assert {*MESS, 'closed'} == set(check.PROBLEMS)  # root can list every folder
-    code, out, err = words('ccl-timm', 'data', 'check', messy, '--json')
+    code, out, err = run_cli('ccl-timm', 'data', 'check', messy, '--json')
     found = json.loads(out)
     assert code == 1 and found['broken'] is True
     names = {kind: [name.split(' (')[0] for name in row['names']] for kind, row in found['problems'].items()}
@@ -304,7 +304,7 @@ def test_check_finds_each_problem_by_name(messy, words):
         'width': [8, 9, 13],
         'height': [6, 6, 6],
     }
-    code, out, err = words('ccl-timm', 'data', 'check', messy, '--show', 1)
+    code, out, err = run_cli('ccl-timm', 'data', 'check', messy, '--show', 1)
     assert code == 1 and 'train       15      3        1 to 9 (1 : 9.0)' in out
     assert 'broken: 3 cannot be decoded' in out and '... and 2 more' in out and 'text.png' not in out
 
@@ -312,7 +312,7 @@ def test_check_finds_each_problem_by_name(messy, words):
 @pytest.mark.parametrize(
     'kind', sorted(kind for kind, problem in check.PROBLEMS.items() if problem.breaks and kind != 'closed')
 )
-def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, words):
+def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, run_cli):
     root = shutil.copytree(folder, tmp_path / 'copy')
     if kind == 'unreadable':
         (root / 'train/ant/cut.png').write_bytes((root / 'train/ant/0.png').read_bytes()[:60])
@@ -322,25 +322,25 @@ def test_each_broken_thing_alone_is_code_1(kind, folder, tmp_path, words):
         (root / 'test').mkdir()
     if kind == 'unknown_class':
         put(root / 'validation/dog/0.png')
-    assert words('ccl-timm', 'data', 'check', root)[0] == 1
+    assert run_cli('ccl-timm', 'data', 'check', root)[0] == 1
     assert list(check.check_folder(root).problems)[0] == kind
 
 
-def test_check_of_a_good_folder(folder, tmp_path, words):
+def test_check_of_a_good_folder(folder, tmp_path, run_cli):
     before = tree(folder)
-    code, out, err = words('ccl-timm', 'data', 'check', folder)
+    code, out, err = run_cli('ccl-timm', 'data', 'check', folder)
     assert code == 0 and out.endswith('no problem found\n') and 'validation  12      3        4 to 4 (1 : 1.0)' in out
-    code, out, err = words('ccl-timm', 'data', 'check', folder / 'train')
+    code, out, err = run_cli('ccl-timm', 'data', 'check', folder / 'train')
     assert code == 0 and 'all    24      3' in out
     assert tree(folder) == before
-    assert words('ccl-timm', 'data', 'check', tmp_path)[0] == 2
-    assert words('ccl-timm', 'data', 'check', tmp_path / 'nowhere')[0] == 2
+    assert run_cli('ccl-timm', 'data', 'check', tmp_path)[0] == 2
+    assert run_cli('ccl-timm', 'data', 'check', tmp_path / 'nowhere')[0] == 2
 
 
-def test_notes_are_not_broken(folder, tmp_path, words):
+def test_notes_are_not_broken(folder, tmp_path, run_cli):
     root = shutil.copytree(folder, tmp_path / 'copy')
     shutil.copy(root / 'train/ant/0.png', root / 'validation/ant/leak.png')
-    code, out, err = words('ccl-timm', 'data', 'check', root)
+    code, out, err = run_cli('ccl-timm', 'data', 'check', root)
     assert code == 0 and 'note: 1 same file in several splits' in out
 
 

@@ -31,9 +31,9 @@ CASES = {
 
 
 @pytest.mark.parametrize('what', CASES)
-def test_command_prints_ratios(what, words):
+def test_command_prints_ratios(what, run_cli):
     argv, lines = CASES[what]
-    code, out, err = words('ccl-timm', 'bench', what, *argv, '--rounds', '1', '--json', '--device', 'cpu')
+    code, out, err = run_cli('ccl-timm', 'bench', what, *argv, '--rounds', '1', '--json', '--device', 'cpu')
     assert code == 0, err
     rows = json.loads(out)
     assert len(rows) == lines and rows[0]['ratio'] == 1.0 and all(row['seconds'] > 0 for row in rows)

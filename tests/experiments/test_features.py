@@ -212,21 +212,21 @@ def place_of_runs(folder, tmp_path_factory):
     return root
 
 
-def test_features_of_a_run(place_of_runs, words):
-    code, out, err = words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
+def test_features_of_a_run(place_of_runs, run_cli):
+    code, out, err = run_cli('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
     assert code == 0, err
     drawn = {path.name for path in (place_of_runs / 'runs' / 'cc0' / 'pictures').iterdir()}
     assert drawn == {'features.png', 'attention.png', 'confusion.png', 'retrieval.png'} and err.count('written: ') == 4
     rows = {line[:55].strip(): line[55:].split() for line in out.splitlines()}
     assert rows['images'] == ['24', '12']
-    best = words('timm', 'validate.py', place_of_runs / 'runs' / 'cc0', '--workers', '0')[1]
+    best = run_cli('timm', 'validate.py', place_of_runs / 'runs' / 'cc0', '--workers', '0')[1]
     assert float(rows['top-1 %, the model'][1]) == pytest.approx(
         json.loads(best.split('--result')[1])['top1'], abs=0.01
     )
     assert set(rows) >= {'top-1 %, Gaussian discriminant', 'mean distance between class centres'}
 
 
-def test_the_layer_that_the_paper_draws(place_of_runs, words, folder, tmp_path):
+def test_the_layer_that_the_paper_draws(place_of_runs, run_cli, folder, tmp_path):
     """CC-Loss's figure 3 shows f1(F), whose values have either sign; attention and ReLU come after."""
     run = place_of_runs / 'runs' / 'cc1'
     model = load_trained(run).model
@@ -234,17 +234,17 @@ def test_the_layer_that_the_paper_draws(place_of_runs, words, folder, tmp_path):
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     found = retrieval.extract_outputs(model, [(images, torch.zeros(8, dtype=torch.long))], ['hidden', 'features'], '')
     assert torch.equal(found['hidden'], model.get_classifier().hidden(pooled)) and found['hidden'].min() < 0
-    code, out, err = words('ccl-timm', 'features', run, '--layer', 'hidden', '-j', '0', '-o', tmp_path)
+    code, out, err = run_cli('ccl-timm', 'features', run, '--layer', 'hidden', '-j', '0', '-o', tmp_path)
     assert code == 0 and (tmp_path / 'hidden.png').exists() and not (tmp_path / 'features.png').exists()
     assert 'cosine with class vectors' not in out, err
     argv = ['--data-dir', folder, *TINY, '--model', 'test_resnet_cosine', '--loss', 'ce', '--epochs', '1']
-    assert words('timm', 'train.py', *argv, '--output', tmp_path, '--experiment', 'other')[0] == 0
-    code, out, err = words('ccl-timm', 'features', tmp_path / 'other', '--layer', 'hidden', '-j', '0')
+    assert run_cli('timm', 'train.py', *argv, '--output', tmp_path, '--experiment', 'other')[0] == 0
+    code, out, err = run_cli('ccl-timm', 'features', tmp_path / 'other', '--layer', 'hidden', '-j', '0')
     assert code == 2 and 'Only the heads cam and mlp have --layer hidden; this model has a CosineHead.' in err
 
 
-def test_features_two_wide_in_another_folder(place_of_runs, words):
-    code, out, err = words(
+def test_features_two_wide_in_another_folder(place_of_runs, run_cli):
+    code, out, err = run_cli(
         'ccl-timm',
         'features',
         place_of_runs / 'runs' / 'flat',
@@ -264,18 +264,18 @@ def test_features_two_wide_in_another_folder(place_of_runs, words):
     assert not (place_of_runs / 'runs' / 'flat' / 'pictures').exists()
 
 
-def test_without_matplotlib_one_sentence_says_so(place_of_runs, words, monkeypatch):
+def test_without_matplotlib_one_sentence_says_so(place_of_runs, run_cli, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     for argv in (
         ['features', place_of_runs / 'runs' / 'flat', '--workers', '0'],
         ['report', place_of_runs / 'runs', '--format', 'html'],
     ):
-        code, out, err = words('ccl-timm', *argv)
+        code, out, err = run_cli('ccl-timm', *argv)
         assert (
             code == 2 and err.splitlines()[-1] == "error: Pictures need matplotlib: `pip install 'ccl-timm[pictures]'`."
         )
-    assert words('ccl-timm', 'report', place_of_runs / 'runs')[0] == 0
+    assert run_cli('ccl-timm', 'report', place_of_runs / 'runs')[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -286,23 +286,25 @@ def test_without_matplotlib_one_sentence_says_so(place_of_runs, words, monkeypat
         (['RUN', '--limt', '9'], "Unknown argument '--limt'; did you mean '--limit'?"),
     ],
 )
-def test_features_refuses(argv, message, place_of_runs, words):
+def test_features_refuses(argv, message, place_of_runs, run_cli):
     argv = [place_of_runs / 'runs' / 'cc1' if word == 'RUN' else word for word in argv]
-    code, out, err = words('ccl-timm', 'features', *argv)
+    code, out, err = run_cli('ccl-timm', 'features', *argv)
     assert code == 2 and message in err
     assert not (place_of_runs / 'runs' / 'cc1' / 'pictures').exists()
 
 
-def html_of(place_of_runs, words, name):
-    code, out, err = words('ccl-timm', 'report', place_of_runs / 'runs', '--format', 'html', '-o', place_of_runs / name)
+def html_of(place_of_runs, run_cli, name):
+    code, out, err = run_cli(
+        'ccl-timm', 'report', place_of_runs / 'runs', '--format', 'html', '-o', place_of_runs / name
+    )
     assert code == 0, err
     return place_of_runs / name
 
 
-def test_html_is_one_file_and_the_same_each_time(place_of_runs, words):
-    words('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
-    text = html_of(place_of_runs, words, 'one.html').read_text()
-    assert text == html_of(place_of_runs, words, 'two.html').read_text()
+def test_html_is_one_file_and_the_same_each_time(place_of_runs, run_cli):
+    run_cli('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
+    text = html_of(place_of_runs, run_cli, 'one.html').read_text()
+    assert text == html_of(place_of_runs, run_cli, 'two.html').read_text()
     assert text.count('<svg') == 1 and text.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:|#)', text)
 
@@ -316,9 +318,9 @@ def browse(page):
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no Chromium here')
-def test_html_in_a_browser(place_of_runs, words):
+def test_html_in_a_browser(place_of_runs, run_cli):
     """The browser has nothing to complain of, runs nothing, and shows the figures of summary.csv."""
-    page = html_of(place_of_runs, words, 'page.html')
+    page = html_of(place_of_runs, run_cli, 'page.html')
     dom, said = browse(page)
     assert said == []
     last = [

@@ -34,20 +34,20 @@ TABLE = {
 
 
 @pytest.fixture
-def small_table(place, monkeypatch):
+def small_table(workdir, monkeypatch):
     """A table of our own in the place of the papers'."""
-    (place / 'tables').mkdir()
-    (place / 'tables' / 'small.yaml').write_text(yaml.safe_dump(TABLE, sort_keys=False))
-    monkeypatch.setattr(tables, '_folder', lambda: place / 'tables')
+    (workdir / 'tables').mkdir()
+    (workdir / 'tables' / 'small.yaml').write_text(yaml.safe_dump(TABLE, sort_keys=False))
+    monkeypatch.setattr(tables, '_folder', lambda: workdir / 'tables')
 
 
 @pytest.fixture
-def small(words, folder, small_table, started):
-    """Run `ccl-timm reproduce small` with these words."""
+def small(run_cli, folder, small_table, started):
+    """Run `ccl-timm reproduce small` with these arguments."""
 
     def run(*argv):
         own = ('--dataset', 'own', '--data-dir', folder, '--epochs', '2', *argv)
-        return words('ccl-timm', 'reproduce', 'small', *own, '--', *TINY)
+        return run_cli('ccl-timm', 'reproduce', 'small', *own, '--', *TINY)
 
     return run
 
@@ -113,24 +113,24 @@ def test_run_of_another_process_is_left_alone(small):
     assert code == 1 and 'is in use by another process' in err and {path.name for path in held.iterdir()} == {'.lock'}
 
 
-def test_dry_run_prints_commands_and_needs_no_data(words, small_table, place):
-    code, out, err = words('ccl-timm', 'reproduce', 'small', '--dry-run', '--rows', 'tiny:ce', '--', '--amp')
+def test_dry_run_prints_commands_and_needs_no_data(run_cli, small_table, workdir):
+    code, out, err = run_cli('ccl-timm', 'reproduce', 'small', '--dry-run', '--rows', 'tiny:ce', '--', '--amp')
     assert code == 0 and '2 rows checked, 4 runs' in err
     first = out.splitlines()[0]
     assert first == (
         'ccl-timm train --config digits --model test_resnet_linear --loss ce --lr 0.01 --amp --seed 0 '
         '--output output/reproduce/small --experiment own-tiny-ce-seed0 --resume auto'
     )
-    assert {path.name for path in place.iterdir()} == {'tables'}
+    assert {path.name for path in workdir.iterdir()} == {'tables'}
 
 
-def test_estimate_times_rows_and_writes_nothing(small, place):
+def test_estimate_times_rows_and_writes_nothing(small, workdir):
     code, out, err = small('--estimate')
     assert code == 0, err
     lines = out.splitlines()
     hours = [float(line.split()[-1]) for line in lines[1:3]]
     assert lines[3].startswith('in all') and float(lines[3].split()[-1]) == pytest.approx(sum(hours), abs=2e-3)
-    assert {path.name for path in place.iterdir()} == {'tables'}
+    assert {path.name for path in workdir.iterdir()} == {'tables'}
 
 
 @pytest.mark.parametrize(
@@ -146,31 +146,31 @@ def test_estimate_times_rows_and_writes_nothing(small, place):
         (['pod-table2', '--rows', 'resnet50:pod:dim9', '--dry-run', '--', '--lrr', '1'], "Unknown argument '--lrr'"),
     ],
 )
-def test_reproduce_refuses(argv, message, words, place):
-    code, out, err = words('ccl-timm', 'reproduce', *argv)
+def test_reproduce_refuses(argv, message, run_cli, workdir):
+    code, out, err = run_cli('ccl-timm', 'reproduce', *argv)
     assert code == 2 and message in err
-    assert not any(place.iterdir())
+    assert not any(workdir.iterdir())
 
 
-def test_tables_are_listed(words):
-    code, out, err = words('ccl-timm', 'reproduce')
+def test_tables_are_listed(run_cli):
+    code, out, err = run_cli('ccl-timm', 'reproduce')
     assert [line.split()[0] for line in out.splitlines()[1:]] == tables.list_tables()
 
 
-def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(words, folder, place, started):
+def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(run_cli, folder, workdir, started):
     argv = ['--config', 'digits', '--data-dir', folder, '--losses', 'cc', '--backbone', 'test_resnet', '--epochs', '1']
-    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01', '0.02', '--', *TINY)
+    code, out, err = run_cli('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01', '0.02', '--', *TINY)
     assert code == 0, err
     rows = [line for line in out.splitlines() if re.match(r'(ce|cc)\b.* (linear|cam) ', line)]
     assert [row.split('  ')[0] for row in rows] == ['ce', 'ce (control)', 'cc']
     assert rows[2].count('no difference shown') == 2 and '0.0' in rows[2]
     assert len(started) == 3 * 2 * 2
-    output = place / 'output' / 'compare'
+    output = workdir / 'output' / 'compare'
     assert (output / 'compare.txt').read_text() in out
     written = {(row['head'], row['loss']): row['top1'] for row in json.loads((output / 'compare.json').read_text())}
     assert written.keys() == {('linear', 'ce'), ('cam', 'ce'), ('cam', 'cc')} and {*map(len, written.values())} == {2}
     assert {yaml.safe_load(path.read_text())['smoothing'] for path in output.rglob('args.yaml')} == {0.0}
-    code, out, err = words('ccl-timm', 'compare', *argv, '--seeds', '1', '--lr', '0.01', '--', *TINY)
+    code, out, err = run_cli('ccl-timm', 'compare', *argv, '--seeds', '1', '--lr', '0.01', '--', *TINY)
     assert len(started) == 12 and 'one seed, no test' in out
 
 
@@ -224,20 +224,20 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
         (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
     ],
 )
-def test_compare_refuses(argv, message, words, place):
-    code, out, err = words('ccl-timm', 'compare', *argv)
+def test_compare_refuses(argv, message, run_cli, workdir):
+    code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 2 and message in err
 
 
 @pytest.mark.slow
-def test_real_kill_of_the_whole_group(place):
+def test_real_kill_of_the_whole_group(workdir):
     """The processes themselves: killed in the middle of a run, started again, and the same table as without."""
     command = [sys.executable, '-m', 'ccl_timm', 'compare', '--config', 'digits', '--losses', 'ce', '--backbone',
                'test_resnet', '--seeds', '2', '--epochs', '3', '--output']  # fmt: skip
     after = ['--', '--input-size', '1', '16', '16', '--batch-size', '32']
     whole = subprocess.run([*command, 'whole', *after], capture_output=True, text=True, check=True).stdout
     process = subprocess.Popen([*command, 'cut', *after], start_new_session=True, stderr=subprocess.DEVNULL)
-    summary = place / 'cut' / 'linear-ce-seed1' / 'summary.csv'
+    summary = workdir / 'cut' / 'linear-ce-seed1' / 'summary.csv'
     while not summary.exists():
         time.sleep(0.01)
         assert process.poll() is None

@@ -31,9 +31,9 @@ TABLES = [
 
 
 @pytest.mark.parametrize('table, lines', TABLES)
-def test_table_is_the_reports(table, lines, words, monkeypatch):
+def test_table_is_the_reports(table, lines, run_cli, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code, out, err = words('ccl-timm', 'report', 'hub_cards/results', '--table', table)
+    code, out, err = run_cli('ccl-timm', 'report', 'hub_cards/results', '--table', table)
     assert code == 0, err
     assert lines in out
 

@@ -48,14 +48,14 @@ def test_export_loads_in_a_fresh_process(exported):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 
-def test_export_writes_nothing_over(words, trained, exported):
-    code, out, err = words('ccl-timm', 'export', trained, exported)
+def test_export_writes_nothing_over(run_cli, trained, exported):
+    code, out, err = run_cli('ccl-timm', 'export', trained, exported)
     assert code == 2 and 'already holds model.safetensors' in err
 
 
-def test_onnx_is_equal_for_any_batch_and_tells_classes_and_normalisation(trained, tmp_path, words):
+def test_onnx_is_equal_for_any_batch_and_tells_classes_and_normalisation(trained, tmp_path, run_cli):
     onnxruntime = pytest.importorskip('onnxruntime')
-    code, out, err = words('ccl-timm', 'export', trained, tmp_path / 'onnx', '--format', 'onnx')
+    code, out, err = run_cli('ccl-timm', 'export', trained, tmp_path / 'onnx', '--format', 'onnx')
     assert code == 0, err
     session = onnxruntime.InferenceSession(str(tmp_path / 'onnx' / 'model.onnx'))
     model = load_trained(trained).model
@@ -68,8 +68,8 @@ def test_onnx_is_equal_for_any_batch_and_tells_classes_and_normalisation(trained
     assert facts['architecture'] == 'resnet18_cam' and facts['input_size'] == [3, 32, 32]
 
 
-def test_validate_gives_what_training_reported(words, trained, place):
-    code, out, err = words('timm', 'validate.py', trained, '-j', '0')
+def test_validate_gives_what_training_reported(run_cli, trained, workdir):
+    code, out, err = run_cli('timm', 'validate.py', trained, '-j', '0')
     assert code == 0, err
     rows = list(csv.DictReader(io.StringIO((trained / 'summary.csv').read_text())))
     best = max(rows, key=lambda row: float(row['eval_top1']))
@@ -77,37 +77,39 @@ def test_validate_gives_what_training_reported(words, trained, place):
     assert results(out)['images'] == 12
 
 
-def test_validate_an_export_on_data_given(words, exported, folder, place):
-    code, out, err = words('timm', 'validate.py', exported, '--data-dir', folder, '--split', 'train', '-j', '0')
+def test_validate_an_export_on_data_given(run_cli, exported, folder, workdir):
+    code, out, err = run_cli('timm', 'validate.py', exported, '--data-dir', folder, '--split', 'train', '-j', '0')
     assert code == 0 and results(out)['images'] == 24
-    code, out, err = words('timm', 'validate.py', exported)
+    code, out, err = run_cli('timm', 'validate.py', exported)
     assert code == 2 and 'No data to evaluate on' in err
 
 
-def test_predict_files_and_folders_in_three_formats(words, trained, folder):
-    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation' / 'cat', '--topk', '2')
+def test_predict_files_and_folders_in_three_formats(run_cli, trained, folder):
+    code, out, err = run_cli('ccl-timm', 'predict', trained, folder / 'validation' / 'cat', '--topk', '2')
     assert code == 0 and len(out.splitlines()) == 1 + 4 * 2
-    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation' / 'cat' / '0.png', '--format', 'json')
+    code, out, err = run_cli(
+        'ccl-timm', 'predict', trained, folder / 'validation' / 'cat' / '0.png', '--format', 'json'
+    )
     row = json.loads(out)[0]
     assert row['image'].endswith('0.png') and row['predictions'][0]['class'] in ('ant', 'bee', 'cat')
-    code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv', '-b', '5')
+    code, out, err = run_cli('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv', '-b', '5')
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 12 and {row['rank'] for row in rows} == {'1'}
 
 
-def test_predictions_are_those_of_the_validation(words, trained, folder):
-    _, out, _ = words('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv')
+def test_predictions_are_those_of_the_validation(run_cli, trained, folder):
+    _, out, _ = run_cli('ccl-timm', 'predict', trained, folder / 'validation', '--format', 'csv')
     rows = list(csv.DictReader(io.StringIO(out)))
     correct = sum(row['image'].split('/')[-2] == row['class'] for row in rows)
-    _, out, _ = words('timm', 'validate.py', trained, '-j', '0')
+    _, out, _ = run_cli('timm', 'validate.py', trained, '-j', '0')
     assert 100 * correct / len(rows) == pytest.approx(results(out)['top1'])
 
 
-def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_path):
+def test_image_that_cannot_be_decoded_is_named_and_left_out(run_cli, trained, tmp_path):
     Image.new('RGB', (20, 20), 'red').save(tmp_path / 'a.png')
     (tmp_path / 'b.png').write_bytes(b'not an image')
     Image.new('I;16', (20, 20)).save(tmp_path / 'c.png')
-    code, out, err = words('ccl-timm', 'predict', trained, tmp_path, '--format', 'json')
+    code, out, err = run_cli('ccl-timm', 'predict', trained, tmp_path, '--format', 'json')
     assert code == 1
     assert [row['image'].split('/')[-1] for row in json.loads(out)] == ['a.png', 'c.png']
     assert "b.png' is not a readable image and was left out" in err
@@ -130,8 +132,8 @@ def test_image_that_cannot_be_decoded_is_named_and_left_out(words, trained, tmp_
         ),
     ],
 )
-def test_bad_input_is_one_sentence(argv, message, words, trained, folder, place):
-    (place / 'empty').mkdir()
-    argv = [word.format(trained=trained, empty=place / 'empty', folder=folder) for word in argv]
-    code, out, err = words('ccl-timm', *argv)
+def test_bad_input_is_one_sentence(argv, message, run_cli, trained, folder, workdir):
+    (workdir / 'empty').mkdir()
+    argv = [word.format(trained=trained, empty=workdir / 'empty', folder=folder) for word in argv]
+    code, out, err = run_cli('ccl-timm', *argv)
     assert code == 2 and message in err.splitlines()[-1]

@@ -75,8 +75,8 @@ def pushed(online, run):
     return online
 
 
-def test_push_creates_a_repository_with_weights_config_card_settings_results(words, online, run):
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+def test_push_creates_a_repository_with_weights_config_card_settings_results(run_cli, online, run):
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
     assert code == 0, err
     files = online.files(REPO)
     assert sorted(files) == ['.gitattributes', *FILES]
@@ -98,41 +98,41 @@ def test_what_goes_up_names_no_folder_of_this_machine(pushed, folder, run):
     assert yaml.safe_load(files['args.yaml'])['data_dir'] == folder.name
 
 
-def test_second_push_changes_nothing(words, pushed, run):
+def test_second_push_changes_nothing(run_cli, pushed, run):
     before = pushed.files(REPO), len(pushed.requests)
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
     assert code == 0 and 'nothing to send' in err
     assert pushed.files(REPO) is before[0]
     assert not [line for line in pushed.requests[before[1] :] if 'PUT' in line or '/commit/' in line]
 
 
-def test_dry_run_sends_nothing(words, online, run):
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO, '--dry-run')
+def test_dry_run_sends_nothing(run_cli, online, run):
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO, '--dry-run')
     assert code == 0 and 'nothing was sent' in err and all(name in err for name in FILES)
     assert online.requests == [] and out == ''
 
 
-def test_private_and_revision(words, online, run):
-    assert words('ccl-timm', 'push', run, '--repo-id', 'me/secret', '--private', '--revision', 'v2')[0] == 0
+def test_private_and_revision(run_cli, online, run):
+    assert run_cli('ccl-timm', 'push', run, '--repo-id', 'me/secret', '--private', '--revision', 'v2')[0] == 0
     assert online.repositories['me/secret'].private
     assert sorted(online.files('me/secret', 'v2')) == ['.gitattributes', *FILES]
     assert 'model.safetensors' not in online.files('me/secret')
     ccl_timm.create_model('hf-hub:me/secret@v2', pretrained=True)
     online.add('me/open')
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', 'me/open', '--private')
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', 'me/open', '--private')
     assert code == 2 and 'exists and is public' in err
 
 
-def test_a_card_written_by_hand_stays_unless_told(words, pushed, run, baseline):
+def test_a_card_written_by_hand_stays_unless_told(run_cli, pushed, run, baseline):
     repository = pushed.repositories[REPO]
     repository.commit('main', {**pushed.files(REPO), 'README.md': pushed.files(REPO)['README.md'] + b'My words.\n'})
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
     assert code == 0 and 'by hand and stays' in err
     assert pushed.files(REPO)['README.md'].endswith(b'My words.\n')
-    assert words('ccl-timm', 'push', run, '--repo-id', REPO, '--replace-card')[0] == 0
+    assert run_cli('ccl-timm', 'push', run, '--repo-id', REPO, '--replace-card')[0] == 0
     assert card.is_unedited(pushed.files(REPO)['README.md'].decode())
     # a card of ours follows what it tells of
-    assert words('ccl-timm', 'push', run, '--repo-id', REPO, '--baseline', baseline)[0] == 0
+    assert run_cli('ccl-timm', 'push', run, '--repo-id', REPO, '--baseline', baseline)[0] == 0
     assert b'`test_resnet_cam`, seed 7' in pushed.files(REPO)['README.md']
 
 
@@ -173,19 +173,19 @@ torch.save(ours(images), 'logits.pt')
         assert torch.equal(torch.load(tmp_path / 'logits.pt'), load_trained(run).model(images))
 
 
-def test_validate_and_predict_take_a_repository(words, pushed, run, folder):
-    code, out, err = words('timm', 'validate.py', run, '-j', '0')
+def test_validate_and_predict_take_a_repository(run_cli, pushed, run, folder):
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0')
     assert code == 0, err
-    code, again, err = words('timm', 'validate.py', f'hf-hub:{REPO}', '--data-dir', folder, '-j', '0')
+    code, again, err = run_cli('timm', 'validate.py', f'hf-hub:{REPO}', '--data-dir', folder, '-j', '0')
     assert code == 0 and again == out, err
-    assert words('ccl-timm', 'predict', f'hf-hub:{REPO}', folder / 'validation' / 'cat')[0] == 0
+    assert run_cli('ccl-timm', 'predict', f'hf-hub:{REPO}', folder / 'validation' / 'cat')[0] == 0
 
 
-def test_training_goes_on_from_a_repository(words, pushed, folder, place):
+def test_training_goes_on_from_a_repository(run_cli, pushed, folder, workdir):
     argv = [*TINY, '--model', f'hf-hub:{REPO}', '--pretrained', '--data-dir', folder, '--experiment', 'tuned']
-    code, out, err = words('timm', 'train.py', *argv)
+    code, out, err = run_cli('timm', 'train.py', *argv)
     assert code == 0, err
-    code, out, err = words('ccl-timm', 'card', place / 'output' / 'train' / 'tuned')
+    code, out, err = run_cli('ccl-timm', 'card', workdir / 'output' / 'train' / 'tuned')
     assert code == 0 and f'base_model: {REPO}\n' in out
 
 
@@ -202,17 +202,17 @@ def test_training_goes_on_from_a_repository(words, pushed, folder, place):
         (('PUT /lfs/', 500), 'the Hub answered 500'),
     ],
 )
-def test_an_interrupted_push_changes_nothing_and_can_be_repeated(fault, message, words, online, run):
+def test_an_interrupted_push_changes_nothing_and_can_be_repeated(fault, message, run_cli, online, run):
     online.add(REPO)
     before = online.files(REPO)
     online.faults = [Fault(*fault)]
     with short_patience() if fault[1] == 'hang' else contextlib.nullcontext():
-        code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+        code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith(f"error: '{REPO}' was not pushed: ") and message in last
     assert online.files(REPO) is before
     online.faults = []
-    assert words('ccl-timm', 'push', run, '--repo-id', REPO)[0] == 0
+    assert run_cli('ccl-timm', 'push', run, '--repo-id', REPO)[0] == 0
     assert sorted(online.files(REPO)) == ['.gitattributes', *FILES]
 
 
@@ -227,17 +227,17 @@ def test_an_interrupted_push_changes_nothing_and_can_be_repeated(fault, message,
         ('hf_me', 'a/b/c', 'names no repository'),
     ],
 )
-def test_push_to_where_one_may_not(token, repo_id, message, words, online, run, monkeypatch):
+def test_push_to_where_one_may_not(token, repo_id, message, run_cli, online, run, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', token)
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', '/nonexistent')
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', repo_id)
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', repo_id)
     assert code == 2 and message in err.strip().splitlines()[-1]
     assert online.repositories == {}
 
 
-def test_push_takes_only_runs(words, online, run, exported_run, place):
-    for source, message in ((exported_run, 'is an exported model'), (place / 'none', 'does not exist')):
-        code, out, err = words('ccl-timm', 'push', source, '--repo-id', REPO)
+def test_push_takes_only_runs(run_cli, online, run, exported_run, workdir):
+    for source, message in ((exported_run, 'is an exported model'), (workdir / 'none', 'does not exist')):
+        code, out, err = run_cli('ccl-timm', 'push', source, '--repo-id', REPO)
         assert code == 2 and message in err.strip().splitlines()[-1]
     assert online.requests == []
 
@@ -248,10 +248,10 @@ def exported_run(run, tmp_path):
     return tmp_path / 'exported'
 
 
-def test_results_and_weights_belong_together(words, run, place):
-    averaged = _with_settings(run, place / 'averaged', model_ema=True)
+def test_results_and_weights_belong_together(run_cli, run, workdir):
+    averaged = _with_settings(run, workdir / 'averaged', model_ema=True)
     for argv, message in (([averaged], 'give --use-ema'), ([run, '--use-ema'], 'has no moving average')):
-        code, out, err = words('ccl-timm', 'card', *argv)
+        code, out, err = run_cli('ccl-timm', 'card', *argv)
         assert code == 2 and message in err
 
 
@@ -372,8 +372,8 @@ def _register_again():
     models.register_variant('test_resnet', 'cam')
 
 
-def test_card_parses_back_to_its_results(words, run, baseline):
-    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
+def test_card_parses_back_to_its_results(run_cli, run, baseline):
+    code, out, err = run_cli('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
     assert code == 0, err
     read = ModelCard(out)
     top1 = float(list(csv.DictReader((run / 'summary.csv').open()))[-1]['eval_top1'])
@@ -387,11 +387,11 @@ def test_card_parses_back_to_its_results(words, run, baseline):
         assert part in out
 
 
-def test_card_and_record_of_hostile_names_and_private_settings(words, run, place):
+def test_card_and_record_of_hostile_names_and_private_settings(run_cli, run, workdir):
     """Names cannot act as markup or code, and no folder, account or password of this machine goes up."""
     folder = _with_settings(
         run,
-        place / 'hostile',
+        workdir / 'hostile',
         data_dir='/home/alice/b\n# [x](javascript:y) `|',
         model_kwargs={'cache_dir': '/home/alice/c'},
         wandb_project='alice-secret',
@@ -403,48 +403,48 @@ def test_card_and_record_of_hostile_names_and_private_settings(words, run, place
     environment = json.loads((folder / 'environment.json').read_text())
     record = {**environment, 'command': shlex.join(command), 'recipe': '/home/alice/`r`.yaml'}
     (folder / 'environment.json').write_text(json.dumps(record))
-    code, out, err = words('ccl-timm', 'card', folder, '--output', 'card')
+    code, out, err = run_cli('ccl-timm', 'card', folder, '--output', 'card')
     assert code == 0, err
-    texts = out + ''.join(path.read_text() for path in (place / 'card').iterdir())
+    texts = out + ''.join(path.read_text() for path in (workdir / 'card').iterdir())
     assert not re.search('alice|bob|PASSWORD|wandb_', texts)
     assert r'| data | b&#92;n\# [x\](javascript:y) \`\|, 3 classes |' in out
     assert 'trained with cc on b&#92;n\\# [x\\](javascript:y)' in out
     assert "--data-dir $'a\\n```\\n# b' --model-kwargs x=https://host/y\n```" in out
     assert r'| recipe | <code>\`r\`.yaml</code> |' in out
-    config = json.loads((place / 'card' / 'config.json').read_text())
+    config = json.loads((workdir / 'card' / 'config.json').read_text())
     config['label_names'] = ['<script>x</script>', '[x](javascript:y)', '\x1b[31m\n# z']
-    text = card.render(config, *read_record(place / 'card' / 'runs.jsonl'), REPO)
+    text = card.render(config, *read_record(workdir / 'card' / 'runs.jsonl'), REPO)
     assert r'3 classes: &lt;script&gt;x&lt;/script&gt;, [x\](javascript:y), &#92;x1b[31m&#92;n\# z.' in text
     assert ModelCard(text).data.model_name == REPO.partition('/')[2]
 
 
 @pytest.mark.parametrize('repo_id', ["me/x'; import os #", '../x', 'x', 'me/' + 100 * 'x'])
-def test_card_is_for_a_repository(repo_id, words, run):
-    code, out, err = words('ccl-timm', 'card', run, '--repo-id', repo_id)
+def test_card_is_for_a_repository(repo_id, run_cli, run):
+    code, out, err = run_cli('ccl-timm', 'card', run, '--repo-id', repo_id)
     assert code == 2 and 'names no repository' in err and out == ''
 
 
-def test_default_repository_can_be_one(words, run, place):
-    named = _with_settings(run, place / 'named', data_dir='Größe/' + 120 * 'ä')
-    code, out, err = words('ccl-timm', 'card', named)
+def test_default_repository_can_be_one(run_cli, run, workdir):
+    named = _with_settings(run, workdir / 'named', data_dir='Größe/' + 120 * 'ä')
+    code, out, err = run_cli('ccl-timm', 'card', named)
     assert code == 0 and "create_model('hf-hub:ccl-timm/test_resnet_cam.cc'" in out, err
 
 
-def test_official_test_sets_are_called_test_and_by_their_repository(words, run, place):
-    own = _with_settings(run, place / 'own', dataset='torch/cifar10')
-    read = ModelCard(words('ccl-timm', 'card', own)[1]).data
+def test_official_test_sets_are_called_test_and_by_their_repository(run_cli, run, workdir):
+    own = _with_settings(run, workdir / 'own', dataset='torch/cifar10')
+    read = ModelCard(run_cli('ccl-timm', 'card', own)[1]).data
     (result, *_) = read.eval_results
     assert (result.dataset_type, result.dataset_name, result.dataset_split) == ('uoft-cs/cifar10', 'CIFAR-10', 'test')
     assert read.datasets == ['uoft-cs/cifar10'] and read.model_name == 'test_resnet_cam.cc_cifar10'
-    hub = _with_settings(run, place / 'hub', dataset='hfds/me/bees', val_split='valid')
-    (result, *_) = ModelCard(words('ccl-timm', 'card', hub)[1]).data.eval_results
+    hub = _with_settings(run, workdir / 'hub', dataset='hfds/me/bees', val_split='valid')
+    (result, *_) = ModelCard(run_cli('ccl-timm', 'card', hub)[1]).data.eval_results
     assert (result.dataset_type, result.dataset_split) == ('me/bees', 'valid')
-    held = _with_settings(run, place / 'held', dataset='torch/cifar10', val_fraction=0.1)
-    (result, *_) = ModelCard(words('ccl-timm', 'card', held)[1]).data.eval_results
+    held = _with_settings(run, workdir / 'held', dataset='torch/cifar10', val_fraction=0.1)
+    (result, *_) = ModelCard(run_cli('ccl-timm', 'card', held)[1]).data.eval_results
     assert result.dataset_split == '0.1 of train, held out'
 
 
-def test_card_tells_where_the_weights_are_from(words, run, exported_run, folder, place):
+def test_card_tells_where_the_weights_are_from(run_cli, run, exported_run, folder, workdir):
     digest = hashlib.sha256((exported_run / 'model.safetensors').read_bytes()).hexdigest()[:12]
     known = f'(`test_resnet_cam`, sha256 `{digest}`)'
     argv = ['timm', 'train.py', *TINY, '--data-dir', folder]
@@ -462,73 +462,73 @@ def test_card_tells_where_the_weights_are_from(words, run, exported_run, folder,
         ),
         ('d', ['--model', f'local-dir:{exported_run}'], 'from scratch |'),
     ):
-        code, out, err = words(*argv, *own, '--experiment', name)
+        code, out, err = run_cli(*argv, *own, '--experiment', name)
         assert code == 0, err
-        code, out, err = words('ccl-timm', 'card', place / 'output' / 'train' / name)
-        assert code == 0 and start in out and str(place) not in out and 'base_model' not in out, err
+        code, out, err = run_cli('ccl-timm', 'card', workdir / 'output' / 'train' / name)
+        assert code == 0 and start in out and str(workdir) not in out and 'base_model' not in out, err
     Path('output/train/a/environment.json').unlink()  # as of a run of timm's own script
-    assert 'from the model in the folder `exported` |' in words('ccl-timm', 'card', 'output/train/a')[1]
+    assert 'from the model in the folder `exported` |' in run_cli('ccl-timm', 'card', 'output/train/a')[1]
 
 
 @pytest.mark.parametrize('command', ['export', 'card', 'push'])
-def test_models_that_are_not_finite_stay_here(command, words, online, run, place):
-    broken = shutil.copytree(run, place / 'broken')
+def test_models_that_are_not_finite_stay_here(command, run_cli, online, run, workdir):
+    broken = shutil.copytree(run, workdir / 'broken')
     for path in broken.glob('*.pth.tar'):
         content = torch.load(path, weights_only=False)
         content['state_dict']['fc.out.bias'][1] = float('nan')
         torch.save(content, path)
     argv = {'export': ['exported'], 'card': [], 'push': ['--repo-id', REPO]}[command]
-    code, out, err = words('ccl-timm', command, broken, *argv)
+    code, out, err = run_cli('ccl-timm', command, broken, *argv)
     assert code == 2 and "weights that are not finite numbers, such as 'fc.out.bias'" in err
     assert online.requests == [] and not Path('exported').exists()
 
 
 @pytest.mark.parametrize('status', [200, 409])
 @pytest.mark.parametrize('body', [b'{}', b'[]', b'null', b'<html>', b''])
-def test_answers_that_make_no_sense_are_one_sentence(status, body, words, online, run):
+def test_answers_that_make_no_sense_are_one_sentence(status, body, run_cli, online, run):
     online.add(REPO)
     online.faults = [Fault('POST /api/repos/create', status, body)]
-    code, out, err = words('ccl-timm', 'push', run, '--repo-id', REPO)
+    code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
     assert code == 2 and 'gave an answer that huggingface_hub cannot read' in err.strip().splitlines()[-1]
 
 
-def test_export_prints_a_line_that_loads_it(words, run, place):
-    code, out, err = words('ccl-timm', 'export', run, "it's")
+def test_export_prints_a_line_that_loads_it(run_cli, run, workdir):
+    code, out, err = run_cli('ccl-timm', 'export', run, "it's")
     line = out.strip().splitlines()[-1].removeprefix('load it: ')
     done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True)
     assert code == 0 and done.returncode == 0, done.stderr
 
 
-def test_card_without_a_baseline_says_so(words, run):
-    out = words('ccl-timm', 'card', run)[1]
+def test_card_without_a_baseline_says_so(run_cli, run):
+    out = run_cli('ccl-timm', 'card', run)[1]
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
 
 
-def test_images_of_a_folder_are_called_by_its_name(words, run, place):
-    typed = _with_settings(run, place / 'typed', dataset='folder')
-    assert words('ccl-timm', 'card', typed)[1] == words('ccl-timm', 'card', run)[1]
+def test_images_of_a_folder_are_called_by_its_name(run_cli, run, workdir):
+    typed = _with_settings(run, workdir / 'typed', dataset='folder')
+    assert run_cli('ccl-timm', 'card', typed)[1] == run_cli('ccl-timm', 'card', run)[1]
 
 
-def test_card_loads_by_timm_what_timm_knows_by_name(words, run, place):
-    out = words('ccl-timm', 'card', run)[1]
+def test_card_loads_by_timm_what_timm_knows_by_name(run_cli, run, workdir):
+    out = run_cli('ccl-timm', 'card', run)[1]
     assert re.search(r"= timm.create_model\('hf-hub:ccl-timm/test_resnet_cam.cc_images\d+'", out)
     loaded, result = publish.load_run(run)
     config = {**publish.model_config(loaded), 'architecture': 'of_a_plugin'}
     assert f"= ccl_timm.create_model('hf-hub:{REPO}'" in card.render(config, result, REPO)
 
 
-def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeypatch):
+def test_card_tells_what_the_papers_print_for_its_row(run_cli, run, workdir, monkeypatch):
     loaded, result = publish.load_run(run)
     result = replace(result, environment={'recipe': 'bees'})
-    (place / 'recipes' / 'tables').mkdir(parents=True)
-    (place / 'recipes' / 'bees.yaml').write_text((run / 'args.yaml').read_text())
-    monkeypatch.setattr(recipes, 'recipe_folder', lambda: place / 'recipes')
+    (workdir / 'recipes' / 'tables').mkdir(parents=True)
+    (workdir / 'recipes' / 'bees.yaml').write_text((run / 'args.yaml').read_text())
+    monkeypatch.setattr(recipes, 'recipe_folder', lambda: workdir / 'recipes')
 
     def printed(**changed):
         row = {'model': 'test_resnet_cam', 'loss': 'cc', 'set': {'epochs': 90}, 'paper': {'own': [98.7, 0.2]}}
         content = {'datasets': {'own': {'recipe': 'bees'}}, 'rows': {'a:cc': {**row, **changed}}}
         nine = {'title': 'CC-Loss, table 9', 'seeds': 1, **content}
-        (place / 'recipes' / 'tables' / 'nine.yaml').write_text(yaml.safe_dump(nine))
+        (workdir / 'recipes' / 'tables' / 'nine.yaml').write_text(yaml.safe_dump(nine))
         return card.render(publish.model_config(loaded), result, REPO)
 
     assert '| the paper: CC-Loss, table 9, `a:cc`, 90 epochs | 98.70 ± 0.20 |' in printed()
@@ -536,16 +536,16 @@ def test_card_tells_what_the_papers_print_for_its_row(words, run, place, monkeyp
         assert '| the papers, for these settings | not stated |' in printed(**changed)
 
 
-def test_baseline_of_another_recipe_is_refused(words, run, baseline, folder, place):
-    for source, message in ((run, 'name a run with --loss ce'), (place / 'none', 'not the folder of a run')):
-        code, out, err = words('ccl-timm', 'card', run, '--baseline', source)
+def test_baseline_of_another_recipe_is_refused(run_cli, run, baseline, folder, workdir):
+    for source, message in ((run, 'name a run with --loss ce'), (workdir / 'none', 'not the folder of a run')):
+        code, out, err = run_cli('ccl-timm', 'card', run, '--baseline', source)
         assert code == 2 and message in err
-    longer = _with_settings(baseline, place / 'longer', epochs=9)
-    code, out, err = words('ccl-timm', 'card', run, '--baseline', longer)
+    longer = _with_settings(baseline, workdir / 'longer', epochs=9)
+    code, out, err = run_cli('ccl-timm', 'card', run, '--baseline', longer)
     assert code == 2 and 'another recipe: epochs was 9, is 1' in err
 
 
-def test_the_cards_code_runs(pushed, place):
+def test_the_cards_code_runs(pushed, workdir):
     Image.new('RGB', (40, 40), 'red').save('image.png')
     text = pushed.files(REPO)['README.md'].decode()
     code = ''.join(re.findall(r'```python\n(.*?)```', text, re.S))
@@ -556,18 +556,18 @@ def test_the_cards_code_runs(pushed, place):
     assert 'The loss `cc` reads `outputs.logits` and `outputs.attention`, not `pooled`.' in text
 
 
-def test_card_is_written_with_what_it_is_written_from(words, run, baseline, place):
-    run = _with_settings(run, place / 'few', train_fraction=0.25)
+def test_card_is_written_with_what_it_is_written_from(run_cli, run, baseline, workdir):
+    run = _with_settings(run, workdir / 'few', train_fraction=0.25)
     for epoch in (0, 7):
         row = {'split': f'after{epoch}', 'epoch': epoch, 'images': 9, 'top1': 62.5, 'top5': 100.0, 'loss': 1.0}
         RunDir(run).add_extra_split(row)
-    own = _with_settings(baseline, place / 'own', train_fraction=0.25)
-    code, out, err = words('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', own, '--output', 'card')
+    own = _with_settings(baseline, workdir / 'own', train_fraction=0.25)
+    code, out, err = run_cli('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', own, '--output', 'card')
     assert code == 0, err
     assert out == Path('card/README.md').read_text() == rendered(Path('card'), REPO)
     assert '25% of the training images' in out and '| this model on "after0", 9 images | 62.50 |' in out
     assert 'after7' not in out  # measured with the weights of another epoch
-    code, out, err = words('ccl-timm', 'card', run, '--output', 'card')
+    code, out, err = run_cli('ccl-timm', 'card', run, '--output', 'card')
     assert code == 2 and "'card' exists already" in err
 
 

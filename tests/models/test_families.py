@@ -180,10 +180,10 @@ def test_refused_in_a_sentence_when_created(backbone):
     assert f"'{backbone}'" in str(error.value) and REFUSED[backbone] in str(error.value)
 
 
-def test_refused_where_a_variant_is_registered_and_in_commands(words, place):
+def test_refused_where_a_variant_is_registered_and_in_commands(run_cli, workdir):
     with pytest.raises(ccl_timm.UserError, match='has 2 classifiers'):
         ccl_timm.register_variant('volo_d1_224', 'cam')
-    code, _, err = words('timm', 'train.py', '--model', 'volo_d1_224_cam', '--loss', 'cc')
+    code, _, err = run_cli('timm', 'train.py', '--model', 'volo_d1_224_cam', '--loss', 'cc')
     assert code == 2 and REFUSED['volo_d1_224'] in err.splitlines()[-1] and 'Traceback' not in err
 
 

@@ -21,31 +21,31 @@ MODEL = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b',
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def timm(*words):
-    command = [sys.executable, '-c', 'import sys; from ccl_timm.cli import timm; sys.exit(timm())', *map(str, words)]
+def timm(*argv):
+    command = [sys.executable, '-c', 'import sys; from ccl_timm.cli import timm; sys.exit(timm())', *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
-def test_two_processes_make_one_run_and_count_each_image_once(place, words):
-    folder = write_folder(place / 'images', validation=3)  # 9 images: a sampler for two processes pads them to 10
+def test_two_processes_make_one_run_and_count_each_image_once(workdir, run_cli):
+    folder = write_folder(workdir / 'images', validation=3)  # 9 images: a sampler for two processes pads them to 10
     ran = timm('--nproc', '2', 'train.py', *MODEL, '--data-dir', folder, '--epochs', '2', '--experiment', 'two')
     assert ran.returncode == 0, ran.stderr
     assert '8 = 4 x 2 processes x 1 accumulated' in ran.stderr
     assert ran.stdout.count('--result') == 1 and ran.stderr.count('epoch 2/2  loss') == 1
-    run = place / 'output' / 'train' / 'two'
+    run = workdir / 'output' / 'train' / 'two'
     assert json.loads((run / 'environment.json').read_text())['processes'] == 2
     measured = {result['epoch']: result['validation'] for result in results(ran.stdout)}
-    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '-j', '0')
+    code, out, err = run_cli('timm', 'validate.py', run / 'last.pth.tar', '-j', '0')
     assert code == 0, err
     assert results(out)['images'] == 9
     for name in ('top1', 'top5', 'macro_top1', 'loss'):
         assert results(out)[name] == pytest.approx(measured[1][name], rel=1e-5)
 
 
-def test_one_process_with_bad_input_ends_all_with_one_message(place):
+def test_one_process_with_bad_input_ends_all_with_one_message(workdir):
     """The second process alone finds no data: the first waits for it in vain."""
-    folder = write_folder(place / 'images')
-    program = place / 'program.py'
+    folder = write_folder(workdir / 'images')
+    program = workdir / 'program.py'
     program.write_text(
         'import os, sys\n'
         'from ccl_timm import cli\n'
@@ -59,22 +59,22 @@ def test_one_process_with_bad_input_ends_all_with_one_message(place):
         'sys.exit(cli.timm())\n'
     )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(program)]
-    words = ['train.py', *MODEL, '--data-dir', str(folder)]
-    ran = subprocess.run([*command, *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    argv = ['train.py', *MODEL, '--data-dir', str(folder)]
+    ran = subprocess.run([*command, *argv], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert ran.returncode != 0
     said = [line for line in ran.stderr.splitlines() if line.startswith('error:')]
     assert said == ['error: The second process has had enough.']
 
 
-def test_more_processes_than_devices_are_refused(place, words, monkeypatch):
+def test_more_processes_than_devices_are_refused(workdir, run_cli, monkeypatch):
     monkeypatch.setattr(trainer, 'pick_device', lambda name: 'cuda')
     monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 1)
     monkeypatch.setenv('LOCAL_RANK', '1')
-    code, _, err = words('timm', 'train.py', '--config', 'digits')
+    code, _, err = run_cli('timm', 'train.py', '--config', 'digits')
     assert code == 2 and 'Each process needs a device of its own, and this machine has 1: start no more' in err
 
 
-def test_a_mistake_on_two_processes_is_one_sentence(place):
+def test_a_mistake_on_two_processes_is_one_sentence(workdir):
     ran = timm('--nproc', '2', 'train.py', '--data-dir', 'nowhere')
     assert ran.returncode == 2
     assert [line for line in ran.stderr.splitlines() if 'nowhere' in line] == [
@@ -86,8 +86,8 @@ def test_a_mistake_on_two_processes_is_one_sentence(place):
 def killed_and_resumed(folder, epochs, kills, seed):
     """Kill a run again and again, at random moments after its first sign of life; return the kills that hit."""
     draw, hits = random.Random(seed), 0
-    words = [*MODEL, '--data-dir', str(folder), '--epochs', epochs, '--experiment', 'cut', '--resume', 'auto']
-    command = [sys.executable, '-c', 'import sys; from ccl_timm.cli import timm; sys.exit(timm())', 'train.py', *words]
+    argv = [*MODEL, '--data-dir', str(folder), '--epochs', epochs, '--experiment', 'cut', '--resume', 'auto']
+    command = [sys.executable, '-c', 'import sys; from ccl_timm.cli import timm; sys.exit(timm())', 'train.py', *argv]
     while True:
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
             for line in process.stderr:
@@ -102,12 +102,12 @@ def killed_and_resumed(folder, epochs, kills, seed):
 
 
 @pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_those_that_were_not(kills, place, folder, words):
+def test_killed_runs_end_as_those_that_were_not(kills, workdir, folder, run_cli):
     epochs = str(4 * kills + 4)
     argv = [*MODEL, '--data-dir', folder, '--epochs', epochs, '--experiment', 'whole']
     torch.set_num_threads(1)
     try:
-        assert words('timm', 'train.py', *argv)[0] == 0
+        assert run_cli('timm', 'train.py', *argv)[0] == 0
     finally:
         torch.set_num_threads(2)
     assert killed_and_resumed(folder, epochs, kills, seed=kills) >= kills // 2

@@ -37,18 +37,18 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def run(whole, place):
+def run(whole, workdir):
     """A copy of that run, where ``train`` goes on with it; its checkpoints share no bytes on disk."""
     shutil.copytree(whole, RUN)
     return RUN
 
 
 @pytest.fixture
-def fit(words, folder, place):
+def fit(run_cli, folder, workdir):
     """Train in the working folder."""
 
     def fit(*argv):
-        return words('timm', 'train.py', *ARGS, '--data-dir', folder, *argv)
+        return run_cli('timm', 'train.py', *ARGS, '--data-dir', folder, *argv)
 
     return fit
 
@@ -194,8 +194,8 @@ def processes_with(text):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='processes are listed in /proc')
 @pytest.mark.parametrize('number, code, killed', [(signal.SIGINT, 130, False), (signal.SIGKILL, 137, True)])
-def test_two_processes_end_together(number, code, killed, folder, place):
-    folder = shutil.copytree(folder, place / 'images')
+def test_two_processes_end_together(number, code, killed, folder, workdir):
+    folder = shutil.copytree(folder, workdir / 'images')
     process = start_two_processes(folder)
     workers = [pid for pid in processes_with(folder) if pid != process.pid]
     try:
@@ -228,7 +228,7 @@ def test_a_run_in_use_is_left_alone(argv, run, fit):
     assert fit('--resume', 'auto')[0] == 0
 
 
-def test_a_folder_in_which_a_run_is_about_to_begin_is_left_alone(fit, place):
+def test_a_folder_in_which_a_run_is_about_to_begin_is_left_alone(fit, workdir):
     RUN.mkdir(parents=True)
     with FolderLock() as lock:
         assert lock.take(RUN)
@@ -273,16 +273,16 @@ DAMAGE = [b'', b'{', b'\xff\xfe\x00\x80', b'[1]\n', b'!!python/object/apply:os.m
     ],
 )
 @pytest.mark.parametrize('command', ['train', 'validate', 'card', 'report'])
-def test_damaged_files_of_a_run_are_named(command, name, expected, run, words, resume):
+def test_damaged_files_of_a_run_are_named(command, name, expected, run, run_cli, resume):
     """Or not needed: a checkpoint holds the settings too."""
     for damage in DAMAGE if name != 'summary.csv' else [b'\xff\xfe\x00\x80', b'epoch,lr\nx,y\n', b'\0\n\0\n']:
         (run / name).write_bytes(damage)
         before = content(run)
         result = {
             'train': resume,
-            'validate': lambda: words('timm', 'validate.py', run, '-j', '0'),
-            'card': lambda: words('ccl-timm', 'card', run),
-            'report': lambda: words('ccl-timm', 'report', run.parent),
+            'validate': lambda: run_cli('timm', 'validate.py', run, '-j', '0'),
+            'card': lambda: run_cli('ccl-timm', 'card', run),
+            'report': lambda: run_cli('ccl-timm', 'report', run.parent),
         }[command]()
         if command == 'report' and expected[command]:
             assert_refused(result, 'None of these runs is finished')
@@ -317,7 +317,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(damage, said, run, resu
 
 
 @pytest.mark.parametrize('damage', [flip, truncate])
-def test_a_damaged_checkpoint_is_not_used(damage, run, words, fit, folder):
+def test_a_damaged_checkpoint_is_not_used(damage, run, run_cli, fit, folder):
     damage(run / 'model_best.pth.tar')
     for argv in (
         ('timm', 'validate.py', run, '-j', '0'),
@@ -325,7 +325,7 @@ def test_a_damaged_checkpoint_is_not_used(damage, run, words, fit, folder):
         ('ccl-timm', 'export', run, 'exported'),
         ('timm', 'train.py', *ARGS, '--data-dir', folder, '--experiment', 'b', '--resume', run / 'model_best.pth.tar'),
     ):
-        assert_refused(words(*argv), "model_best.pth.tar' is ")
+        assert_refused(run_cli(*argv), "model_best.pth.tar' is ")
     assert not Path('exported').exists() and not RUN.with_name('b').exists()
 
 
@@ -373,17 +373,17 @@ def test_a_full_disk_loses_nothing(fault, fit, resume, whole, no_large_files, mo
     ids=['train', 'export', 'card', 'report', 'digits'],
 )
 @pytest.mark.parametrize('number', [errno.EROFS, errno.ENOSPC])
-def test_a_place_that_cannot_be_written_is_named(number, argv, run, words, folder, place, monkeypatch):
+def test_a_place_that_cannot_be_written_is_named(number, argv, run, run_cli, folder, workdir, monkeypatch):
     mkdir = os.mkdir
 
     def refuse(path, *rest, **kwargs):
-        if place in Path(path).resolve().parents:
+        if workdir in Path(path).resolve().parents:
             raise OSError(number, os.strerror(number), str(path))
         mkdir(path, *rest, **kwargs)
 
     monkeypatch.setattr(os, 'mkdir', refuse)
     before = content(run)
-    result = words(*argv, *(['--data-dir', folder] if argv[0] == 'timm' else []))
+    result = run_cli(*argv, *(['--data-dir', folder] if argv[0] == 'timm' else []))
     if number == errno.ENOSPC and argv[0] == 'timm':
         assert_refused(result, "'full/a' cannot be written", 'MB free')
     else:
@@ -402,11 +402,11 @@ def test_a_place_that_cannot_be_written_is_named(number, argv, run, words, folde
     ],
     ids=['above', 'absolute', 'dots', 'NUL', 'long'],
 )
-def test_a_name_that_no_folder_below_the_output_can_have(name, message, fit, place):
+def test_a_name_that_no_folder_below_the_output_can_have(name, message, fit, workdir):
     result = fit('--experiment', name)
     assert_refused(result, message)
     assert len(result[2].splitlines()[-1]) < 400
-    assert not any(path.is_file() for path in place.rglob('*'))
+    assert not any(path.is_file() for path in workdir.rglob('*'))
 
 
 # -- numbers that are not finite
@@ -420,9 +420,9 @@ def test_a_validation_loss_that_is_not_finite_is_no_result(fit):
     assert not list(RUN.glob('*.pth.tar')) and '--result' not in result[1]
 
 
-def test_a_model_that_diverged_is_not_used(run, words, folder):
+def test_a_model_that_diverged_is_not_used(run, run_cli, folder):
     said = "has weights that are not finite numbers, such as 'fc.bias': its training diverged"
-    assert words('ccl-timm', 'export', run, 'exported')[0] == 0
+    assert run_cli('ccl-timm', 'export', run, 'exported')[0] == 0
     weights = safetensors.torch.load_file('exported/model.safetensors')
     weights['fc.bias'][0] = float('nan')
     safetensors.torch.save_file(weights, 'exported/model.safetensors', {'format': 'pt'})
@@ -430,9 +430,9 @@ def test_a_model_that_diverged_is_not_used(run, words, folder):
     checkpoint['state_dict']['fc.bias'][0] = float('nan')
     torch.save(checkpoint, run / 'model_best.pth.tar')
     for source in (run, 'exported'):
-        assert_refused(words('ccl-timm', 'predict', source, folder, '--format', 'json'), said)
-        assert_refused(words('timm', 'validate.py', source, '-j', '0', '--data-dir', folder), said)
-    assert_refused(words('ccl-timm', 'export', run, 'again'), said)
+        assert_refused(run_cli('ccl-timm', 'predict', source, folder, '--format', 'json'), said)
+        assert_refused(run_cli('timm', 'validate.py', source, '-j', '0', '--data-dir', folder), said)
+    assert_refused(run_cli('ccl-timm', 'export', run, 'again'), said)
     assert not Path('again').exists()
 
 

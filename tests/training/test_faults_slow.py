@@ -120,19 +120,19 @@ def forks(tmp_path_factory):
 
 
 @pytest.fixture
-def argv(place):
+def argv(workdir):
     """Settings of a run of 8 epochs of 6 batches, of which a test changes some."""
-    data = write_folder(place / 'images', train=16)
+    data = write_folder(workdir / 'images', train=16)
     basic = ['--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '8', '--lr', '0.05']
     return [*basic, '--warmup-epochs', '1', '--data-dir', str(data)]
 
 
 @pytest.mark.parametrize('kills', [pytest.param(1, id='smoke'), 5])
 @pytest.mark.parametrize('setting', SETTINGS)
-def test_killed_at_any_moment_a_run_ends_as_one_that_was_not(setting, kills, argv, place):
+def test_killed_at_any_moment_a_run_ends_as_one_that_was_not(setting, kills, argv, workdir):
     head = loss_class(setting).head if setting in list_losses() else None
     argv = ['--model', f'test_resnet_{head or "cam"}', *argv, *SETTINGS[setting]]
-    log, began = place / 'log', time.monotonic()
+    log, began = workdir / 'log', time.monotonic()
     finish(start([*argv, '--experiment', 'whole'], log), log)
     longest = (time.monotonic() - began) / 2
     whole, draw, hits, number = content(Path('output/train/whole')), random.Random(f'{setting} {kills}'), 0, 0
@@ -159,17 +159,17 @@ def interrupted(argv, name, log):
 @pytest.mark.parametrize(
     'fresh, fresh_auto, resumed', [pytest.param(1, 1, 1, id='smoke'), pytest.param(12, 12, 8, id='32')]
 )
-def test_of_two_processes_on_one_run_one_trains_and_one_refuses(fresh, fresh_auto, resumed, argv, place):
-    argv, log = ['--model', 'test_resnet_cam', *argv], place / 'log'
+def test_of_two_processes_on_one_run_one_trains_and_one_refuses(fresh, fresh_auto, resumed, argv, workdir):
+    argv, log = ['--model', 'test_resnet_cam', *argv], workdir / 'log'
     finish(start([*argv, '--experiment', 'whole'], log), log)
     whole, cut = content(Path('output/train/whole')), interrupted(argv, 'cut', log)
     for number, kind in enumerate(['fresh'] * fresh + ['fresh auto'] * fresh_auto + ['resumed'] * resumed):
-        run, logs = Path('output/train', f'pair-{number}'), [place / f'log-{number}-{i}' for i in (1, 2)]
+        run, logs = Path('output/train', f'pair-{number}'), [workdir / f'log-{number}-{i}' for i in (1, 2)]
         if kind == 'resumed':
             shutil.copytree(cut, run)
         barrier = FORKS.Barrier(2)
-        words = [*argv, '--experiment', run.name, *([] if kind == 'fresh' else ['--resume', 'auto'])]
-        pair = [start(words, log, barrier) for log in logs]
+        args = [*argv, '--experiment', run.name, *([] if kind == 'fresh' else ['--resume', 'auto'])]
+        pair = [start(args, log, barrier) for log in logs]
         for process in pair:
             process.join(300)
         said = {process.exitcode: log.read_text() for process, log in zip(pair, logs, strict=True)}

@@ -42,29 +42,29 @@ def test_the_nearest_feature_names_the_class(tmp_path):
         limited.save(tmp_path / 'g.safetensors')
 
 
-def test_a_gallery_of_new_classes(words, trained, folder, place):
-    new = write_folder(place / 'new', ('dog', 'eel', 'fox', 'gnu'))
+def test_a_gallery_of_new_classes(run_cli, trained, folder, workdir):
+    new = write_folder(workdir / 'new', ('dog', 'eel', 'fox', 'gnu'))
     argv = ['index', trained, new / 'train', '-o', 'g.safetensors', '-j', '0', '--validation', new / 'validation']
-    code, out, err = words('ccl-timm', *argv)
+    code, out, err = run_cli('ccl-timm', *argv)
     assert code == 0 and '32 images of 4 classes, threshold' in err and '--gallery g.safetensors' in out, err
-    code, out, err = words('ccl-timm', *argv)
+    code, out, err = run_cli('ccl-timm', *argv)
     assert code == 2 and 'exists already' in err
     found = Gallery.load('g.safetensors')
     made = ccl_timm.load(trained).index(new / 'train', new / 'validation')
     assert made.class_names == found.class_names == ['dog', 'eel', 'fox', 'gnu'] and made.threshold == found.threshold
 
     argv = ['predict', trained, new / 'validation', '--gallery', 'g.safetensors']
-    code, out, err = words('ccl-timm', *argv, '--format', 'csv')
+    code, out, err = run_cli('ccl-timm', *argv, '--format', 'csv')
     assert code == 0 and predicted(out).count('(unknown)') <= 1  # the threshold accepts 95% of these 16
     assert {*predicted(out)} <= {'dog', 'eel', 'fox', 'gnu', '(unknown)'} and 'similarity' in out
-    assert {*predicted(words('ccl-timm', *argv, '--format', 'csv', '--threshold', '1')[1])} == {'(unknown)'}
-    code, out, err = words('ccl-timm', *argv, '--format', 'json', '--topk', '2')
+    assert {*predicted(run_cli('ccl-timm', *argv, '--format', 'csv', '--threshold', '1')[1])} == {'(unknown)'}
+    code, out, err = run_cli('ccl-timm', *argv, '--format', 'json', '--topk', '2')
     row = json.loads(out)[0]
     assert len(row['predictions']) == 2 and {'class', 'index', 'similarity'} == row['predictions'][0].keys()
 
-    export(trained, place / 'exported')  # the same weights
-    assert words('ccl-timm', 'predict', 'exported', folder / 'validation', '--gallery', 'g.safetensors')[0] == 0
-    code, out, err = words('ccl-timm', 'predict', trained / 'checkpoint-0.pth.tar', *argv[2:])
+    export(trained, workdir / 'exported')  # the same weights
+    assert run_cli('ccl-timm', 'predict', 'exported', folder / 'validation', '--gallery', 'g.safetensors')[0] == 0
+    code, out, err = run_cli('ccl-timm', 'predict', trained / 'checkpoint-0.pth.tar', *argv[2:])
     assert code == 2 and 'The gallery was made with another model' in err
 
 
@@ -78,15 +78,15 @@ def test_a_gallery_of_new_classes(words, trained, folder, place):
         ('new/train', 'images/validation', "classes that the gallery lacks, such as 'bee'"),
     ],
 )
-def test_folders_that_make_no_gallery(source, validation, message, words, trained, place):
-    write_folder(place / 'images')
-    write_folder(place / 'new', ('ant',))
+def test_folders_that_make_no_gallery(source, validation, message, run_cli, trained, workdir):
+    write_folder(workdir / 'images')
+    write_folder(workdir / 'new', ('ant',))
     flags = ['--validation', validation] if validation else []
-    code, out, err = words('ccl-timm', 'index', trained, source, '-j', '0', *flags)
+    code, out, err = run_cli('ccl-timm', 'index', trained, source, '-j', '0', *flags)
     assert code == 2 and message in err and not Path('gallery.safetensors').exists()
 
 
-def test_what_is_no_gallery(words, trained, folder, place):
+def test_what_is_no_gallery(run_cli, trained, folder, workdir):
     Path('text.safetensors').write_text('no tensors')
     for argv, message in (
         (['--gallery', 'text.safetensors'], "'text.safetensors' is not a gallery"),
@@ -94,28 +94,28 @@ def test_what_is_no_gallery(words, trained, folder, place):
         (['--threshold', '0.5'], '--threshold is that of a --gallery'),
         (['--gallery', 'g', '--calibrated'], 'leave out --gallery or --calibrated'),
     ):
-        code, out, err = words('ccl-timm', 'predict', trained, folder / 'validation', *argv)
+        code, out, err = run_cli('ccl-timm', 'predict', trained, folder / 'validation', *argv)
         assert code == 2 and message in err, err
 
 
 @pytest.mark.slow
-def test_open_set_of_digits(words, place):
+def test_open_set_of_digits(run_cli, workdir):
     """Trained on five digits, the model knows ten from a gallery, and rejects those that the gallery lacks."""
-    words('ccl-timm', 'data', 'digits', 'digits')
-    code, out, err = words('ccl-timm', 'data', 'split', 'digits/train', 'half', '--held-out-classes', '0.5')
+    run_cli('ccl-timm', 'data', 'digits', 'digits')
+    code, out, err = run_cli('ccl-timm', 'data', 'split', 'digits/train', 'half', '--held-out-classes', '0.5')
     assert code == 0 and '5 classes in unseen' in out
     argv = ['--config', 'digits', '--dataset', 'folder', '--data-dir', 'half', '--model', 'test_resnet_cam', '--epochs']
-    assert words('timm', 'train.py', *argv, '4', '-j', '0', '--loss', 'cc', '--experiment', 'half')[0] == 0
+    assert run_cli('timm', 'train.py', *argv, '4', '-j', '0', '--loss', 'cc', '--experiment', 'half')[0] == 0
     run, right = 'output/train/half', {}
     for name, images, validation in (
         ('five', 'half/train', 'half/validation'),
         ('ten', 'digits/train', 'digits/validation'),
     ):
         argv = ['index', run, images, '--validation', validation, '-o', f'{name}.safetensors', '-j', '0']
-        assert words('ccl-timm', *argv)[0] == 0
+        assert run_cli('ccl-timm', *argv)[0] == 0
         for digit in range(10):
             argv = ['predict', run, f'digits/validation/{digit}', '--gallery', f'{name}.safetensors', '--format', 'csv']
-            answers = predicted(words('ccl-timm', *argv)[1])
+            answers = predicted(run_cli('ccl-timm', *argv)[1])
             expected = str(digit) if digit < 5 or name == 'ten' else '(unknown)'
             right[name, digit] = answers.count(expected) / len(answers)
     assert min(right['five', digit] for digit in range(5)) > 0.7

@@ -1,4 +1,4 @@
-"""Recipes and words: what is read, what is checked, which comes first."""
+"""Recipes and flags: what is read, what is checked, which comes first."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,13 @@ from ccl_timm.training import recipes
 from ccl_timm.training.config import TrainConfig
 
 
-def write(place, text):
-    (place / 'recipe.yaml').write_text(text)
+def write(workdir, text):
+    (workdir / 'recipe.yaml').write_text(text)
     return ['--config', 'recipe.yaml']
 
 
-def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
-    argv = write(place, 'epochs: 7\nlr: 1e-3\nbatch_size: 16\ndata_dir: here\n')
+def test_typed_words_come_before_the_recipe_and_it_before_defaults(workdir):
+    argv = write(workdir, 'epochs: 7\nlr: 1e-3\nbatch_size: 16\ndata_dir: here\n')
     config = TrainConfig.resolve([*argv, '--epochs', '3'])
     assert (config.epochs, config.lr, config.batch_size, config.momentum) == (3, 0.001, 16, 0.9)
     assert [config.source(key) for key in ('epochs', 'lr', 'momentum')] == ['cli', 'recipe.yaml', 'default']
@@ -46,19 +46,19 @@ def test_typed_words_come_before_the_recipe_and_it_before_defaults(place):
         ('loss_options: {arcface: 3}', 'loss_options are a mapping'),
     ],
 )
-def test_recipes_with_mistakes(text, message, place):
+def test_recipes_with_mistakes(text, message, workdir):
     with pytest.raises(UserError, match=re.escape(message)):
-        TrainConfig.resolve(write(place, text))
+        TrainConfig.resolve(write(workdir, text))
 
 
-def test_upstreams_settings_may_stand_in_a_recipe_if_they_are_off(place):
-    argv = write(place, yaml.safe_dump(UPSTREAM_ONLY))
+def test_upstreams_settings_may_stand_in_a_recipe_if_they_are_off(workdir):
+    argv = write(workdir, yaml.safe_dump(UPSTREAM_ONLY))
     config = TrainConfig.resolve(argv)
     assert not set(UPSTREAM_ONLY) & set(config.settings())
 
 
-def test_options_of_a_loss_go_with_that_loss(place):
-    argv = write(place, 'loss: cc\nloss_kwargs: {weight: 2}\nloss_options: {cc: {eps: 1e-6}, arcface: {scale: 16}}\n')
+def test_options_of_a_loss_go_with_that_loss(workdir):
+    argv = write(workdir, 'loss: cc\nloss_kwargs: {weight: 2}\nloss_options: {cc: {eps: 1e-6}, arcface: {scale: 16}}\n')
     assert TrainConfig.resolve(argv).loss_kwargs == {'eps': 1e-6, 'weight': 2}
     assert TrainConfig.resolve([*argv, '--loss', 'arcface']).loss_kwargs == {'scale': 16}
     assert TrainConfig.resolve([*argv, '--loss', 'ce']).loss_kwargs == {}
@@ -81,7 +81,7 @@ def test_packaged_recipe_is_sound(name):
     assert '# command' in header and '# paper' in header
 
 
-def test_recipe_by_name_by_path_and_unknown(place):
+def test_recipe_by_name_by_path_and_unknown(workdir):
     assert recipes.find_recipe('digits').name == 'digits.yaml'
     assert recipes.find_recipe(str(recipes.find_recipe('digits'))) == recipes.find_recipe('digits')
     with pytest.raises(UserError, match="No recipe 'digit'.*did you mean 'digits'"):
@@ -107,14 +107,14 @@ def test_defaults_are_timms():
     assert {key for key in own if key not in theirs} - {'config'} == set(TrainConfig.names(own=True))
 
 
-def test_what_is_typed_comes_before_what_the_recipe_says_in_other_words(place):
-    argv = write(place, 'dataset: digits\nlr: 0.05\ninput_size: [1, 32, 32]\n')
+def test_what_is_typed_comes_before_what_the_recipe_says_in_other_words(workdir):
+    argv = write(workdir, 'dataset: digits\nlr: 0.05\ninput_size: [1, 32, 32]\n')
     config = TrainConfig.resolve([*argv, '--data-dir', 'mine', '--lr-base', '0.3', '--img-size', '64'])
     assert (config.dataset, config.data_dir, config.lr, config.lr_base) == ('', 'mine', None, 0.3)
     assert (config.input_size, config.in_chans, config.img_size) == (None, 1, 64)
     config = TrainConfig.resolve(
-        [*write(place, 'dataset: torch/mnist\nimg_size: 32\nin_chans: 3\n'), '--data-dir', 'mine']
+        [*write(workdir, 'dataset: torch/mnist\nimg_size: 32\nin_chans: 3\n'), '--data-dir', 'mine']
     )
     assert config.dataset == 'torch/mnist'
-    config = TrainConfig.resolve([*write(place, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
+    config = TrainConfig.resolve([*write(workdir, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
     assert (config.input_size, config.in_chans, config.img_size) == ([1, 28, 28], None, None)

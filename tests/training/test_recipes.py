@@ -37,8 +37,8 @@ def few_images(tmp_path_factory):
     return root
 
 
-def check(words):
-    args = TrainConfig.resolve(list(words))
+def check(argv):
+    args = TrainConfig.resolve(list(argv))
     checks.check_config(args)
     checks.check_fit(args)
     return args
@@ -75,19 +75,19 @@ def test_row_fits(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', tables.list_tables())
-def test_whole_table_passes_a_dry_run(name, words):
-    code, out, err = words('ccl-timm', 'reproduce', name, '--dry-run', '--seeds', '1')
+def test_whole_table_passes_a_dry_run(name, run_cli):
+    code, out, err = run_cli('ccl-timm', 'reproduce', name, '--dry-run', '--seeds', '1')
     assert code == 0, err
     assert len(out.splitlines()) == len(tables.read_table(name).rows)
 
 
 @pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', recipes.list_recipes())
-def test_recipe_takes_steps(name, whole, few_images, tmp_path, place):
-    words = ['--config', name, '--num-classes', '3', '-b', '3', '-j', '0', '--epochs', '1']
+def test_recipe_takes_steps(name, whole, few_images, tmp_path, workdir):
+    argv = ['--config', name, '--num-classes', '3', '-b', '3', '-j', '0', '--epochs', '1']
     if name != 'digits':
-        words += ['--dataset', 'folder', '--data-dir', str(few_images)]
-    config = TrainConfig.resolve(words if name != 'digits' else [*words, '--num-classes', '10'])
+        argv += ['--dataset', 'folder', '--data-dir', str(few_images)]
+    config = TrainConfig.resolve(argv if name != 'digits' else [*argv, '--num-classes', '10'])
     config = replace(config, pretrained=False)
     if not whole:
         for large, small in SMALLER.items():
@@ -146,16 +146,16 @@ def test_model_options_go_with_the_model_that_is_typed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'words, message',
+    'argv, message',
     [
         (['--model', 'resnet18_linear', '--loss', 'cc'], 'requires attention; resnet18_linear has .* use resnet18_cam'),
         (['--model', 'resnet18_mc', '--loss', 'mc', '--img-size', '8'], 'the feature map .* has one only'),
         (['--model', 'vgg16_cosine', '--loss', 'arcface', '--img-size', '24'], 'on images of 3x24x24: .* too small'),
     ],
 )
-def test_what_does_not_fit_is_found_without_work(words, message):
+def test_what_does_not_fit_is_found_without_work(argv, message):
     with pytest.raises(UserError, match=message):
-        check(['--data-dir', 'x', *words])
+        check(['--data-dir', 'x', *argv])
 
 
 def test_figures_are_the_papers():
@@ -181,11 +181,11 @@ def test_figures_are_the_papers():
     }  # fmt: skip
 
 
-def test_no_training_from_scratch_without_a_hint(words, few_images, place):
+def test_no_training_from_scratch_without_a_hint(run_cli, few_images, workdir):
     tiny = ['--data-dir', few_images, '--img-size', '32', '--epochs', '1', '-b', '3', '-j', '0']
     tiny += ['--model', 'test_resnet_cam']
-    assert 'recipe finetune' in words('timm', 'train.py', *tiny)[2]
-    assert 'recipe finetune' not in words('timm', 'train.py', '--config', 'digits', *tiny)[2]
+    assert 'recipe finetune' in run_cli('timm', 'train.py', *tiny)[2]
+    assert 'recipe finetune' not in run_cli('timm', 'train.py', '--config', 'digits', *tiny)[2]
 
 
 def test_pad_crop_resizes_as_evaluation_does(few_images):

@@ -69,17 +69,17 @@ def test_a_failure_is_said_once(when, monkeypatch, tmp_path, capsys):
     assert 'finish' not in logged and len(logged) == (2 if when == 'later' else 0)
 
 
-def test_a_run_with_a_tracker(words, folder, place, monkeypatch):
+def test_a_run_with_a_tracker(run_cli, folder, workdir, monkeypatch):
     logged = []
     monkeypatch.setattr('ccl_timm.training.checks.importlib.util.find_spec', lambda name: True)
     monkeypatch.setitem(sys.modules, 'wandb', library(logged))
     argv = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '2']
-    code, out, err = words('timm', 'train.py', *argv, '--data-dir', folder, '--log-wandb')
+    code, out, err = run_cli('timm', 'train.py', *argv, '--data-dir', folder, '--log-wandb')
     assert code == 0, err
     assert {'train/cc', 'train/ce', 'train/lr', 'eval/top1'} <= logged[2][1].keys() and logged[-1] == 'finish'
 
 
-def test_a_tracker_that_is_not_installed(words, place, monkeypatch):
+def test_a_tracker_that_is_not_installed(run_cli, workdir, monkeypatch):
     monkeypatch.setattr('ccl_timm.training.checks.importlib.util.find_spec', lambda name: None)
-    code, out, err = words('timm', 'train.py', '--tracker', 'trackio')
+    code, out, err = run_cli('timm', 'train.py', '--tracker', 'trackio')
     assert code == 2 and '--tracker trackio needs the package trackio: `pip install trackio`' in err

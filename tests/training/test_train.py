@@ -1,4 +1,4 @@
-"""The built-in script, run by its words: what it trains, prints, writes, repeats, resumes, and refuses."""
+"""The built-in script, run by its flags: what it trains, prints, writes, repeats, resumes, and refuses."""
 
 import csv
 import json
@@ -18,11 +18,11 @@ from ..conftest import TINY, results, write_folder
 
 
 @pytest.fixture
-def tiny(words, folder, place):
-    """Train on the small folder with the words given."""
+def tiny(run_cli, folder, workdir):
+    """Train on the small folder with the flags given."""
 
     def run(*argv, data=True):
-        return words('timm', 'train.py', *TINY, *(['--data-dir', folder] if data else []), *argv)
+        return run_cli('timm', 'train.py', *TINY, *(['--data-dir', folder] if data else []), *argv)
 
     return run
 
@@ -32,9 +32,9 @@ def summary(run):
         return list(csv.DictReader(file))
 
 
-def test_the_literal_words_in_an_empty_folder(words, place):
+def test_the_literal_words_in_an_empty_folder(run_cli, workdir):
     shorter = ['--epochs', '2', '--input-size', '1', '16', '16']
-    code, out, err = words('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
+    code, out, err = run_cli('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
     assert code == 0, err
     assert 'no file train.py here: the built-in script' in err
     assert 'No data given: training on the embedded handwritten digits, recipe digits' in err
@@ -84,17 +84,17 @@ def test_run_folder_is_timms_and_more(tiny, folder):
     assert all(torch.is_tensor(value) for value in checkpoint['state_dict'].values())
 
 
-def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, words):
+def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, run_cli):
     assert tiny('--experiment', 'a', '--epochs', '2', '-j', '1')[0] == 0
-    code, out, err = words('timm', 'train.py', '--config', 'output/train/a/args.yaml')
+    code, out, err = run_cli('timm', 'train.py', '--config', 'output/train/a/args.yaml')
     assert code == 0, err
     assert summary('output/train/a') == summary('output/train/a-1')
 
 
 @pytest.mark.parametrize('loss', ['cc', 'ce'])
 def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
-    words = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
-    assert tiny(*words, '--experiment', 'whole')[0] == 0
+    flags = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
+    assert tiny(*flags, '--experiment', 'whole')[0] == 0
     step, seen = Trainer.train_step, []
 
     def dies(run, epoch, *rest):
@@ -105,8 +105,8 @@ def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='went away'):
         patch.setattr(Trainer, 'train_step', dies)
-        tiny(*words, '--experiment', 'cut')
-    code, out, err = tiny(*words, '--experiment', 'cut', '--resume', 'auto')
+        tiny(*flags, '--experiment', 'cut')
+    code, out, err = tiny(*flags, '--experiment', 'cut', '--resume', 'auto')
     assert code == 0, err
     assert 'resuming after 2' in err
     assert summary('output/train/whole') == summary('output/train/cut')
@@ -135,14 +135,14 @@ def test_a_run_is_never_written_over(tiny):
     assert Path('output/train/a/summary.csv').read_text() == before
 
 
-def test_held_out_share_is_kept_with_the_run(words, place):
-    write_folder(place / 'images', validation=0)
+def test_held_out_share_is_kept_with_the_run(run_cli, workdir):
+    write_folder(workdir / 'images', validation=0)
     argv = ['--data-dir', 'images', '--val-fraction', '0.25', '--experiment', 'a']
-    code, out, err = words('timm', 'train.py', *TINY, *argv)
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv)
     assert code == 0, err
     rows = Path('output/train/a/split.csv').read_text().splitlines()
     assert rows[0] == 'file,split' and sum(row.endswith(',validation') for row in rows) == 6
-    code, out, err = words('timm', 'validate.py', 'output/train/a', '-j', '0')
+    code, out, err = run_cli('timm', 'validate.py', 'output/train/a', '-j', '0')
     assert code == 0 and results(out)['images'] == 6
 
 
@@ -167,22 +167,22 @@ def test_without_validation_the_training_loss_decides(tiny):
     assert 'best loss' in err and 'eval_top1' not in summary('output/train/a')[0]
 
 
-def test_vision_transformer_takes_its_image_size(words, folder, place):
+def test_vision_transformer_takes_its_image_size(run_cli, folder, workdir):
     argv = ['--model', 'vit_tiny_patch16_224_cam', '--model-kwargs', 'patch_size=8', 'depth=2', '--data-dir', folder]
-    code, out, err = words('timm', 'train.py', *TINY, *argv)
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv)
     assert code == 0 and 'cropped' not in err, err
 
 
-def test_batches_without_a_pair_of_one_class_are_warned_of(words, place):
-    write_folder(place / 'images', classes=[f'c{i}' for i in range(24)], train=1, validation=1)
-    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--epochs', '2')
+def test_batches_without_a_pair_of_one_class_are_warned_of(run_cli, workdir):
+    write_folder(workdir / 'images', classes=[f'c{i}' for i in range(24)], train=1, validation=1)
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--epochs', '2')
     assert code == 0, err
     assert err.count("warning: loss term 'cc' was zero in 100% of this epoch's batches") == 1
 
 
-def test_finishing_time_is_said(words, place):
-    write_folder(place / 'images', train=16)
-    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--log-interval', '2')
+def test_finishing_time_is_said(run_cli, workdir):
+    write_folder(workdir / 'images', train=16)
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--log-interval', '2')
     assert 'expected to finish at' in err and 'epoch 1/1     2/6  loss' in err
 
 
@@ -231,41 +231,41 @@ def test_finishing_time_is_said(words, place):
         (['--loss', 'jsd'], "Unknown loss 'jsd'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(argv, message, tiny, place):
+def test_bad_input_is_one_sentence_and_writes_nothing(argv, message, tiny, workdir):
     code, out, err = tiny(*argv)
     assert code == 2
     last = err.splitlines()[-1]
     assert last.startswith('error: ') and message.lower() in last.lower()
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_resume_from_what_is_not_a_checkpoint(tiny, place):
-    (place / 'junk.pth.tar').write_bytes(b'not a checkpoint')
-    torch.save({'weights': torch.zeros(1)}, place / 'other.pth.tar')
+def test_resume_from_what_is_not_a_checkpoint(tiny, workdir):
+    (workdir / 'junk.pth.tar').write_bytes(b'not a checkpoint')
+    torch.save({'weights': torch.zeros(1)}, workdir / 'other.pth.tar')
     code, out, err = tiny('--resume', 'junk.pth.tar')
     assert code == 2 and "'junk.pth.tar' is not a readable training checkpoint" in err
     code, out, err = tiny('--resume', 'other.pth.tar')
     assert code == 2 and "'other.pth.tar' is not a training checkpoint" in err
 
 
-def test_resume_of_another_model(tiny, trained, place):
+def test_resume_of_another_model(tiny, trained, workdir):
     code, out, err = tiny('--model', 'vgg16_cam', '--resume', trained / 'last.pth.tar')
     assert code == 2 and 'does not fit this model, loss and optimizer' in err
     assert not Path('output').exists()
 
 
-def test_empty_data_folder(words, place):
-    (place / 'images').mkdir()
-    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images', '--val-split', '')
+def test_empty_data_folder(run_cli, workdir):
+    (workdir / 'images').mkdir()
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--val-split', '')
     assert code == 2 and 'Found 0 images' in err
 
 
 @pytest.mark.parametrize('loss', list_losses())
-def test_every_loss_trains_with_its_model(loss, words, place):
+def test_every_loss_trains_with_its_model(loss, run_cli, workdir):
     head = loss_class(loss).head or 'cam'
-    write_folder(place / 'images', train=16)
+    write_folder(workdir / 'images', train=16)
     argv = ['--model', f'test_resnet_{head}', '--loss', loss, '--data-dir', 'images', '--epochs', '3', '--lr', '0.02']
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--warmup-epochs', '0', '--smoothing', '0', '--no-aug')
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--warmup-epochs', '0', '--smoothing', '0', '--no-aug')
     assert code == 0, err
     values = [row['train']['loss'] for row in sorted(results(out), key=lambda row: row['epoch'])]
     assert min(values[1:]) < values[0]
@@ -303,24 +303,24 @@ def test_stopped_by_hand_keeps_what_was_done(tiny, monkeypatch):
     assert len(summary('output/train/a')) == 1
 
 
-def test_device_modules_are_imported(tiny, place, monkeypatch):
-    (place / 'my_device_module.py').write_text("from pathlib import Path\nPath('imported').touch()\n")
-    monkeypatch.syspath_prepend(str(place))
+def test_device_modules_are_imported(tiny, workdir, monkeypatch):
+    (workdir / 'my_device_module.py').write_text("from pathlib import Path\nPath('imported').touch()\n")
+    monkeypatch.syspath_prepend(str(workdir))
     assert tiny('--device-modules', 'my_device_module')[0] == 0
-    assert (place / 'imported').exists()
+    assert (workdir / 'imported').exists()
 
 
-def test_positional_data_folder(words, folder, place):
-    assert words('timm', 'train.py', folder, *TINY)[0] == 0
+def test_positional_data_folder(run_cli, folder, workdir):
+    assert run_cli('timm', 'train.py', folder, *TINY)[0] == 0
 
 
-def test_real_folder_without_validation_part(words, place):
-    shutil.rmtree(write_folder(place / 'images') / 'validation')
-    code, out, err = words('timm', 'train.py', *TINY, '--data-dir', 'images')
+def test_real_folder_without_validation_part(run_cli, workdir):
+    shutil.rmtree(write_folder(workdir / 'images') / 'validation')
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images')
     assert code == 2 and '--val-fraction 0.2' in err
 
 
-def test_runs_that_begin_together_get_folders_of_their_own(place):
+def test_runs_that_begin_together_get_folders_of_their_own(workdir):
     runs = [RunDir('output/train/same') for _ in range(3)]
     for run in runs:
         run.create()
@@ -342,28 +342,28 @@ def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):
     assert Path('output/train/a/summary.csv').read_text() == before
 
 
-def test_a_run_does_not_go_on_with_other_data(words, place):
-    images = write_folder(place / 'images')
+def test_a_run_does_not_go_on_with_other_data(run_cli, workdir):
+    images = write_folder(workdir / 'images')
     argv = ['--data-dir', 'images', '--experiment', 'a']
-    assert words('timm', 'train.py', *TINY, *argv)[0] == 0
+    assert run_cli('timm', 'train.py', *TINY, *argv)[0] == 0
     (images / 'train' / 'cat' / '0.png').unlink()
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
     assert code == 0 and "warning: The data changed since the run in 'output/train/a' began." in err
     for part in ('train', 'validation'):
         (images / part / 'cat').rename(images / part / 'aaa')
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--resume', 'auto')
     assert code == 2 and 'The classes are no longer those of the run' in err
 
 
-def test_a_class_map_is_kept_as_names(words, folder, place):
+def test_a_class_map_is_kept_as_names(run_cli, folder, workdir):
     Path('names.txt').write_text('cat\nbee\nant\n')
     argv = ['--data-dir', folder, '--class-map', 'names.txt', '--experiment', 'a']
-    assert words('timm', 'train.py', *TINY, *argv)[0] == 0
+    assert run_cli('timm', 'train.py', *TINY, *argv)[0] == 0
     Path('names.txt').unlink()
-    code, out, err = words('timm', 'train.py', '--config', 'output/train/a/args.yaml')
+    code, out, err = run_cli('timm', 'train.py', '--config', 'output/train/a/args.yaml')
     assert code == 0, err
     assert summary('output/train/a') == summary('output/train/a-1')
-    code, out, err = words('timm', 'validate.py', 'output/train/a', '-j', '0')
+    code, out, err = run_cli('timm', 'validate.py', 'output/train/a', '-j', '0')
     assert results(out)['top1'] == float(summary('output/train/a')[0]['eval_top1'])
 
 
@@ -380,24 +380,24 @@ def test_a_moving_average_is_named_in_the_next_commands(tiny):
     assert 'next: timm validate.py output/train/a --use-ema' in err
 
 
-def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, words, place):
-    write_folder(place / 'images', classes=('ant', 'bee'))
+def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, run_cli, workdir):
+    write_folder(workdir / 'images', classes=('ant', 'bee'))
     argv = ['--model', 'resnet18_cam', '--data-dir', 'images', '--experiment', 'a']
     file = trained / 'last.pth.tar'
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--initial-checkpoint', file)
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--initial-checkpoint', file)
     assert code == 2 and '--pretrained-path adapts a checkpoint to other classes' in err
-    code, out, err = words('timm', 'train.py', *TINY, *argv, '--pretrained-path', file, '--lr', '1e-9')
+    code, out, err = run_cli('timm', 'train.py', *TINY, *argv, '--pretrained-path', file, '--lr', '1e-9')
     assert code == 0 and 'pretrained' in err
     old, new = (torch.load(path, weights_only=False)['state_dict'] for path in (file, 'output/train/a/last.pth.tar'))
     assert torch.allclose(old['fc.hidden.weight'], new['fc.hidden.weight'], atol=1e-5)
     assert new['fc.out.weight'].shape[0] == 2
 
 
-def test_images_of_other_channels_are_explained(words, place):
+def test_images_of_other_channels_are_explained(run_cli, workdir):
     import numpy as np
     from torchvision.datasets import mnist
 
-    raw = place / 'MNIST' / 'raw'
+    raw = workdir / 'MNIST' / 'raw'
     raw.mkdir(parents=True)
     for part, count in (('train', 16), ('t10k', 8)):
         images = np.zeros((count, 28, 28), np.uint8)
@@ -406,8 +406,8 @@ def test_images_of_other_channels_are_explained(words, place):
             head = b'\x00\x00\x08' + bytes([array.ndim]) + np.array(array.shape, '>i4').tobytes()
             (raw / name).write_bytes(head + array.tobytes())
     assert mnist.MNIST('.', train=True).data.shape == (16, 28, 28)
-    code, out, err = words('timm', 'train.py', *TINY, '--dataset', 'torch/mnist', '--data-dir', '.')
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--dataset', 'torch/mnist', '--data-dir', '.')
     assert code == 2 and 'The images have 1 channels, the model takes 3: give --in-chans 1' in err
     argv = ['--config', 'cc_mnist', '--data-dir', '.', '--epochs', '1', '-b', '8', '-j', '0', '--experiment', 'a']
-    code, out, err = words('timm', 'train.py', *argv)
+    code, out, err = run_cli('timm', 'train.py', *argv)
     assert code == 0, err

@@ -42,11 +42,11 @@ def test_images_that_cannot_be_read_and_absent_classes_are_in_no_figure():
     assert found.metrics['macro_top1'] == 75.0
 
 
-def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained, place):
-    folder = write_folder(place / 'images')
+def test_the_command_writes_tables_and_names_what_it_cannot_read(run_cli, trained, workdir):
+    folder = write_folder(workdir / 'images')
     (folder / 'validation' / 'bee' / '1.png').write_bytes(b'not an image')
     argv = [trained, '--data-dir', folder, '-j', '0', '--per-class', 'a.csv', '--confusion', 'b.csv', '--recall']
-    code, out, err = words('timm', 'validate.py', *argv, '--knn', '3')
+    code, out, err = run_cli('timm', 'validate.py', *argv, '--knn', '3')
     assert code == 0, err
     assert "bee/1.png' cannot be read, and is left out" in err and '1 images could not be read' in err
     result = results(out)
@@ -57,14 +57,16 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(words, trained,
     assert [sum(row) for row in confusion] == [4, 3, 4]
     hits = sum(confusion[k][k] for k in range(3))
     assert result['top1'] == pytest.approx(100 * hits / 11)
-    code, out, err = words('timm', 'validate.py', *argv)
+    code, out, err = run_cli('timm', 'validate.py', *argv)
     assert code == 2 and "'b.csv' exists already" in err
 
 
-def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
-    run = shutil.copytree(trained, place / 'run')
+def test_figures_of_a_further_part_are_kept_with_the_run(run_cli, trained, workdir):
+    run = shutil.copytree(trained, workdir / 'run')
     for part in ('train', 'validation', 'train'):
-        code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--save-split')
+        code, out, err = run_cli(
+            'timm', 'validate.py', run / 'last.pth.tar', '--split', part, '-j', '0', '--save-split'
+        )
         assert code == 0, err
     rows = RunDir(run).extra_splits()
     assert [row['split'] for row in rows] == ['validation', 'train']
@@ -72,7 +74,7 @@ def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
     assert rows[-1]['epoch'] + 1 == len(RunDir(run).rows()) and 'reports show' not in err
     (run / 'last.pth.tar').rename(run / 'newer.pth.tar')
     shutil.copy(run / 'checkpoint-0.pth.tar', run / 'last.pth.tar')
-    code, out, err = words('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--save-split')
+    code, out, err = run_cli('timm', 'validate.py', run / 'last.pth.tar', '--split', 'train', '-j', '0', '--save-split')
     assert code == 0 and "reports show results of a run's last epoch" in err and len(RunDir(run).extra_splits()) == 3
 
 
@@ -85,27 +87,27 @@ def test_figures_of_a_further_part_are_kept_with_the_run(words, trained, place):
         ('alone/last.pth.tar', ['--split', 'train'], "with a run, which 'alone' is not"),
     ],
 )
-def test_figures_are_kept_with_no_other_run(source, argv, message, words, trained, place):
+def test_figures_are_kept_with_no_other_run(source, argv, message, run_cli, trained, workdir):
     shutil.copytree(trained, 'run')
     Path('alone').mkdir()
     shutil.copy(trained / 'last.pth.tar', 'alone')
-    code, out, err = words('timm', 'validate.py', source, *argv, '-j', '0', '--save-split')
+    code, out, err = run_cli('timm', 'validate.py', source, *argv, '-j', '0', '--save-split')
     assert code == 2 and message in err
     assert not Path('run/extra_splits.csv').exists() and not Path('alone/extra_splits.csv').exists()
 
 
-def test_a_foreign_parts_csv_stays(words, trained, place):
+def test_a_foreign_parts_csv_stays(run_cli, trained, workdir):
     shutil.copytree(trained, 'run')
     Path('run/extra_splits.csv').write_text('screw,price\n1,2\n')
-    code, out, err = words('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save-split')
+    code, out, err = run_cli('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save-split')
     assert (
         code == 2 and 'was not written by' in err and Path('run/extra_splits.csv').read_text() == 'screw,price\n1,2\n'
     )
-    assert "left out: 'run/extra_splits.csv'" in words('ccl-timm', 'report', 'run')[2]
+    assert "left out: 'run/extra_splits.csv'" in run_cli('ccl-timm', 'report', 'run')[2]
 
 
-def test_neighbours_are_sought_among_the_images_trained_on(place):
-    images = write_folder(place / 'images', train=20)
+def test_neighbours_are_sought_among_the_images_trained_on(workdir):
+    images = write_folder(workdir / 'images', train=20)
     given = ['--data-dir', str(images), '--val-fraction', '0.2', '--train-fraction', '0.5', '--split', 'validation']
     trained_on = TrainConfig.resolve(given[:-2])
     config = choose_data(trained_on.settings(), split='validation')

@@ -20,9 +20,9 @@ METRICS = ('loss', 'top1', 'top5', 'macro_top1')
 
 
 @pytest.fixture
-def run(trained, place):
+def run(trained, workdir):
     """A copy of a finished run."""
-    return shutil.copytree(trained, place / 'run')
+    return shutil.copytree(trained, workdir / 'run')
 
 
 def noise(folder, count=6):
@@ -33,13 +33,13 @@ def noise(folder, count=6):
     return folder
 
 
-def test_the_command_and_python_measure_the_same(words, run, place):
-    unknown = noise(place / 'unknown')
+def test_the_command_and_python_measure_the_same(run_cli, run, workdir):
+    unknown = noise(workdir / 'unknown')
     flags = ['--calibration', '--recall', '--knn', '3', '--by-count', '--ood', unknown]
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', *flags)
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', *flags)
     assert code == 0, err
     printed = results(out)
-    plain = results(words('timm', 'validate.py', run, '-j', '0')[1])
+    plain = results(run_cli('timm', 'validate.py', run, '-j', '0')[1])
     assert printed['images'] == 12 and {n: printed[n] for n in METRICS} == pytest.approx({n: plain[n] for n in METRICS})
     found = ccl_timm.load(run).evaluate(calibration=True, recall=True, knn=3, by_count=True, ood=str(unknown))
     assert {name: printed[name] for name in found.metrics} == found.metrics
@@ -55,81 +55,81 @@ def test_the_command_and_python_measure_the_same(words, run, place):
     assert scores <= printed.keys() and 'unknown images by nearest: AUROC' in err and 'map_at_r' in err
 
 
-def test_a_temperature_is_fitted_kept_exported_and_applied(words, run, place, folder):
+def test_a_temperature_is_fitted_kept_exported_and_applied(run_cli, run, workdir, folder):
     image = next((folder / 'validation').rglob('*.png'))
-    code, out, err = words('ccl-timm', 'predict', run, image, '--calibrated')
+    code, out, err = run_cli('ccl-timm', 'predict', run, image, '--calibrated')
     assert code == 2 and 'No temperature was fitted' in err and '--fit-temperature' in err
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--calibration')
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--calibration')
     assert code == 0 and 'temperature' in err and 'split validation' in err, err
     assert 'ece_calibrated' not in results(out)  # measured on the images that it was fitted on
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--calibration')
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--calibration')
     assert 'ece_calibrated' not in results(out) and 'fitted on these very images' in err
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--calibration', '--split', 'train')
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--calibration', '--split', 'train')
     printed, trained = results(out), load_trained(run)
     assert printed['temperature'] == trained.calibration['temperature'] != 1.0
     assert printed['ece_calibrated'] != printed['ece'] and 'nll_calibrated' in err
     assert trained.calibration['images'] == 12 and trained.calibration['data'] == folder.name
 
-    export(run, place / 'exported')
-    exported = load_trained(place / 'exported')
+    export(run, workdir / 'exported')
+    exported = load_trained(workdir / 'exported')
     assert exported.calibration == trained.calibration
     logits = ccl_timm.load(run).outputs([image]).logits
     expected = (logits / printed['temperature']).softmax(1).max().item()
-    for source in (run, place / 'exported'):
-        code, out, err = words('ccl-timm', 'predict', source, image, '--calibrated', '--format', 'json')
+    for source in (run, workdir / 'exported'):
+        code, out, err = run_cli('ccl-timm', 'predict', source, image, '--calibrated', '--format', 'json')
         assert code == 0, err
         assert json.loads(out)[0]['predictions'][0]['probability'] == pytest.approx(expected, abs=1e-5)
     assert ccl_timm.load(run).predict(image, calibrated=True)[0][0]['probability'] == pytest.approx(expected, abs=1e-5)
     assert load_trained(run / 'checkpoint-0.pth.tar').calibration is None  # of another epoch
-    code, out, err = words('timm', 'validate.py', 'exported', '--data-dir', folder, '-j', '0', '--fit-temperature')
+    code, out, err = run_cli('timm', 'validate.py', 'exported', '--data-dir', folder, '-j', '0', '--fit-temperature')
     assert code == 2 and "name a run's folder" in err
 
 
-def test_no_temperature_is_fitted_on_the_training_split(words, run):
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--fit-temperature')
+def test_no_temperature_is_fitted_on_the_training_split(run_cli, run):
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--fit-temperature')
     assert code == 2 and 'was not trained on' in err and not (run / 'calibration.json').exists()
 
 
 @pytest.mark.parametrize(
     'content', ['{', '[]', '{"temperature": 0}', '{"temperature": "hot", "epoch": 1, "ema": false}']
 )
-def test_a_damaged_temperature_is_reported(content, run, words, folder):
+def test_a_damaged_temperature_is_reported(content, run, run_cli, folder):
     (run / 'calibration.json').write_text(content)
-    code, out, err = words('ccl-timm', 'predict', run, folder / 'validation', '--calibrated')
+    code, out, err = run_cli('ccl-timm', 'predict', run, folder / 'validation', '--calibrated')
     assert code == 2 and 'calibration.json' in err and 'Traceback' not in err
 
 
-def test_reliability_diagrams_are_drawn(words, run, monkeypatch):
+def test_reliability_diagrams_are_drawn(run_cli, run, monkeypatch):
     pytest.importorskip('matplotlib')
-    assert words('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--plot', 'a.svg')[0] == 0
-    assert words('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--plot', 'b.png')[0] == 0
+    assert run_cli('timm', 'validate.py', run, '-j', '0', '--fit-temperature', '--plot', 'a.svg')[0] == 0
+    assert run_cli('timm', 'validate.py', run, '-j', '0', '--split', 'train', '--plot', 'b.png')[0] == 0
     assert 'ECE' in Path('a.svg').read_text() and 'with temperature' not in Path('a.svg').read_text()
     assert Image.open('b.png').size[0] > 400
     for name, message in (('a.svg', 'exists already'), ('c.gif', 'must end in .png or .svg')):
-        code, out, err = words('timm', 'validate.py', run, '-j', '0', '--plot', name)
+        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--plot', name)
         assert code == 2 and message in err
 
 
-def test_classes_never_trained_on_are_measured_by_retrieval_alone(words, run, place):
-    unseen = write_folder(place / 'unseen', ('dog', 'eel', 'fox', 'gnu', 'hen'))
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, '--recall')
+def test_classes_never_trained_on_are_measured_by_retrieval_alone(run_cli, run, workdir):
+    unseen = write_folder(workdir / 'unseen', ('dog', 'eel', 'fox', 'gnu', 'hen'))
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, '--recall')
     assert code == 0 and 'only retrieval is measured' in err, err
     printed = results(out)
     assert printed['images'] == 20 and 'top1' not in printed and 0 <= printed['map_at_r'] <= 100
     assert 'top1' not in ccl_timm.load(run).evaluate(str(unseen), recall=True).metrics
     for flags in ([], ['--recall', '--calibration'], ['--recall', '--knn', '3']):
-        code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, *flags)
+        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, *flags)
         assert code == 2 and 'not among the 3 of training' in err
-    alone = write_folder(place / 'alone', ('dog', 'eel'), validation=1)
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--data-dir', alone, '--recall')
+    alone = write_folder(workdir / 'alone', ('dog', 'eel'), validation=1)
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', alone, '--recall')
     assert code == 2 and 'No class has two images' in err
 
 
-def test_unknown_images_must_be_there(words, run, place):
-    (place / 'empty').mkdir()
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'empty')
+def test_unknown_images_must_be_there(run_cli, run, workdir):
+    (workdir / 'empty').mkdir()
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--ood', 'empty')
     assert code == 2 and "--ood 'empty' cannot be used: Found 0 images" in err
-    code, out, err = words('timm', 'validate.py', run, '-j', '0', '--ood', 'nowhere')
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--ood', 'nowhere')
     assert code == 2 and "'nowhere'" in err
 
 
