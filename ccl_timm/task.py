@@ -189,6 +189,7 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.loss = loss
         self.requires_feature_map = 'feature_map' in loss.requires
+        self.takes_features = False
         device = next(model.parameters()).device
         for name in _COUNTERS:
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
@@ -198,8 +199,11 @@ class ModelWithLoss(nn.Module):
         self._mode: bool | None = None  # that train() was last called with
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        feature_map = self.model.forward_features(input)
-        pooled = self.model.forward_head(feature_map, pre_logits=True)
+        if self.takes_features:
+            pooled = nn.functional.dropout(input, getattr(self.model, 'drop_rate', 0.0), self.training)
+        else:
+            feature_map = self.model.forward_features(input)
+            pooled = self.model.forward_head(feature_map, pre_logits=True)
         outputs = read_head(self.model.get_classifier(), pooled)
         logits = outputs.logits
         if self.requires_feature_map:
@@ -384,6 +388,10 @@ class LossTask(TrainingTask):
         finally:
             for module, training in modes:
                 module.training = training
+
+    def train_on_features(self) -> None:
+        """From now on inputs are what the model's head reads, (N, D) as in evaluation, and not images."""
+        self._bare().takes_features = True
 
     def set_epoch(self, epoch: int) -> None:
         """Tell that an epoch (0-based) begins; from then on epochs are no longer detected.

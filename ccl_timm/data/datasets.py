@@ -37,6 +37,7 @@ __all__ = [
     'Replacing',
     'Splits',
     'content_hash',
+    'base_of',
     'file_names',
     'stratified_holdout',
     'is_folder',
@@ -489,9 +490,14 @@ def _can_be_listed(dataset, targets):
     return not isinstance(dataset, IterableDataset) and targets is not None
 
 
+def base_of(dataset: Dataset) -> tuple[Dataset, Sequence[int] | None]:
+    """The data set that a share is taken of, and the numbers of the share's images; None for all of them."""
+    return (dataset.dataset, dataset.indices) if isinstance(dataset, _Subset) else (dataset, None)
+
+
 def _content(dataset: Dataset) -> Content:
     """What a fingerprint is made of."""
-    base, indices = (dataset.dataset, dataset.indices) if isinstance(dataset, _Subset) else (dataset, None)
+    base, indices = base_of(dataset)
     arrays = [getattr(base, name, None) for name in ('images', 'data')]
     reader = getattr(base, 'reader', None)
     samples = getattr(reader, 'samples', None)

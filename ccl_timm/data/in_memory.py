@@ -183,11 +183,12 @@ class InMemoryLoader:
     """What timm's loader is to a script, over images in memory.
 
     Args:
-        images: of all numbers that the sampler gives: takes numbers (B,), returns (B, C, H, W) with values 0..255.
+        images: of all numbers that the sampler gives: takes numbers (B,), returns (B, C, H, W) with values 0..255, or
+            without ``mean`` what is ready for the model.
         labels: (N,) int64.
         sampler: the order; ``set_epoch`` is called on it if it has that.
         batch_size: images a batch.
-        mean: of each channel, of values 0..1.
+        mean: of each channel, of values 0..1; None for no normalisation.
         std: likewise.
         device: where batches are wanted.
         drop_last: leave out a last batch that is not full.
@@ -201,8 +202,8 @@ class InMemoryLoader:
         labels: Tensor,
         sampler: Sampler,
         batch_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
         device: torch.device,
         drop_last: bool = False,
         random_erasing: Callable | None = None,
@@ -210,9 +211,11 @@ class InMemoryLoader:
     ):
         self.images, self.labels, self.sampler, self.batch_size = images, labels.to(device), sampler, batch_size
         self.drop_last, self.random_erasing, self.mixup, self.mixup_enabled = drop_last, random_erasing, mixup, True
-        # in the order and precision of timm's prefetching loader, so that its values come out bit for bit
-        self.mean, self.std = (torch.tensor([v * 255 for v in s], device=device).view(-1, 1, 1) for s in (mean, std))
         self.device = device
+        # in the order and precision of timm's prefetching loader, so that its values come out bit for bit
+        self.mean, self.std = (
+            None if s is None else torch.tensor([v * 255 for v in s], device=device).view(-1, 1, 1) for s in (mean, std)
+        )
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.sampler), self.batch_size)
@@ -222,7 +225,9 @@ class InMemoryLoader:
         order = torch.tensor(list(self.sampler), dtype=torch.int64)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             indices = order[start : start + self.batch_size]
-            x = self.images(indices).to(self.device).to(torch.float32).sub_(self.mean).div_(self.std)
+            x = self.images(indices).to(self.device).to(torch.float32)
+            if self.mean is not None:
+                x = x.sub_(self.mean).div_(self.std)
             target = self.labels[_copy_async(indices, self.device)]
             if self.random_erasing is not None:
                 x = self.random_erasing(x)

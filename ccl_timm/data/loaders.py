@@ -21,7 +21,7 @@ from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
 from ccl_timm.ops import rank, world_size
 
-__all__ = ['create_loader', 'evaluation_loader', 'make_loaders']
+__all__ = ['create_loader', 'evaluation_loader', 'loaders_in_memory', 'make_loaders', 'ordered_training_loader']
 
 _SMALL = 2**30  # bytes: data sets of up to this size go to memory by themselves
 _MARGIN = 1.15  # large photos are kept at this multiple of the input size, which leaves room for random crops
@@ -66,17 +66,21 @@ def make_loaders(
     in_memory = loader is not None
     if not in_memory:
         loader = _file_loader(config, num_classes, device, data_config, splits.train)
-    if len(loader) == 0:
-        raise UserError(
-            f'The training split has {len(splits.train)} images, fewer than a batch of {config.batch_size} '
-            f'(x {world_size()} processes): give a smaller --batch-size.'
-        )
+    _check_has_batches(loader, config, len(splits.train))
     if splits.validation is None:
         return loader, None
     preprocessing = {name: data_config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     preprocessing |= {'crop_mode': data_config['crop_mode']}
     preprocessing |= {'batch_size': config.validation_batch_size or config.batch_size}
     return loader, evaluation_loader(splits.validation, preprocessing, device, config.workers, in_memory)
+
+
+def _check_has_batches(loader: Any, config: LoaderConfig, images: int) -> None:
+    if len(loader) == 0:
+        raise UserError(
+            f'The training split has {images} images, fewer than a batch of {config.batch_size} '
+            f'(x {world_size()} processes): give a smaller --batch-size.'
+        )
 
 
 def _check_sizes(config: LoaderConfig, size: int) -> None:
@@ -116,6 +120,47 @@ def evaluation_loader(
     return _over(Augment(images, images.shape[-2:]), labels, sampler, preprocessing, device)
 
 
+def ordered_training_loader(
+    config: LoaderConfig, device: torch.device, data_config: dict[str, Any], dataset: Dataset
+) -> Any:
+    """A loader of all images once, in their order, changed at random as for training; in the place of an image that
+    cannot be read it has another.
+    """
+    loader = _file_loader(config, 0, device, data_config, dataset)
+    order = OrderedDistributedSampler(dataset) if world_size() > 1 else SequentialSampler(dataset)
+    loader.loader = _with_sampler(loader.loader, order, drop_last=False)
+    return loader
+
+
+def loaders_in_memory(
+    config: LoaderConfig,
+    device: torch.device,
+    train: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor],
+    validation: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None,
+) -> tuple[InMemoryLoader, InMemoryLoader | None]:
+    """Loaders over tensors that are ready for the model, in the order that the settings say.
+
+    Args:
+        config: batch sizes, and balanced batches.
+        device: where batches are wanted.
+        train: takes numbers (B,) and returns what belongs to them, as float32; and all labels (N,).
+        validation: likewise; None for none.
+
+    Raises:
+        UserError: the training split is smaller than a batch.
+    """
+    draw, labels = train
+    sampler = _sampler(config, labels.tolist())
+    loader = InMemoryLoader(draw, labels, sampler, config.batch_size, None, None, device, drop_last=True)
+    _check_has_batches(loader, config, len(labels))
+    if validation is None:
+        return loader, None
+    draw, labels = validation
+    ordered = OrderedDistributedSampler(labels) if world_size() > 1 else SequentialSampler(labels)
+    batch = config.validation_batch_size or config.batch_size
+    return loader, InMemoryLoader(draw, labels, ordered, batch, None, None, device)
+
+
 def _file_loader(
     config: LoaderConfig, num_classes: int, device: torch.device, data_config: dict[str, Any], dataset: Dataset
 ) -> Any:
@@ -146,10 +191,11 @@ def _file_loader(
     return loader
 
 
-def _with_sampler(loader: DataLoader, sampler: Sampler) -> DataLoader:
+def _with_sampler(loader: DataLoader, sampler: Sampler, **changed: Any) -> DataLoader:
     """The same loader in another order, which torch does not let one set."""
     names = ('num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'batch_size', 'drop_last')
-    return DataLoader(loader.dataset, sampler=sampler, **{name: getattr(loader, name) for name in names})
+    options = {name: getattr(loader, name) for name in names}
+    return DataLoader(loader.dataset, sampler=sampler, **{**options, **changed})
 
 
 def _sampler(config: LoaderConfig, targets: list[int] | None) -> Sampler:

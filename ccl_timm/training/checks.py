@@ -40,6 +40,7 @@ def check_config(config: TrainConfig) -> None:
     _check_normalisation(config)
     _check_ranges(config)
     _check_mixing(config)
+    _check_frozen(config)
     if config.opt.lower() not in list_optimizers():
         raise UserError(f"Unknown optimizer '{config.opt}'{did_you_mean(config.opt, list_optimizers())}")
     tracker = 'wandb' if config.log_wandb else config.tracker
@@ -83,6 +84,13 @@ def _check_mixing(config: TrainConfig) -> None:
         )
     if config.batch_size % 2:
         raise UserError(f'Mixup and CutMix take pairs: --batch-size {config.batch_size} must be even.')
+
+
+def _check_frozen(config: TrainConfig) -> None:
+    if config.feature_views > 1 and not config.freeze_backbone:
+        raise UserError(f'--feature-views {config.feature_views} goes with --freeze-backbone.')
+    if config.freeze_backbone and config.mixes:
+        raise UserError('--freeze-backbone trains on features, not on images: leave out --mixup and --cutmix.')
 
 
 def _check_normalisation(config: TrainConfig) -> None:

@@ -35,6 +35,13 @@ class ModelConfig(Options, title='model'):
     pretrained_path: str | None = option(None, metavar='FILE', varies='budget', help='pretrained weights from a file')
     initial_checkpoint: str = option('', metavar='FILE', help='load these weights after building the model')
     model_kwargs: dict[str, Any] = option({}, varies='method', help='small_input=True ...')
+    freeze_backbone: bool = option(
+        False, own=True, varies='method', help="train head and loss only, on the backbone's features, computed once"
+    )
+    feature_views: int = option(
+        1, integer(1, 1000), metavar='N', own=True, varies='budget',
+        help="with it, features of each image as in validation and of N-1 augmented copies, one drawn for each epoch",
+    )  # fmt: skip
     gp: str | None = option(None, metavar='POOL', help='global pooling')
     img_size: int | None = option(None, COUNT, metavar='N', help='image size, default that of the model')
     in_chans: int | None = option(None, COUNT, metavar='N', help='input channels')

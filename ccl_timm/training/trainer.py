@@ -37,6 +37,7 @@ from ccl_timm.training.checkpoint_files import restore_saver
 from ccl_timm.training.checkpoints import build_model
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import evaluate, pick_device
+from ccl_timm.training.frozen import Classifier, check_freezable, feature_loaders, freeze_backbone
 from ccl_timm.training.interrupts import WholeBatches, uninterrupted
 from ccl_timm.training.kernel_cropping import crop_kernels
 from ccl_timm.training.logging import RunLogger
@@ -178,12 +179,17 @@ class Trainer:
             return None
         shared = (self.loader_eval, self.device, self.autocast, self.setup.memory_format)
         interval = self.config.log_interval
-        metrics = evaluate(self.task.get_eval_model(), *shared, log_interval=interval).metrics
+        metrics = evaluate(self._eval_model(), *shared, log_interval=interval).metrics
         if self.task.has_ema():
             self._average_batch_norm(ema=True)
-            metrics = evaluate(self.task.get_eval_model(ema=True), *shared, 'validation (EMA)', interval).metrics
+            metrics = evaluate(self._eval_model(ema=True), *shared, 'validation (EMA)', interval).metrics
         self._check_finite(epoch, metrics['loss'], 'validation loss')
         return metrics
+
+    def _eval_model(self, ema: bool = False) -> torch.nn.Module:
+        """What returns logits of a batch of the loaders."""
+        model = self.task.get_eval_model(ema=ema)
+        return Classifier(model) if self.config.freeze_backbone else model
 
     def start_saver(self) -> None:
         """Save checkpoints from now on, ranked with the earlier ones if the run in the folder continues."""
@@ -224,8 +230,17 @@ class Trainer:
             self.task.dry_run_forward(size, soft_classes=num_classes if config.mixes else 0)
         if config.batch_size == 1:
             _check_batch_of_one(config, model, size)
+        if config.freeze_backbone:
+            check_freezable(model, self.task.loss.requires, config.model, config.loss, self.splits)
+            freeze_backbone(model)
         with user_errors('The settings of data and augmentation do not work'):
-            self.loader, self.loader_eval = make_loaders(config, num_classes, self.device, data_config, self.splits)
+            if config.freeze_backbone:
+                loaders = feature_loaders(config, model, self.device, data_config, self.splits)
+                memory_format = torch.contiguous_format  # of features; the backbone keeps its own
+                self.task.train_on_features()
+            else:
+                loaders = make_loaders(config, num_classes, self.device, data_config, self.splits)
+        self.loader, self.loader_eval = loaders
         names = self.splits.class_names
         rate = learning_rate(config)
         self.setup = Setup(num_classes, names, data_config, rate, memory_format, cropped)
