@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import group_parameters, is_model
-from timm.models._input import get_model_input_config
+from timm.models import get_model_input_config, group_parameters, is_model
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn

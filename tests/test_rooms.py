@@ -1,6 +1,7 @@
 """The rooms of the package: who may import whom, and who may print."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / 'ccl_timm'
 # from the lowest room to the highest; a room may import its own modules and those of lower rooms
 ROOMS = (
-    ('errors',),
+    ('errors', '_compat'),
     ('ops', 'registry'),
     ('losses', 'heads'),
     ('models',),
@@ -59,13 +60,14 @@ def is_module(name):
     return (PACKAGE / (name.replace('.', '/') + '.py')).exists()
 
 
-def test_the_top_level_holds_rooms_and_seven_files_and_the_guard():
+def test_the_top_level_holds_rooms_and_nine_files():
     files = {path.name for path in PACKAGE.glob('*.py')} | {path.name for path in PACKAGE.glob('*.typed')}
     assert files == {
-        '__init__.py', '__main__.py', 'autoload.py', 'errors.py', 'ops.py', 'py.typed', 'registry.py', 'task.py'
+        '__init__.py', '__main__.py', '_compat.py', 'autoload.py', 'errors.py', 'ops.py', 'py.typed', 'registry.py',
+        'task.py',
     }  # fmt: skip
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != '__pycache__'}
-    assert folders - {'plugin_template'} == LEVEL.keys() - {'errors', 'ops', 'registry', 'task'}
+    assert folders - {'plugin_template'} == LEVEL.keys() - {'errors', '_compat', 'ops', 'registry', 'task'}
 
 
 @pytest.mark.parametrize('path', MODULES, ids=module_name)
@@ -78,6 +80,21 @@ def test_imports_point_to_lower_rooms(path):
         assert other in LEVEL, f'{module_name(path)} imports {other}: it is no room.'
         assert other == room or LEVEL[other] < LEVEL[room], f'{module_name(path)} imports {target}, a higher room.'
         assert at_module_level, f'{module_name(path)} imports {target} within a function.'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_name)
+def test_private_names_of_timm_are_imported_in_one_module(path):
+    if path.name == '_compat.py':
+        return
+    tree = ast.parse(path.read_text())
+    names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f'{node.module}.{alias.name}' for alias in node.names]
+    private = [name for name in names if re.match(r'timm\..*\b_[a-z]|.*[sS]aver\._', name)]
+    assert not private, f'{module_name(path)} uses {private}: bring it through _compat.'
 
 
 def test_no_import_goes_in_a_circle():

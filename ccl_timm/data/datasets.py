@@ -13,9 +13,9 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
+from ccl_timm._compat import search_split
 from ccl_timm.console import first_few, log_warning
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.files import (
@@ -251,7 +251,7 @@ def _create(config: DataConfig, split: str, mode: str) -> Dataset:
     """A split of the data, whose files are all read by :class:`ImageFiles`."""
     of_torchvision = (config.dataset or '').lower() in ('torch/folder', 'torch/image_folder')
     if of_torchvision or is_folder(config.dataset):
-        root = _search_split(config.data_dir, split)
+        root = search_split(config.data_dir, split)
         suffixes = set(config.input_key.lower().split(';')) if config.input_key else None
         return ImageFiles(FolderReader(root, suffixes, by_top_folder=of_torchvision), mode)
     dataset = timm.data.create_dataset(
@@ -376,7 +376,7 @@ def _check_has_split(config: DataConfig, split: str, must_exist: bool) -> None:
     root = config.data_dir
     if not is_folder(config.dataset) or not os.path.isdir(root):
         return
-    if os.path.realpath(_search_split(root, split)) != os.path.realpath(root):
+    if os.path.realpath(search_split(root, split)) != os.path.realpath(root):
         return
     others = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
     if must_exist or others:

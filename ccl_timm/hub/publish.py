@@ -15,9 +15,9 @@ from typing import Any
 import timm.models
 import torch
 from huggingface_hub import HfApi, constants, get_session
-from timm.models._hub import save_config_for_hf
 
 from ccl_timm import registry
+from ccl_timm._compat import save_config_for_hf
 from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.results import Result, write_record

@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import timm.models
-from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, load_pretrained, register_model
-from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
-from timm.models._features import FeatureGetterNet
-from timm.models._pretrained import PretrainedCfg
+from timm.models import (
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    load_pretrained,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
+from ccl_timm._compat import FeatureGetterNet, pretrained_cfg_for_features
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.heads import Head, head_class, list_heads
 from ccl_timm.models.adapters import (

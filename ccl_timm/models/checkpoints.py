@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg
 
 __all__ = ['ORGANISATION', 'PUBLISHED', 'checkpoint_options', 'tagged_cfgs']
 

@@ -4,15 +4,16 @@ A variant is registered when timm is first asked for it by name, so that ``timm.
 upstream's scripts need no more than ``import ccl_timm``. ``timm.list_models()`` lists it from then on.
 
 Read in timm 1.0.31: ``is_model``, ``model_entrypoint`` and with them ``create_model`` pass the name through
-``_registry.get_arch_name``; ``get_pretrained_cfg`` looks it up in ``_registry._model_pretrained_cfgs``.
+``timm.models._registry.get_arch_name``; ``get_pretrained_cfg`` looks it up in its ``_model_pretrained_cfgs``.
 ``register_model`` does neither, so a name can still be registered by whoever defines such a model.
 """
 
 import contextlib
 
-from timm.models import _registry, is_model, split_model_name_tag
+from timm.models import is_model, split_model_name_tag
 
 from ccl_timm import registry
+from ccl_timm._compat import model_registry
 from ccl_timm.errors import UserError
 from ccl_timm.heads import list_heads
 from ccl_timm.models.builder import register_variant
@@ -35,7 +36,7 @@ def _register(name: str) -> None:
     Other names stay unknown to timm, and so do backbones that cannot take the head and models of plugins:
     ``ccl_timm.create_model`` explains the former and loads the latter.
     """
-    if name in _registry._model_entrypoints:
+    if name in model_registry._model_entrypoints:
         return
     variant = split_variant(name)
     if variant and all(plugin.name != name for plugin in registry.find_plugins('model')):
@@ -58,6 +59,6 @@ def _get_arch_name(model_name: str) -> str:
 
 def install() -> None:
     """Let timm's registry find variants, from now on and in this process."""
-    _registry.get_arch_name = _get_arch_name
-    if not isinstance(_registry._model_pretrained_cfgs, _PretrainedCfgs):
-        _registry._model_pretrained_cfgs = _PretrainedCfgs(_registry._model_pretrained_cfgs)
+    model_registry.get_arch_name = _get_arch_name
+    if not isinstance(model_registry._model_pretrained_cfgs, _PretrainedCfgs):
+        model_registry._model_pretrained_cfgs = _PretrainedCfgs(model_registry._model_pretrained_cfgs)

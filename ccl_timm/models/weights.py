@@ -15,10 +15,10 @@ import timm.models
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
-from timm.models._builder import build_model_with_cfg
-from timm.models._hub import _parse_model_cfg
+from timm.models import build_model_with_cfg
 
 from ccl_timm import registry
+from ccl_timm._compat import parse_model_cfg
 from ccl_timm.errors import UserError
 from ccl_timm.models.hub_errors import check_repository_name, hub_errors
 
@@ -134,7 +134,7 @@ def read_model(source: str, location: str, cache_dir: str | None = None) -> Fore
         raise _wrong_config(location, "its 'model_args' are no object")
     model_args = {name: value for name, value in model_args.items() if name != 'num_classes'}
     check_model_args(location, model_args)
-    cfg, architecture, _ = _parse_model_cfg(
+    cfg, architecture, _ = parse_model_cfg(
         {'architecture': config['architecture'], 'pretrained_cfg': cfg, 'model_args': model_args}, {}
     )
     return ForeignModel(architecture, cfg, model_args, config)

@@ -1,6 +1,5 @@
 """Training checkpoints as files: read, checked for damage, and ranked as timm's saver ranks them."""
 
-import os
 import zipfile
 import zlib
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 from timm.utils import CheckpointSaver
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from ccl_timm._compat import keep_best, keep_epoch
 from ccl_timm.errors import UserError, reason, user_errors
 
 __all__ = ['check_intact', 'read_checkpoint', 'restore_saver']
@@ -54,18 +54,11 @@ def restore_saver(saver: CheckpointSaver, checkpoint: Path) -> None:
     saver.load_state_dict_from_checkpoint(str(checkpoint))
     content = read_checkpoint(checkpoint)
     epoch, metric = content['epoch'], content.get('metric')
-    copy = saver._checkpoint_path(epoch)
-    if metric is not None and not os.path.exists(copy):
-        full = len(saver.checkpoint_files) >= saver.max_history
-        if not full or saver.cmp(metric, saver.checkpoint_files[-1][1]):
-            if full:
-                saver._cleanup_checkpoints(1)
-            saver._duplicate(str(checkpoint), copy)
-            saver._track_checkpoint(copy, epoch, metric, update_best_file=False)
+    if metric is not None:
+        keep_epoch(saver, checkpoint, epoch, metric)
     best = Path(saver.checkpoint_dir) / 'model_best.pth.tar'
-    its_copy = saver._checkpoint_path(saver.best_epoch)
-    if os.path.exists(its_copy) and _epoch_of(best) != saver.best_epoch:
-        saver._duplicate(its_copy, str(best))
+    if _epoch_of(best) != saver.best_epoch:
+        keep_best(saver, best)
 
 
 def _epoch_of(path: Path) -> int | None:
