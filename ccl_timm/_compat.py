@@ -6,6 +6,7 @@ Two more are attributes, named where they are set: ``_model_args`` of a model th
 
 import os
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from timm.data.dataset_factory import _search_split as search_split
 from timm.models import _registry as model_registry
@@ -16,9 +17,12 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import CheckpointSaver
 
 __all__ = [
-    'FeatureGetterNet', 'keep_best', 'keep_epoch', 'model_registry', 'parse_model_cfg', 'pretrained_cfg_for_features',
-    'save_config_for_hf', 'search_split',
+    'FeatureGetterNet', 'TimmModel', 'keep_best', 'keep_epoch', 'model_registry', 'parse_model_cfg',
+    'pretrained_cfg_for_features', 'save_config_for_hf', 'search_split',
 ]  # fmt: skip
+
+# a torch.nn.Module with timm's methods and attributes, for which timm has no type
+TimmModel: TypeAlias = Any
 
 
 def keep_epoch(saver: CheckpointSaver, checkpoint: Path, epoch: int, metric: float) -> None:

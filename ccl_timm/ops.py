@@ -41,7 +41,7 @@ def force_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         first = next(x for x in [*args, *kwargs.values()] if _is_real(x))
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        args = [x.to(dtype) if _is_real(x) else x for x in args]
+        args = tuple(x.to(dtype) if _is_real(x) else x for x in args)
         kwargs = {name: x.to(dtype) if _is_real(x) else x for name, x in kwargs.items()}
         with outside_autocast(first.device):
             return function(*args, **kwargs)

@@ -33,7 +33,7 @@ _OURS = 'ccl-timm'
 _NOT_INSTALLED = 'ccl_timm is on the path but not installed: run `pip install -e .` beside its pyproject.toml.'
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
 # the metadata specification allows spaces around the colon and extras, which consumers may ignore
-_VALUE = re.compile(r'(?P<module>[\w.]+)\s*:\s*(?P<object>[\w.]+)\s*(\[.*\])?')
+_VALUE = re.compile(r'[\w.]+\s*:\s*[\w.]+\s*(\[.*\])?')
 
 _Verify = Callable[[str, Any], None]
 _Guard = Callable[[], AbstractContextManager]
@@ -241,7 +241,7 @@ def _read(dist: Distribution, kinds: list[str]) -> tuple[str, list[Entry]]:
         file = 'entry_points.txt'
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # its folder has another name
             dist = importlib.metadata.distribution(name)
-        version = dist.metadata.get('Version') or version
+        version = dist.version or version
         found = [(k, e.name, e.value) for k in kinds for e in dist.entry_points if e.group == GROUPS[k]]
     except Exception as error:
         reason = f'its {file} cannot be read ({_sentence(error)})'
@@ -307,8 +307,7 @@ def _load(entry: Entry, verify: _Verify | None, guard: _Guard) -> Any:
 
 
 def _import(value: str, guard: _Guard) -> Any:
-    match = _VALUE.fullmatch(value)
-    module = match['module']
+    module, _, path = (text.strip() for text in value.partition('[')[0].partition(':'))
     if module in _failed:  # importing it again would meet names that are registered already
         raise _failed[module]
     try:
@@ -319,7 +318,7 @@ def _import(value: str, guard: _Guard) -> Any:
     except BaseException as error:
         _failed[module] = error
         raise
-    return functools.reduce(getattr, match['object'].split('.'), obj)
+    return functools.reduce(getattr, path.split('.'), obj)
 
 
 def _message(entry: Entry, cause: str) -> str:

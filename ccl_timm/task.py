@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import get_model_input_config, group_parameters, is_model
@@ -10,6 +10,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UserError, reason
 from ccl_timm.heads import CAMHead, HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_options
@@ -19,7 +20,7 @@ __all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'create_loss_for', 'probe
 
 
 def create_task(
-    model: nn.Module,
+    model: TimmModel,
     loss: str | Loss,
     *,
     device: torch.device | str | None = None,
@@ -49,7 +50,7 @@ def create_task(
     return LossTask(model, loss, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
 
 
-def read_head(classifier: nn.Module, pooled: Tensor) -> Any:
+def read_head(classifier: Any, pooled: Tensor) -> Any:
     """What a classifier computes from pooled features (N, D): a head's own outputs, or those of a linear layer."""
     if hasattr(classifier, 'outputs'):
         return classifier.outputs(pooled)
@@ -59,17 +60,17 @@ def read_head(classifier: nn.Module, pooled: Tensor) -> Any:
     return HeadOutputs(classifier(pooled), pooled, weight=getattr(classifier, 'weight', None))
 
 
-def channels_first(model: nn.Module, feature_map: Tensor) -> Tensor:
+def channels_first(model: TimmModel, feature_map: Tensor) -> Tensor:
     """What forward_features returns as (N, C, H, W), where it is a map; families such as Swin keep channels last."""
     channels_last = getattr(model, 'output_fmt', None) == 'NHWC' and feature_map.ndim == 4
     return feature_map.permute(0, 3, 1, 2) if channels_last else feature_map
 
 
-def _name_of(model: nn.Module) -> str:
+def _name_of(model: TimmModel) -> str:
     return getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
 
 
-def _require_timm_model(model: nn.Module, name: str) -> None:
+def _require_timm_model(model: TimmModel, name: str) -> None:
     needed = ('forward_features', 'forward_head', 'get_classifier')
     missing = [method for method in needed if not hasattr(model, method)]
     if missing:
@@ -81,7 +82,7 @@ def _require_timm_model(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def probe_outputs(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
+def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
 
     Leaves the model and the random state as they were. On torch's meta device it takes no weights and tells shapes.
@@ -129,7 +130,7 @@ def _same(logits: Any, expected: Tensor) -> bool:
     return isinstance(logits, Tensor) and torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def create_loss_for(model: nn.Module, name: str, available: dict[str, Tensor], **loss_kwargs: Any) -> Loss:
+def create_loss_for(model: TimmModel, name: str, available: dict[str, Tensor], **loss_kwargs: Any) -> Loss:
     """Build a loss by name for a model.
 
     Args:
@@ -156,7 +157,7 @@ def _facts(available: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _check_fit(model: nn.Module, loss: Loss, loss_name: str, available: dict[str, Tensor]) -> None:
+def _check_fit(model: TimmModel, loss: Loss, loss_name: str, available: dict[str, Tensor]) -> None:
     missing = [name for name in loss.requires if name not in available]
     name = _name_of(model)
     if 'feature_map' in loss.requires and available['feature_map'].ndim != 4:
@@ -183,9 +184,14 @@ class ModelWithLoss(nn.Module):
     ``batches`` trained in it so far, ``step``, optimizer steps taken.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss):
+    loss: Loss
+    epoch: Tensor
+    batches: Tensor
+    step: Tensor
+
+    def __init__(self, model: TimmModel, loss: Loss):
         super().__init__()
-        self.model = model
+        self.model: TimmModel = model
         self.loss = loss
         self.requires_feature_map = 'feature_map' in loss.requires
         self.takes_features = False
@@ -292,7 +298,7 @@ class LossTask(TrainingTask):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModel,
         loss: str | Loss,
         *,
         device: torch.device | str | None = None,
@@ -310,12 +316,12 @@ class LossTask(TrainingTask):
             if loss_kwargs:
                 raise UserError(f'{name} is built already: give its options {sorted(loss_kwargs)} to its constructor.')
             _check_fit(model, loss, name, available)
-        scale = getattr(model.get_classifier(), 'scale', None)
-        if isinstance(scale, Tensor) and hasattr(loss, 'scale'):
-            scale.fill_(loss.scale)
+        scale, loss_scale = getattr(model.get_classifier(), 'scale', None), getattr(loss, 'scale', None)
+        if isinstance(scale, Tensor) and loss_scale is not None:
+            scale.fill_(loss_scale)
         if caution := loss.caution(available['logits'].shape[1]):
             warnings.warn(f'{type(loss).__name__}: {caution}', stacklevel=2)
-        self.trainable_module = ModelWithLoss(model, loss.to(device))
+        self.trainable_module: Any = ModelWithLoss(model, loss.to(device))  # or what wraps it: DDP, compiled
         self._counts_updates = False
 
     @property
@@ -409,11 +415,11 @@ class LossTask(TrainingTask):
         self.trainable_module = module
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # type: ignore[override]  # as timm has it
         """Compile model and loss for training, and the bare model for evaluation; returns the latter."""
         self.eval_model = torch.compile(self.trainable_module.model, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.eval_model
+        return cast(nn.Module, self.eval_model)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """Return the bare model: what is validated, saved and exported."""

@@ -50,9 +50,11 @@ def output_names(head: Any) -> list[str]:
     """Names of the tensors that a head computes; of a classifier that is none of ours those of a linear layer."""
     if not isinstance(head, Head):
         return ['logits', 'features', 'weight']
-    tensor, stage = next(head.parameters()), head.feature_stage()
+    tensor = next(head.parameters())
+    stage: Any = head.feature_stage()
+    width = stage.out_channels if stage else head.in_features
     with torch.no_grad():
-        outputs = head.outputs(tensor.new_zeros(1, stage.out_channels if stage else head.in_features))
+        outputs = head.outputs(tensor.new_zeros(1, width))
     return [name for name, value in outputs._asdict().items() if value is not None]
 
 

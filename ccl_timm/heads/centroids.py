@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def _exact(num_classes: int, dim: int) -> Tensor | None:
 def _roots(dim: int) -> Tensor:
     """Roots of D4 (24, 4) or E8 (240, 8), divided by their norm."""
     grid = list(itertools.product((-1, 0, 1), repeat=dim))
-    roots = [row for row in grid if sum(map(abs, row)) == 2]
+    roots: list[Sequence[float]] = [row for row in grid if sum(map(abs, row)) == 2]
     if dim == 8:
         roots += [[x / 2 for x in row] for row in grid if math.prod(row) == 1]  # an even number of minus signs
     return torch.tensor(roots, dtype=torch.float64, device='cpu') / math.sqrt(2)
@@ -114,7 +116,7 @@ def _minimise_energy(start: Tensor) -> Tensor:
         value.backward()
         return value
 
-    options = dict(max_iter=_ITERATIONS, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
+    options: dict[str, Any] = dict(max_iter=_ITERATIONS, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
     with torch.enable_grad():
         for sharpness in _SHARPNESS:
             optimizer = torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **options)

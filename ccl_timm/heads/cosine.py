@@ -50,6 +50,8 @@ class CosineHead(Head):
     directions of about unit length [assumption; their length changes nothing but how fast the optimizer turns them].
     """
 
+    scale: Tensor
+
     def __init__(
         self,
         in_features: int,

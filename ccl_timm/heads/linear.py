@@ -25,7 +25,7 @@ class HeadWithLinear(Head):
     def reset(self, num_classes: int) -> None:
         """Replace the last layer, keep what stands before it."""
         out = self.out
-        self.out = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
+        self.out: nn.Linear = nn.Linear(out.in_features, num_classes, device=out.weight.device, dtype=out.weight.dtype)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features (N, in_features) to logits (N, K)."""

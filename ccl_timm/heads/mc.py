@@ -17,6 +17,7 @@ class ChannelStage(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, device=None, dtype=None):
         super().__init__(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
+        assert self.bias is not None
         nn.init.kaiming_normal_(self.weight, nonlinearity='relu')
         nn.init.zeros_(self.bias)
 

@@ -32,6 +32,8 @@ class PEDCCHead(Head):
     their cosines would move by 7e-4. Outputs but the features are float32 likewise.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -57,7 +59,8 @@ class PEDCCHead(Head):
     def init_non_persistent_buffers(self) -> None:
         """Make the centroids, unless transformers has loaded them."""
         if not getattr(self.weight, '_is_hf_initialized', False):
-            self.weight.copy_(pedcc_centroids(*self.weight.shape, self.seed))
+            num_classes, feature_dim = self.weight.shape
+            self.weight.copy_(pedcc_centroids(num_classes, feature_dim, self.seed))
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), centroids (K, D)."""

@@ -239,10 +239,11 @@ def _verify_loss(name: str, obj: Any) -> None:
         raise TypeError('the object must be a class or function that returns a loss')
     if name_owner(name):
         raise TypeError(name_owner(name))
-    if isinstance(obj, type) and not issubclass(obj, Loss):
-        raise TypeError('the class must derive from ccl_timm.Loss')
-    if isinstance(obj, type) and obj.compute_terms is Loss.compute_terms:
-        raise TypeError('the class has no method compute_terms(outputs, target)')
+    if isinstance(obj, type):
+        if not issubclass(obj, Loss):
+            raise TypeError('the class must derive from ccl_timm.Loss')
+        if obj.compute_terms is Loss.compute_terms:
+            raise TypeError('the class has no method compute_terms(outputs, target)')
     kinds = {p.kind for p in inspect.signature(obj).parameters.values()}
     if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
         raise TypeError('its options must be explicit: no *args or **kwargs')

@@ -142,6 +142,8 @@ class FICALLoss(Loss):
     paper = 'FICAL, VCIP 2019, doi 10.1109/VCIP47243.2019.8965889, abstract only'
     assumptions = 'the whole formula and its constants'
 
+    rates: Tensor
+
     def __init__(
         self,
         weight: float = 5.0,
@@ -165,7 +167,7 @@ class FICALLoss(Loss):
         self.confusion = confusion
         self.momentum = momentum
         self.normalize = normalize
-        if momentum > 0:
+        if momentum > 0 and num_classes:
             self.register_buffer('rates', torch.zeros(num_classes, num_classes))
 
     def compute_terms(self, outputs, target):

@@ -145,6 +145,10 @@ class NaCLoss(Loss):
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 17, official code'
     assumptions = 'soft targets; the mean norm of the global batch under DDP'
 
+    delta: Tensor
+    mean_norm: Tensor
+    count: Tensor
+
     def __init__(self, alpha: float = 0.01, delta: float = 0.05, denominator: str = 'root', norm: str = 'features'):
         super().__init__()
         require(alpha >= 0 and delta >= 0, f'alpha and delta must not be negative, as in {alpha} and {delta}.')

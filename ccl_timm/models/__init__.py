@@ -17,6 +17,7 @@ from timm.models import (
 from torch import nn
 
 from ccl_timm import registry
+from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import head_name, output_names
 from ccl_timm.models import on_demand, weights
@@ -115,7 +116,7 @@ def create_for_input(
             overlay = {**overlay, 'state_dict': state_dict}
         options = {'pretrained_model_args': found.model_args, **found.model_args, **kwargs}
         cfg = {**found.pretrained_cfg, 'architecture': split_model_name_tag(found.architecture)[0]}
-        model = _create(
+        model: TimmModel = _create(
             found.architecture,
             settings,
             options,
@@ -192,7 +193,8 @@ def known_to_timm(name: str) -> bool:
         return False
     module = model_entrypoint(name).__module__
     if module == register_variant.__module__:
-        module = model_entrypoint(split_variant(name)[0]).__module__  # a plugin's backbone has to be loaded first
+        backbone, _ = split_variant(name) or (name, '')
+        module = model_entrypoint(backbone).__module__  # a plugin's backbone has to be loaded first
     return module.startswith('timm.')
 
 
@@ -217,7 +219,7 @@ def overview(pattern: str = '*') -> list[tuple[str, int, str, list[str]]]:
     rows = []
     for name in list_models(pattern):
         try:
-            model = create_model(name, device='meta')
+            model: TimmModel = create_model(name, device='meta')
             head = model.get_classifier()
         except KeyboardInterrupt:
             raise

@@ -9,6 +9,7 @@ from timm.models import (
     DPN,
     DenseNet,
     EfficientNet,
+    PretrainedCfg,
     ResNet,
     ResNetV2,
     get_pretrained_cfg,
@@ -18,6 +19,7 @@ from timm.models import (
 from timm.models.vgg import VGG
 from torch import nn
 
+from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UserError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     'make_small_input',
     'prepare_feature_stage',
     'prepare_for_head',
+    'registered_cfg',
     'insert_feature_stage',
     'remove_feature_stage',
 ]
@@ -49,6 +52,18 @@ _DROPOUT_IN_CLASSIFIER = ('timm.models.cpubone', 'timm.models.efficientvit_msra'
 
 # timm module of a family -> path of a stage at the end of the feature map, among what forward_features runs
 _FEATURE_STAGES = {'timm.models.resnet': 'layer4.channels', 'timm.models.vgg': 'features.channels'}
+
+
+def registered_cfg(name: str) -> PretrainedCfg:
+    """The default_cfg of a name that timm has registered with one.
+
+    Raises:
+        LookupError: it has not.
+    """
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        raise LookupError(f"timm has no default_cfg of '{name}'")
+    return cfg
 
 
 def classifier_path(backbone: str) -> str:
@@ -75,7 +90,7 @@ def classifier_path(backbone: str) -> str:
 def _similar(backbone: str) -> str:
     """The architecture of the same family with the closest name that has a single classifier, in words."""
     family = list_models(module=model_entrypoint(backbone).__module__.rpartition('.')[2])
-    single = [name for name in family if isinstance(get_pretrained_cfg(name).classifier, str)]
+    single = [name for name in family if isinstance(registered_cfg(name).classifier, str)]
     close = difflib.get_close_matches(backbone.replace('_distilled', ''), single, n=1)
     return f"'{close[0]}'" if close else 'another architecture'
 
@@ -96,18 +111,18 @@ def build_options(backbone: str, pretrained: bool, drop_rate: float = 0.0) -> di
     return {}
 
 
-def prepare_for_head(model: nn.Module) -> None:
+def prepare_for_head(model: TimmModel) -> None:
     """Bring a backbone, in place, into the form that the heads expect.
 
     VGG: the two 4096-wide layers before the classifier go. CC-Loss does not state the size of its VGG16; that it is the
     convolutions and its own classifier (15 M parameters), not the network of 134 M, is our assumption.
     """
     if isinstance(model, VGG):
-        model.pre_logits = nn.Identity()
+        model.pre_logits = nn.Identity()  # type: ignore[assignment]  # the two layers in it go
         model.head.in_features = model.head.num_features = model.head_hidden_size = model.num_features
 
 
-def flatten_pooled(model: nn.Module) -> None:
+def flatten_pooled(model: TimmModel) -> None:
     """Let pooled features be (N, C), in place, where the family's classifier is a convolution on (N, C, 1, 1).
 
     Each ``reset_classifier`` of such a family makes a new pooling, so it is needed again after that.
@@ -140,15 +155,15 @@ def feature_stage_path(family: str) -> str:
     return _FEATURE_STAGES[family]
 
 
-def prepare_feature_stage(model: nn.Module, family: str) -> None:
+def prepare_feature_stage(model: TimmModel, family: str) -> None:
     """Make room, in place, for a stage at the end of the feature map, which has twice the resolution from then on.
 
     ResNet: the last stage has stride 1. VGG: the stage stands for the last max-pool. Both as in the official code of
     MC-Loss, which compares places: 14x14 of them at 224 px.
     """
     path = feature_stage_path(family)
-    parent, _, name = path.rpartition('.')
-    parent = model.get_submodule(parent)
+    parent_path, _, name = path.rpartition('.')
+    parent = model.get_submodule(parent_path)
     last = model.feature_info[-1]
     if isinstance(model, VGG):
         stride = 2 if isinstance(parent.pop(-1), nn.MaxPool2d) else 1  # small_input has taken it out before
@@ -159,7 +174,7 @@ def prepare_feature_stage(model: nn.Module, family: str) -> None:
     parent.add_module(name, nn.Identity())
 
 
-def _take_out_strides(block: nn.Module) -> int:
+def _take_out_strides(block: Any) -> int:
     """Give every layer of a block stride 1, in place, and return the block's stride of before."""
     stride = 1
     for module in block.modules():
@@ -171,11 +186,11 @@ def _take_out_strides(block: nn.Module) -> int:
     return stride
 
 
-def _ones_like(size: int | tuple[int, ...]) -> int | tuple[int, ...]:
+def _ones_like(size: Any) -> Any:
     return (1,) * len(size) if isinstance(size, tuple) else 1
 
 
-def insert_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> None:
+def insert_feature_stage(model: TimmModel, family: str, stage: Any) -> None:
     """Put a stage at the end of a feature map, in place; the model's width becomes that of the stage.
 
     Args:
@@ -192,7 +207,7 @@ def insert_feature_stage(model: nn.Module, family: str, stage: nn.Module) -> Non
     _set_width(model, stage.out_channels)
 
 
-def remove_feature_stage(model: nn.Module, family: str) -> None:
+def remove_feature_stage(model: TimmModel, family: str) -> None:
     """Undo :func:`insert_feature_stage`, in place; nothing if there is no stage."""
     parent, _, name = _FEATURE_STAGES.get(family, '').rpartition('.')
     stage = model.get_submodule(parent)._modules.get(name)
@@ -201,12 +216,12 @@ def remove_feature_stage(model: nn.Module, family: str) -> None:
         model.set_submodule(f'{parent}.{name}', nn.Identity())
 
 
-def _set_width(model: nn.Module, channels: int) -> None:
+def _set_width(model: TimmModel, channels: int) -> None:
     model.num_features = model.head_hidden_size = channels
     model.feature_info[-1]['num_chs'] = channels
 
 
-def make_small_input(model: nn.Module, name: str) -> None:
+def make_small_input(model: TimmModel, name: str) -> None:
     """Replace, in place, the stem that is made for 224 px by one that keeps the resolution of small images.
 
     - ResNet, DenseNet: a 3x3 stride-1 convolution (new weights) in the place of the 7x7 stride-2 one, and no max-pool:
@@ -220,7 +235,7 @@ def make_small_input(model: nn.Module, name: str) -> None:
     for family, change, divisor in _SMALL_STEMS:
         if isinstance(model, family):
             change(model)
-            info = model.feature_info if family is not VGG else model.feature_info[-1:]
+            info: Any = model.feature_info if family is not VGG else model.feature_info[-1:]
             for stage in info:
                 stage['reduction'] = max(1, stage['reduction'] // divisor)
             return
@@ -230,21 +245,21 @@ def make_small_input(model: nn.Module, name: str) -> None:
     )
 
 
-def _small_resnet(model: ResNet) -> None:
+def _small_resnet(model: TimmModel) -> None:
     model.conv1 = _fine_convolution(model.conv1)
     model.maxpool = nn.Identity()
 
 
-def _small_densenet(model: DenseNet) -> None:
+def _small_densenet(model: TimmModel) -> None:
     model.features.conv0 = _fine_convolution(model.features.conv0)
     model.features.pool0 = nn.Identity()
 
 
-def _small_vgg(model: VGG) -> None:
+def _small_vgg(model: TimmModel) -> None:
     model.features[-1] = nn.Identity()
 
 
-def _small_efficientnet(model: EfficientNet) -> None:
+def _small_efficientnet(model: TimmModel) -> None:
     model.conv_stem.stride = (1, 1)
 
 
@@ -263,7 +278,7 @@ def _fine_convolution(old: nn.Module) -> nn.Conv2d:
         raise UserError(
             'small_input=True does not fit a stem of several convolutions: choose a variant with a single one.'
         )
-    like = {'device': old.weight.device, 'dtype': old.weight.dtype}
-    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, **like)
+    device, dtype = old.weight.device, old.weight.dtype
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, device=device, dtype=dtype)
     nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
     return new

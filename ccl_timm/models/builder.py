@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import timm.models
@@ -19,7 +19,7 @@ from timm.models import (
 )
 from torch import nn
 
-from ccl_timm._compat import FeatureGetterNet, pretrained_cfg_for_features
+from ccl_timm._compat import FeatureGetterNet, TimmModel, pretrained_cfg_for_features
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.heads import Head, head_class, list_heads
 from ccl_timm.models.adapters import (
@@ -30,6 +30,7 @@ from ccl_timm.models.adapters import (
     make_small_input,
     prepare_feature_stage,
     prepare_for_head,
+    registered_cfg,
 )
 from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
 from ccl_timm.models.variant import attach_head, backbone_class
@@ -39,7 +40,8 @@ __all__ = ['build_variant', 'register_variant', 'variant_cfg']
 
 default_cfgs: dict[str, Any] = {}  # read by timm's register_model, which looks into the module of the function
 
-_NO_WEIGHTS = dict(
+_Kind = Literal['own', 'other', 'stock']
+_NO_WEIGHTS: dict[str, Any] = dict(
     url=None, file=None, hf_hub_id=None, hf_hub_filename=None, state_dict=None, source=None, custom_load=False, tag=None
 )
 
@@ -67,7 +69,7 @@ def register_variant(backbone: str, head: str) -> Callable[..., nn.Module]:
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         options = checkpoint_options(name, kwargs.get('pretrained_cfg'))
-        model = build_variant(name, backbone, cls, pretrained, **{**options, **kwargs})
+        model: TimmModel = build_variant(name, backbone, cls, pretrained, **{**options, **kwargs})
         model._model_args = {**getattr(model, '_model_args', {}), **options}  # timm adds what it was called with
         return model
 
@@ -87,7 +89,7 @@ def variant_cfg(backbone: str, head_class: type[Head]) -> PretrainedCfg:
     if is_model(bare := backbone.rpartition('_')[0]) and backbone.removeprefix(f'{bare}_') in list_heads():
         raise UserError(f"'{backbone}' has a head already: put one on '{bare}'.")
     tensors = _class_tensors(backbone, classifier_path(backbone), head_class)
-    cfg = dataclasses.replace(get_pretrained_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
+    cfg = dataclasses.replace(registered_cfg(backbone), **_NO_WEIGHTS, classifier=tensors)
     if _has_feature_stage(head_class) and cfg.pool_size:
         cfg = dataclasses.replace(cfg, pool_size=tuple(2 * size for size in cfg.pool_size))
     return cfg
@@ -144,7 +146,7 @@ def build_variant(
     if kind != 'stock':
         kwargs.setdefault('in_chans', cfg.input_size[0])
     if features_only and not (small_input or _has_feature_stage(head_class)):
-        stock = weights if kind == 'stock' else _without_head(weights, backbone)
+        stock = _without_head(weights, backbone) if weights and kind != 'stock' else weights
         size = {} if kind == 'stock' else {'input_size': cfg.input_size}
         return _build_backbone(backbone, stock, pretrained, cache_dir, size, {**kwargs, 'features_only': True})
 
@@ -172,11 +174,11 @@ def build_variant(
     return _extractor_of(model, indices) if features_only else model
 
 
-def _extractor_of(model: nn.Module, indices: int | Sequence[int]) -> nn.Module:
+def _extractor_of(model: TimmModel, indices: int | tuple[int, ...]) -> nn.Module:
     """timm's feature extractor of a whole model, with what timm's builder gives to one."""
     cfg, channels = pretrained_cfg_for_features(model.pretrained_cfg), model.in_chans
     prune = not _has_feature_stage(model._head_class)  # a feature stage goes when the head does
-    extractor = FeatureGetterNet(model, out_indices=indices, prune=prune)
+    extractor: TimmModel = FeatureGetterNet(model, out_indices=indices, prune=prune)
     extractor.pretrained_cfg = extractor.default_cfg = cfg
     extractor._traits, extractor.in_chans = dict(model._traits), channels
     return extractor
@@ -189,12 +191,12 @@ def _build_backbone(
     cache_dir: str | None,
     overlay: dict[str, Any],
     kwargs: dict[str, Any],
-) -> nn.Module:
-    overlay = {'state_dict': weights, 'num_classes': -1, **overlay} if weights else None
+) -> TimmModel:
+    with_weights = {'state_dict': weights, 'num_classes': -1, **overlay} if weights else None
     needs_whole = pretrained or 'features_only' in kwargs
     options = build_options(backbone, needs_whole, kwargs.get('drop_rate', 0.0))
-    model = timm.create_model(
-        backbone, pretrained=pretrained, pretrained_cfg_overlay=overlay, cache_dir=cache_dir, **options, **kwargs
+    model: TimmModel = timm.create_model(
+        backbone, pretrained=pretrained, pretrained_cfg_overlay=with_weights, cache_dir=cache_dir, **options, **kwargs
     )
     model._model_args = {}  # timm's create_model fills in the variant's
     model.pretrained_cfg.pop('state_dict', None)
@@ -203,7 +205,7 @@ def _build_backbone(
 
 def _check_foreign(
     name: str, cfg: PretrainedCfg, overlay: dict[str, Any], model_args: dict[str, Any], weights: dict[str, Any] | None
-) -> str | None:
+) -> _Kind | None:
     """Check what somebody's config.json says; ``'own'`` where the weights beside it are loaded, which must fit it."""
     check_model_args(name, {key: value for key, value in model_args.items() if key != 'num_classes'})
     if weights is None or overlay.keys() & {'file', 'url'}:
@@ -234,16 +236,14 @@ def _head_keys(weights: dict[str, Any], backbone: str) -> set[str]:
     return {key for key in weights if key.startswith(prefixes)}
 
 
-def _kind_of(
-    weights: dict[str, Any] | None, backbone: str, head_class: type[Head], options: dict[str, Any]
-) -> Literal['own', 'other', 'stock']:
+def _kind_of(weights: dict[str, Any] | None, backbone: str, head_class: type[Head], options: dict[str, Any]) -> _Kind:
     """Whether a state_dict has this head, another one of ours, or the backbone's own classifier.
 
     The latter is a linear layer at a path that may be within the head's, and have other layers beside it.
     """
     if weights is None:
         return 'stock'
-    path, stock_path = classifier_path(backbone), get_pretrained_cfg(backbone).classifier
+    path, stock_path = classifier_path(backbone), registered_cfg(backbone).classifier
     keys = _head_keys(weights, backbone)
     found = {key.removeprefix(f'{path}.') for key in keys if key.startswith(f'{path}.')}
     has_stage = any(not key.startswith(f'{path}.') for key in keys)
@@ -275,7 +275,7 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | None) -> dict[str, Any] |
     """The state_dict that a cfg points to; None where it has none of its own."""
     if cfg.state_dict:
         return cfg.state_dict
-    if cfg.source == 'local-dir':
+    if cfg.file and cfg.source == 'local-dir':
         return read_local_weights(cfg.file)
     if cfg.file:
         return timm.models.load_state_dict(cfg.file)
@@ -284,7 +284,7 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | None) -> dict[str, Any] |
     return None
 
 
-def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict[str, Any], backbone: str) -> None:
+def _load_trained(model: TimmModel, name: str, cfg: PretrainedCfg, weights: dict[str, Any], backbone: str) -> None:
     """Load a checkpoint of this variant; only a change of classes or input channels may change a tensor.
 
     Weights without any tensor of a head leave the model's as it is.
@@ -292,7 +292,7 @@ def _load_trained(model: nn.Module, name: str, cfg: PretrainedCfg, weights: dict
     resize = getattr(sys.modules[backbone_class(model).__module__], 'checkpoint_filter_fn', None)
     wanted = model.state_dict().keys()
     changed = model.num_classes != cfg.num_classes
-    by_class = tuple(f'{p}.' for p in ([cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier))
+    by_class = tuple(f'{p}.' for p in ([cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()))
     anew = {k for k in wanted if changed and k.startswith(by_class)}
     if not _head_keys(weights, backbone):
         anew |= _head_keys(model.state_dict(), backbone)

@@ -18,7 +18,7 @@ ORGANISATION = os.environ.get('CCL_TIMM_ORGANISATION', 'ccl-timm')
 PUBLISHED: dict[str, dict[str, Any]] = {}
 
 
-def tagged_cfgs(architecture: str, base: PretrainedCfg) -> dict[str, PretrainedCfg]:
+def tagged_cfgs(architecture: str, base: PretrainedCfg) -> dict[str, dict[str, Any] | PretrainedCfg]:
     """The cfgs of an architecture for timm's ``generate_default_cfgs``: one for each published tag, then the plain one.
 
     Args:

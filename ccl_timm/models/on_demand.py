@@ -46,7 +46,7 @@ def _register(name: str) -> None:
 
 class _PretrainedCfgs(dict):
     def __contains__(self, name: object) -> bool:
-        if not super().__contains__(name):
+        if isinstance(name, str) and not super().__contains__(name):
             _register(split_model_name_tag(name)[0])
         return super().__contains__(name)
 

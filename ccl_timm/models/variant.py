@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UserError
 from ccl_timm.heads import Head
 from ccl_timm.models.adapters import flatten_pooled, insert_feature_stage, remove_feature_stage
@@ -13,10 +14,13 @@ from ccl_timm.models.adapters import flatten_pooled, insert_feature_stage, remov
 __all__ = ['VariantMixin', 'backbone_class', 'attach_head']
 
 
-class VariantMixin:
+_Backbone: Any = object  # for a type checker, a class with everything that timm's models have
+
+
+class VariantMixin(_Backbone):
     """Mixin over a timm model's class: :meth:`reset_classifier` keeps the head."""
 
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> Any:
         """The head, or an Identity if there are 0 classes; not every family's own method gives it."""
         return self.get_submodule(self._head_path)
 
@@ -47,7 +51,7 @@ class VariantMixin:
         return _empty_instance, (backbone_class(self),), self.__dict__
 
 
-def attach_head(model: nn.Module, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
+def attach_head(model: TimmModel, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:
     """Put a head in the place of a timm model's classifier, in place, and return the model.
 
     Args:
@@ -70,7 +74,7 @@ def attach_head(model: nn.Module, path: str, head_class: type[Head], num_classes
     return model
 
 
-def _check_place(model: nn.Module, path: str) -> None:
+def _check_place(model: TimmModel, path: str) -> None:
     """Refuse a model where a head at this path would not be the only layer that reads the pooled features."""
     name = model.pretrained_cfg['architecture']
     for part in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier', 'head_hidden_size'):
@@ -88,13 +92,16 @@ def _check_place(model: nn.Module, path: str) -> None:
         )
 
 
-@functools.cache
-def variant_class(backbone: type[nn.Module]) -> type[nn.Module]:
+def _variant_class(backbone: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a timm model's class that keeps its head; one for each backbone class."""
     return type(f'{backbone.__name__}VariantMixin', (VariantMixin, backbone), {'__module__': __name__})
 
 
-def backbone_class(model: nn.Module) -> type[nn.Module]:
+# Any: a type checker takes classes of modules for not hashable
+variant_class: Any = functools.cache(_variant_class)
+
+
+def backbone_class(model: TimmModel) -> type[nn.Module]:
     """The timm class of a model that has one of our heads."""
     return type(model).__bases__[1]
 
@@ -104,13 +111,13 @@ def _empty_instance(backbone: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _place(model: nn.Module, head: Head) -> None:
+def _place(model: TimmModel, head: Head) -> None:
     model.set_submodule(model._head_path, head)
     stage = head.feature_stage()
     if stage is not None:
         insert_feature_stage(model, backbone_class(model).__module__, stage)
 
 
-def _new_head(model: nn.Module, head_class: type[Head], num_classes: int, options: dict) -> Head:
+def _new_head(model: TimmModel, head_class: type[Head], num_classes: int, options: dict) -> Head:
     example = next(model.parameters())
     return head_class(model.head_hidden_size, num_classes, device=example.device, dtype=example.dtype, **options)

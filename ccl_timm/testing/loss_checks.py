@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from ccl_timm import models
+from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_class, loss_options
@@ -45,9 +46,9 @@ class LossCase:
         self, dtype: torch.dtype = torch.float32, num_classes: int = 5, num_features: int = 6, seed: int = SEED
     ) -> Loss:
         """Make the loss in training mode, its state in ``dtype``; fills in what a task would fill in."""
-        options = loss_options(self.loss) if isinstance(self.loss, str) else inspect.signature(self.loss).parameters
+        known = loss_options(self.loss) if isinstance(self.loss, str) else inspect.signature(self.loss).parameters
         facts = {'num_classes': num_classes, 'num_features': num_features, 'num_channels': 3 * num_classes}
-        options = {**{key: value for key, value in facts.items() if key in options}, **self.options}
+        options = {**{key: value for key, value in facts.items() if key in known}, **self.options}
         default = torch.get_default_dtype()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -68,7 +69,9 @@ class LossCase:
         return make_outputs(required, batch, num_classes, num_features, own=self.outputs, **kwargs)
 
 
-def _value_and_gradients(loss: Callable, outputs: Any, target: Tensor, leaves: dict[str, Tensor]):
+def _value_and_gradients(
+    loss: Callable, outputs: Any, target: Tensor, leaves: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar and its gradient at the leaves (zeros where none arrives), always with the same random numbers."""
     if hasattr(outputs, 'drawn'):  # a graph of its own for each call: a loss that holds on to one is found out
         outputs = derive(outputs.drawn, outputs.requires, outputs.own)
@@ -188,7 +191,8 @@ def terms_add_up(case: LossCase) -> None:
         assert term.ndim == 0, f"the term '{name}' is of shape {tuple(term.shape)}, not a scalar."
     for dtype in (torch.int64, torch.int32, torch.uint8):
         value, _ = _value_and_gradients(case.build(torch.float64), outputs, target.to(dtype), {})
-        assert_close(value, sum(terms.values()), 1e-12, 1e-14, f'loss against the sum of its terms ({dtype} target)')
+        total = sum(terms.values(), torch.zeros((), dtype=torch.float64))
+        assert_close(value, total, 1e-12, 1e-14, f'loss against the sum of its terms ({dtype} target)')
 
 
 def equals_reference(case: LossCase) -> None:
@@ -269,7 +273,7 @@ def compiled_is_equal(case: LossCase) -> None:
 
     torch._dynamo.reset()
     eager = case.build()
-    compiled = torch.compile(copy.deepcopy(eager), backend=case.backend)
+    compiled: Any = torch.compile(copy.deepcopy(eager), backend=case.backend)
     with inductor.patch(fallback_random=True):
         for step in range(3):
             outputs, target = case.example(dtype=torch.float32, seed=step), make_target(seed=step)
@@ -453,7 +457,7 @@ def trains_in_a_task(case: LossCase) -> None:
     task.load_task_state(copy.deepcopy(task.get_task_state()))
 
 
-def _small_model(case: LossCase) -> nn.Module:
+def _small_model(case: LossCase) -> TimmModel:
     if isinstance(case.model, nn.Module):
         return copy.deepcopy(case.model)
     head, name = case.build().head, case.model
@@ -463,14 +467,14 @@ def _small_model(case: LossCase) -> nn.Module:
     return models.create_model(name or 'test_resnet', num_classes=5)
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
+def _input_size(model: TimmModel) -> tuple[int, int, int]:
     cfg = model.pretrained_cfg
     channels, *size = cfg['input_size']
     # 96 px leave a map of 3 x 3 after five halvings
     return (channels, *size) if cfg.get('fixed_input_size') else (channels, *(min(96, s) for s in size))
 
 
-def _width(model: nn.Module) -> int:
+def _width(model: TimmModel) -> int:
     with torch.no_grad():
         model.eval()
         pooled = model.forward_head(model.forward_features(torch.zeros(1, *_input_size(model))), pre_logits=True)

@@ -12,9 +12,11 @@ import timm.models
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccl_timm import models
+from ccl_timm._compat import TimmModel
+from ccl_timm.models.adapters import registered_cfg
 from ccl_timm.task import probe_outputs
 from ccl_timm.testing.common import SEED, assert_close, different_state, run_checks
 
@@ -29,22 +31,22 @@ class ModelCase:
     options: dict[str, Any] = field(default_factory=dict)
     img_size: int | None = None
 
-    def build(self, num_classes: int = 5, **kwargs: Any) -> nn.Module:
+    def build(self, num_classes: int = 5, **kwargs: Any) -> TimmModel:
         """Make the model, in evaluation mode."""
         models.ensure_registered(self.name)
-        if self.img_size and timm.models.get_pretrained_cfg(self.name).fixed_input_size:
+        if self.img_size and registered_cfg(self.name).fixed_input_size:
             kwargs['img_size'] = self.img_size
         torch.manual_seed(SEED)
         return models.create_model(self.name, num_classes=num_classes, **{**self.options, **kwargs}).eval()
 
-    def images(self, model: nn.Module, batch: int = 2) -> Tensor:
+    def images(self, model: TimmModel, batch: int = 2) -> Tensor:
         """Random images that the model takes."""
         channels, *size = model.pretrained_cfg['input_size']
         size = [self.img_size] * 2 if self.img_size else size
         return torch.randn(batch, self.options.get('in_chans', channels), *size)
 
 
-def _class_tensors(model: nn.Module) -> tuple[str, ...]:
+def _class_tensors(model: TimmModel) -> tuple[str, ...]:
     """Prefixes of the tensors that the cfg names as shaped by the number of classes."""
     names = model.pretrained_cfg['classifier']
     return tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names))
@@ -226,7 +228,7 @@ def scripted_is_equal(case: ModelCase) -> None:
     x = case.images(model)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # recent versions of torch deprecate torch.jit
-        scripted = torch.jit.script(model)
+        scripted: Any = torch.jit.script(model)
         assert_close(scripted(x), model(x), 1e-4, 1e-5, 'logits of the scripted model')
 
 
