@@ -20,8 +20,8 @@ from typing import Any
 from ccl_timm.errors import PluginLoadError, UserError
 
 __all__ = [
-    'GROUPS', 'SWITCH', 'Entry', 'describe', 'find_plugins', 'load', 'load_all', 'names', 'our_names', 'plugin_names',
-    'refresh', 'used_plugins', 'version',
+    'GROUPS', 'SWITCH', 'Entry', 'describe_error', 'find_plugins', 'load', 'load_all', 'names', 'our_names',
+    'plugin_names', 'refresh', 'state', 'used_plugins', 'version',
 ]  # fmt: skip
 
 # kind -> entry point group
@@ -30,7 +30,6 @@ GROUPS = {'head': 'ccl_timm.heads', 'loss': 'ccl_timm.losses', 'model': 'ccl_tim
 SWITCH = 'CCL_TIMM_PLUGINS'
 
 _OURS = 'ccl-timm'
-_NOT_INSTALLED = 'ccl_timm is on the path but not installed: run `pip install -e .` beside its pyproject.toml.'
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
 # the metadata specification allows spaces around the colon and extras, which consumers may ignore
 _VALUE = re.compile(r'[\w.]+\s*:\s*[\w.]+\s*(\[.*\])?')
@@ -45,8 +44,8 @@ class Entry:
 
     Attributes:
         kind: a key of GROUPS.
-        name: what the user types; empty if the entry points cannot be read.
-        value: ``module:object``; empty likewise.
+        name: what the user types; it and the value are empty if the entry points cannot be read.
+        value: ``module:object``.
         distribution: normalised name (lower case, hyphens), as in the switch.
         version: of the distribution.
         error: what is wrong with the metadata, as a sentence; None if nothing is.
@@ -60,15 +59,12 @@ class Entry:
     error: str | None = None
 
     def __str__(self) -> str:
-        by = f'{self.distribution} {self.version}'
-        return (
-            f"{self.kind} plugin '{self.name}' of {by} ({self.value})" if self.name else f'{self.kind} plugins of {by}'
-        )
+        by = f'of {self.distribution} {self.version}'
+        return f"{self.kind} plugin '{self.name}' {by} ({self.value})" if self.name else f'{self.kind} plugins {by}'
 
 
 _loaded: dict[Entry, Any] = {}
 _failed: dict[Entry | str, BaseException] = {}  # also by the name of a module
-_warned: set[str] = set()
 
 
 def refresh() -> None:
@@ -76,7 +72,6 @@ def refresh() -> None:
     importlib.invalidate_caches()  # else a package installed a moment ago may not be seen
     _scan.cache_clear()
     _failed.clear()
-    _warned.clear()
 
 
 def find_plugins(kind: str | None = None) -> tuple[Entry, ...]:
@@ -95,7 +90,9 @@ def our_names(kind: str) -> list[str]:
     """
     found = [entry.name for entry in _scan() if (entry.kind, entry.distribution) == (kind, _OURS)]
     if not found and kind != 'model':
-        raise ImportError(_NOT_INSTALLED)
+        raise ImportError(
+            'ccl_timm is on the path but not installed: run `pip install -e .` beside its pyproject.toml.'
+        )
     return found
 
 
@@ -105,10 +102,8 @@ def version() -> str:
     Raises:
         ImportError: it is on the path, but not installed.
     """
-    try:
-        return importlib.metadata.version(_OURS)
-    except importlib.metadata.PackageNotFoundError:
-        raise ImportError(_NOT_INSTALLED) from None
+    our_names('loss')
+    return importlib.metadata.version(_OURS)
 
 
 def plugin_names(kind: str) -> list[str]:
@@ -150,15 +145,13 @@ def load(kind: str, name: str, verify: _Verify | None = None, guard: _Guard = co
 
 
 def load_all(kind: str, verify: _Verify | None = None, guard: _Guard = contextlib.nullcontext) -> dict[str, Any]:
-    """Load every enabled plug-in of a kind, as :func:`load` does; one that fails is left out with a warning, once."""
+    """Load every enabled plug-in of a kind, as :func:`load` does; one that fails is left out with a warning."""
     loaded = {}
     for entry in filter(_is_enabled, find_plugins(kind)):
         try:
             loaded[entry.name] = _load(entry, verify, guard)
         except PluginLoadError as error:
-            if str(error) not in _warned:
-                _warned.add(str(error))
-                warnings.warn(str(error), stacklevel=2)
+            warnings.warn(str(error), stacklevel=2)
     return loaded
 
 
@@ -167,47 +160,18 @@ def used_plugins() -> list[dict[str, str]]:
     return [{key: value for key, value in asdict(entry).items() if key != 'error'} for entry in _loaded]
 
 
-def describe(
-    check: Callable[[str, str], Any] | None = None,
-    owner: Callable[[str, str], str | None] = lambda kind, name: None,
-) -> list[dict[str, str | None]]:
-    """A row for each plug-in: the fields of :class:`Entry`, ``state``, and ``error`` (a sentence or None).
+def state(entry: Entry) -> tuple[str, str | None]:
+    """The state of a plug-in and what is wrong with it, as a sentence or None.
 
-    States: available, loaded, disabled, clash (the name is taken), broken. Nothing is imported without ``check``.
-
-    Args:
-        check: called as ``check(kind, name)`` for what is available or loaded; if it raises, the state is broken.
-        owner: ``owner(kind, name)`` says in a sentence who has a name beside entry points, such as timm; None: nobody.
+    ``'disabled'``, ``'broken'``, ``'clash'`` (its name is taken), ``'loaded'`` or ``'available'``.
     """
-    rows = []
-    for entry in find_plugins():
-        state, error = _state(entry, owner)
-        if check and state in ('available', 'loaded'):
-            try:
-                check(entry.kind, entry.name)
-                state = 'loaded' if entry in _loaded else state
-            except KeyboardInterrupt:
-                raise
-            except BaseException as failure:
-                state, error = 'broken', _sentence(failure)
-        rows.append({**asdict(entry), 'state': state, 'error': error})
-    return rows
-
-
-def _state(entry: Entry, owner: Callable[[str, str], str | None]) -> tuple[str, str | None]:
     if not _is_enabled(entry):
         return 'disabled', entry.error
     if entry.error or entry in _failed:
-        return 'broken', entry.error or _sentence(_failed[entry])
+        return 'broken', entry.error or describe_error(_failed[entry])
     if clash := _clash(entry):
         return 'clash', clash
-    if entry in _loaded:
-        return 'loaded', None
-    modules = {other.value.partition(':')[0].strip() for other in _loaded}
-    if entry.value.partition(':')[0].strip() in modules:
-        return 'available', None  # the names that this module registered when it was imported are its own
-    taken = owner(entry.kind, entry.name)
-    return ('clash', taken) if taken else ('available', None)
+    return 'loaded' if entry in _loaded else 'available', None
 
 
 @functools.cache
@@ -244,7 +208,7 @@ def _read(dist: Distribution, kinds: list[str]) -> tuple[str, list[Entry]]:
         version = dist.version or version
         found = [(k, e.name, e.value) for k in kinds for e in dist.entry_points if e.group == GROUPS[k]]
     except Exception as error:
-        reason = f'its {file} cannot be read ({_sentence(error)})'
+        reason = f'its {file} cannot be read ({describe_error(error)})'
         shown = name or f'a distribution in {dist.locate_file("")}'
         return name, [Entry(kind, '', '', shown, version, reason) for kind in kinds]
     return name, [Entry(*entry, name, version, _entry_error(*entry)) for entry in found]
@@ -291,7 +255,7 @@ def _load(entry: Entry, verify: _Verify | None, guard: _Guard) -> Any:
     if entry.error:
         raise PluginLoadError(_message(entry, entry.error))
     if entry in _failed:
-        raise PluginLoadError(_message(entry, _sentence(_failed[entry]))) from _failed[entry]
+        raise PluginLoadError(_message(entry, describe_error(_failed[entry]))) from _failed[entry]
     try:
         obj = _loaded[entry] if entry in _loaded else _import(entry.value, guard)
         if verify:
@@ -301,7 +265,7 @@ def _load(entry: Entry, verify: _Verify | None, guard: _Guard) -> Any:
     except BaseException as error:  # SystemExit too: a plug-in must not end the program
         _failed[entry] = error
         _loaded.pop(entry, None)
-        raise PluginLoadError(_message(entry, _sentence(error))) from error
+        raise PluginLoadError(_message(entry, describe_error(error))) from error
     _loaded[entry] = obj
     return obj
 
@@ -328,6 +292,7 @@ def _message(entry: Entry, cause: str) -> str:
     )
 
 
-def _sentence(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """A plug-in's exception in one clause: a UserError's text, or the type and text of any other."""
     text = str(error).strip().rstrip('.')
     return text if isinstance(error, UserError) and text else f'{type(error).__name__}: {text}'.rstrip(': ')

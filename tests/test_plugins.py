@@ -13,6 +13,7 @@ import timm
 from timm.models import _registry
 
 from ccl_timm import create_loss, create_model, models, registry
+from ccl_timm.cli import plugins
 from ccl_timm.errors import PluginLoadError, UserError
 
 from .conftest import TINY
@@ -53,7 +54,7 @@ def install(tmp_path, monkeypatch):
 
 
 def rows(**kwargs):
-    return {(row['kind'], row['name']): row for row in registry.describe(**kwargs)}
+    return {(row['kind'], row['name']): row for row in plugins.describe(**kwargs)}
 
 
 def states(**kwargs):
@@ -85,7 +86,7 @@ def test_ours_stay_and_their_names_are_taken(install, monkeypatch):
     install('plug-a', LOSSES + 'cc = fake_a:Loss\n[ccl_timm.heads]\ncam = fake_a:Head\n', fake_a='Loss = Head = 1\n')
     monkeypatch.setenv(registry.SWITCH, 'plug-a')
     assert registry.load('loss', 'cc').__name__ == 'CCLoss' and registry.load('head', 'cam').__name__ == 'CAMHead'
-    assert {row['error'] for row in registry.describe()} == {
+    assert {row['error'] for row in plugins.describe()} == {
         'ccl_timm has a loss of this name', 'ccl_timm has a head of this name'
     }  # fmt: skip
     assert set(states().values()) == {'clash'} and 'fake_a' not in sys.modules
@@ -193,7 +194,7 @@ def test_bad_name_or_value_is_listed_and_raised_at_use(install, entry, sentence)
     (plugin,) = registry.find_plugins()
     assert plugin.error == sentence
     assert registry.plugin_names(plugin.kind) == []
-    assert [(row['state'], row['error']) for row in registry.describe()] == [('broken', sentence)]
+    assert [(row['state'], row['error']) for row in plugins.describe()] == [('broken', sentence)]
     with pytest.raises(PluginLoadError, match="leave it out with CCL_TIMM_PLUGINS=''") as caught:
         registry.load(plugin.kind, plugin.name)
     assert sentence in str(caught.value)
@@ -212,7 +213,7 @@ def test_malformed_file_with_our_group_is_listed(install):
 def test_two_malformed_files_are_not_a_clash(install):
     install('plug-a', LOSSES + 'no equals sign\n')
     install('plug-b', LOSSES + MODELS + 'no equals sign\n')
-    assert [(row['kind'], row['distribution'], row['state']) for row in registry.describe()] == [
+    assert [(row['kind'], row['distribution'], row['state']) for row in plugins.describe()] == [
         ('loss', 'plug-a', 'broken'),
         ('loss', 'plug-b', 'broken'),
         ('model', 'plug-b', 'broken'),
@@ -240,7 +241,7 @@ def test_same_name_from_two_distributions(install, monkeypatch):
     install('plug-b', LOSSES + 'podd = fake_b:Loss\n', fake_b='Loss = "b"\n')
     install('plug-a', LOSSES + 'podd = fake_a:Loss\n', fake_a='Loss = "a"\n', version='2.0')
     assert registry.plugin_names('loss') == []
-    assert [row['state'] for row in registry.describe()] == ['clash', 'clash']
+    assert [row['state'] for row in plugins.describe()] == ['clash', 'clash']
     with pytest.raises(PluginLoadError) as caught:
         registry.load('loss', 'podd')
     assert str(caught.value) == (
@@ -249,10 +250,10 @@ def test_same_name_from_two_distributions(install, monkeypatch):
     )
     with pytest.warns(UserWarning, match='Cannot choose') as record:
         assert registry.load_all('loss') == {}
-    assert len(record) == 1
+    assert len({str(warning.message) for warning in record}) == 1
     monkeypatch.setenv(registry.SWITCH, 'plug-b')
     assert registry.load('loss', 'podd') == 'b'
-    assert [row['state'] for row in registry.describe()] == ['disabled', 'loaded']
+    assert [row['state'] for row in plugins.describe()] == ['disabled', 'loaded']
 
 
 def test_stale_duplicate_of_a_distribution_is_ignored(install):
@@ -333,15 +334,12 @@ def test_verify_and_guard(install):
         registry.load('loss', 'two')
 
 
-def test_load_all_warns_once_for_each_failure(install):
+def test_load_all_warns_of_each_failure(install):
     install('plug-a', MODELS + 'gone = fake_gone:net\n' + LOSSES + 'one = fake_one:Loss\n', fake_one='Loss = 1\n')
     install('plug-b', MODELS + 'net = fake_net:net\n', fake_net='net = 2\n')
     with pytest.warns(UserWarning, match="model plugin 'gone' of plug-a") as record:
         assert registry.load_all('model') == {'net': 2}
     assert len(record) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert registry.load_all('model') == {'net': 2}
     assert 'fake_one' not in sys.modules
 
 
@@ -361,7 +359,7 @@ def test_describe_imports_nothing_and_reports_taken_names(install):
     def owner(kind, name):
         return 'timm has a model of this name' if (kind, name) == ('model', 'resnet50') else None
 
-    assert registry.describe(owner=owner) == [
+    assert plugins.describe(owner=owner) == [
         dict(
             kind='loss',
             name='one',
