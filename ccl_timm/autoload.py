@@ -14,13 +14,13 @@ __all__: list[str] = []
 
 
 def _named_loss(script) -> str | None:
-    """The loss that a stock training script's words or recipe name."""
-    words = sys.argv[1:]
-    for index, word in enumerate(words):
-        if word == '--loss' and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith('--loss='):
-            return word.removeprefix('--loss=')
+    """The loss that a stock training script's flags or recipe name."""
+    argv = sys.argv[1:]
+    for index, arg in enumerate(argv):
+        if arg == '--loss' and index + 1 < len(argv):
+            return argv[index + 1]
+        if arg.startswith('--loss='):
+            return arg.removeprefix('--loss=')
     config = script.config_parser.parse_known_args()[0].config
     return recipes.read_recipe(recipes.find_recipe(config)).get('loss') if config else None
 

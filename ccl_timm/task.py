@@ -85,7 +85,7 @@ def _require_timm_model(model: TimmModel, name: str) -> None:
 def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
 
-    Leaves the model and the random state as they were. On torch's meta device it takes no weights and tells shapes.
+    Leaves the model and the random state as they were. On torch's meta device it needs no weights and gives the shapes.
 
     Args:
         model: any of timm's or ours.
@@ -136,7 +136,7 @@ def create_loss_for(model: TimmModel, name: str, available: dict[str, Tensor], *
     Args:
         model: the loss's, named in errors.
         name: for :func:`ccl_timm.create_loss`.
-        available: what :func:`probe` found; sizes that the loss takes are filled in from it.
+        available: what :func:`probe_outputs` found; sizes that the loss takes are filled in from it.
         **loss_kwargs: the loss's options.
 
     Raises:
@@ -171,7 +171,7 @@ def _check_fit(model: TimmModel, loss: Loss, loss_name: str, available: dict[str
     kind = 'a linear classifier' if kind in ('Linear', 'NormLinear') else f'the head {kind}'
     backbone = next((name.removesuffix(f'_{head}') for head in list_heads() if name.endswith(f'_{head}')), name)
     fits = loss.head in list_heads() and is_model(backbone)  # a plug-in's loss may name a head of its own models only
-    remedy = f'use {backbone}_{loss.head}' if fits else 'use a model whose head gives it out'
+    remedy = f'use {backbone}_{loss.head}' if fits else 'use a model whose head outputs it'
     raise UserError(f"loss '{loss_name}' requires {' and '.join(missing)}; {name} has {kind}: {remedy}.")
 
 
@@ -355,7 +355,7 @@ class LossTask(TrainingTask):
             self.set_num_updates(step)
 
     def set_num_updates(self, step: int = 0) -> None:
-        """Tell that ``step`` optimizer steps have been taken, and that further ones will be told by update_ema."""
+        """Set the number of optimizer steps taken; update_ema will set it from now on."""
         self._counts_updates = True
         self._bare().set_step(step)
 
@@ -381,7 +381,7 @@ class LossTask(TrainingTask):
     def dry_run_forward(self, input_size: tuple[int, int, int], soft_classes: int = 0) -> None:
         """Evaluate model and loss on two random images of a size, so that what cannot work fails before training.
 
-        With soft_classes, the targets are rows of so many probabilities, as Mixup makes them.
+        With soft_classes, the targets are rows of this many probabilities, as Mixup makes them.
         """
         modes = [(module, module.training) for module in self.modules()]
         try:

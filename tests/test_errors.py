@@ -26,7 +26,7 @@ def test_bugs_and_a_lack_of_memory_stay_what_they_are(error):
         raise error
 
 
-def test_a_reason_can_be_explained_and_have_a_hint():
+def test_a_reason_can_be_given_and_have_a_hint():
     with pytest.raises(UserError, match=r'^It fails: because: do that\.$'):
         with user_errors('It fails', (OSError,), lambda error: 'because', ': do that'):
             raise OSError

@@ -124,12 +124,12 @@ def test_transformers_resumption_begins_where_its_state_says(stand_ins):
     assert counts(task) == (2, 8)
 
 
-def test_a_model_without_a_task_is_explained(stand_ins):
+def test_a_model_without_a_task_is_one_sentence(stand_ins):
     with pytest.raises(ccl_timm.UserError, match='no LossTask in Linear'):
         integrations.LightningCallback().on_train_start(None, torch.nn.Linear(1, 1))
 
 
-def test_a_callback_without_its_package_is_explained(stand_ins, monkeypatch):
+def test_a_callback_without_its_package_is_one_sentence(stand_ins, monkeypatch):
     for name in ('lightning', 'lightning.pytorch', 'pytorch_lightning'):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ccl_timm.UserError, match='LightningCallback needs the package lightning or pytorch_lightning'):

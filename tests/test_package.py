@@ -24,7 +24,7 @@ def test_our_losses_and_heads_are_found_by_their_entry_points():
     assert all(issubclass(registry.load('head', name), Head) for name in registry.our_names('head'))
 
 
-def test_without_installation_one_sentence_says_so(monkeypatch):
+def test_a_missing_installation_is_one_sentence(monkeypatch):
     installed = list(importlib.metadata.distributions())
     others = [dist for dist in installed if dist.metadata['Name'] != 'ccl-timm']
     monkeypatch.setattr(importlib.metadata, 'distributions', lambda: others)
@@ -43,7 +43,7 @@ def test_a_checkout_finds_its_recipes():
     assert (resource_dir('hub_cards') / 'template.md').is_file()
 
 
-def test_version_is_said_once():
+def test_version_is_written_once():
     assert f'version = "{ccl_timm.__version__}"' in (ROOT / 'pyproject.toml').read_text()
 
 

@@ -65,7 +65,7 @@ def test_result_has_logits_and_terms_that_sum_to_the_loss(model, batch):
     assert not result['cc'].requires_grad
 
 
-def test_loss_without_the_head_it_needs_says_what_to_use():
+def test_loss_without_the_head_it_needs_names_what_to_use():
     with pytest.raises(ccl_timm.UserError) as caught:
         ccl_timm.create_task(timm.create_model('resnet18', num_classes=4), 'cc')
     assert str(caught.value) == "loss 'cc' requires attention; resnet18 has a linear classifier: use resnet18_cam."
@@ -74,7 +74,7 @@ def test_loss_without_the_head_it_needs_says_what_to_use():
 def test_a_head_that_only_a_plugin_has_suggests_no_model_that_does_not_exist(model):
     loss = Recorder()
     loss.requires, loss.head = ('gate',), 'gated'
-    with pytest.raises(ccl_timm.UserError, match='requires gate; resnet18_cam .*: use a model whose head gives it out'):
+    with pytest.raises(ccl_timm.UserError, match='requires gate; resnet18_cam .*: use a model whose head outputs it'):
         ccl_timm.create_task(model, loss)
 
 
@@ -127,7 +127,7 @@ def test_epochs_are_detected_and_steps_counted_in_a_plain_loop(model, batch):
     assert task.loss.told == [('step', 1), ('step', 2), ('epoch', 1), ('step', 3)]
 
 
-def test_steps_are_those_of_the_optimizer_when_a_script_tells_them(model, batch):
+def test_steps_are_those_of_the_optimizer_where_a_script_counts_them(model, batch):
     task = ccl_timm.create_task(model, Recorder())
     task.set_num_updates()
     for step in (1, 2):
@@ -275,7 +275,7 @@ def test_gradient_checkpointing_and_channels_last(model, batch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_targets_of_a_wrong_kind_are_explained(model, batch):
+def test_targets_of_a_wrong_kind_are_refused(model, batch):
     task = ccl_timm.create_task(model, 'cc')
     with pytest.raises(ccl_timm.UserError, match=r'target of shape \(8,\) and type torch.float32'):
         task(batch[0], batch[1].float())

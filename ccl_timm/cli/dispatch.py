@@ -104,8 +104,8 @@ def _ccl_timm(argv: list[str]) -> int:
 def _summary(name: str) -> str:
     """The first sentence of a command's help, read without importing the command."""
     source = resources.files(__package__).joinpath(f'{_module(name)}.py').read_text(encoding='utf-8')
-    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
-    text = next(node.value for node in assigned if ast.unparse(node.targets[0]) == 'HELP')
+    assignments = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    text = next(node.value for node in assignments if ast.unparse(node.targets[0]) == 'HELP')
     return ast.literal_eval(text).partition('. ')[0].rstrip('.')
 
 

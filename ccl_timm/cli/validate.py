@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     add('--knn', type=COUNT, metavar='K', help='accuracy of the K nearest training images, by features')
     text = 'accuracy of classes with few (< 20), medium and many (> 100) training images'
     add('--by-count', action='store_true', help=text)
-    text = 'how well softmax, energy, nearest training feature and norm tell this folder of unknown images apart'
+    text = 'how well softmax, energy, nearest training feature and norm detect the unknown images of this folder'
     add('--ood', default=None, metavar='DIR', help=text)
 
 

@@ -140,7 +140,7 @@ def real(low: float, high: float = math.inf, above: bool = False, below: bool = 
 
 COUNT = integer(1)
 FRACTION = real(0, 1, below=True)  # as of dropout, where 1 leaves nothing
-SHARE = real(0, 1, above=True, below=True)  # a part of the images
+SHARE = real(0, 1, above=True, below=True)  # of the images
 PROBABILITY = real(0, 1)
 RATE = real(0, 1000, above=True)  # of learning
 WORKERS = integer(0, 1024)  # processes

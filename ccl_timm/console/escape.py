@@ -68,15 +68,15 @@ def markdown_code(value: Any) -> str:
     return f'<code>{markdown_text(text)}</code>' if set('`|') & set(text) or not text.strip() else f'`{text}`'
 
 
-def shell_text(words: Iterable[str]) -> str:
-    """A command as one line that bash reads back as these words; hidden characters are written as escapes."""
-    return ' '.join(map(_shell_word, words))
+def shell_text(argv: Iterable[str]) -> str:
+    """A command as one line that bash reads back as these arguments; hidden characters are written as escapes."""
+    return ' '.join(map(_shell_argument, argv))
 
 
-def _shell_word(word: str) -> str:
-    if terminal_text(word) == word:
-        return shlex.quote(word)
-    return f"$'{''.join(_QUOTED.get(character) or _visible(character) for character in word)}'"
+def _shell_argument(text: str) -> str:
+    if terminal_text(text) == text:
+        return shlex.quote(text)
+    return f"$'{''.join(_QUOTED.get(character) or _visible(character) for character in text)}'"
 
 
 def csv_text(value: Any) -> Any:

@@ -16,7 +16,7 @@ from ccl_timm.errors import UserError, user_errors
 
 __all__ = ['SOURCES', 'Layout', 'Source']
 
-# what is to be written: path in the new folder, such as train/<class>/<file>, and the file it stands for
+# what is to be written: path in the new folder, such as train/<class>/<file>, and the file that it becomes a copy of
 Layout = dict[str, Path]
 
 _PAPER_SIZES = '30, 100, 200, 500, 1000'  # POD-Loss, table 2

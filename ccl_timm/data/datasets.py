@@ -167,8 +167,8 @@ class Splits:
     Attributes:
         train: training split.
         validation: validation split; None for none.
-        class_names: names in the order of their numbers; None if the data set does not tell.
-        counts: training images of each class; None if the data set does not tell.
+        class_names: names in the order of their numbers; None if the data set does not have them.
+        counts: training images of each class; None if the data set does not have them.
         held_out: with a held-out share, for each image of the training folder its name and split.
         notes: sentences that the user should read.
     """
@@ -323,7 +323,7 @@ def _names(dataset: Dataset) -> list[str] | None:
 
 
 def targets_of(dataset: Dataset) -> list[int] | None:
-    """Label of each image, without reading images; None if the data set does not tell."""
+    """Label of each image, without reading images; None if the data set does not have them."""
     if isinstance(dataset, _Subset):
         inner = targets_of(dataset.dataset)
         return [inner[index] for index in dataset.indices]

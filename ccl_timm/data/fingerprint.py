@@ -18,13 +18,13 @@ _THREADS = 8
 
 
 class Content(NamedTuple):
-    """What a part of the data consists of.
+    """What a split of the data consists of.
 
     Attributes:
         files: name, path and label of each image of a folder; None for other data.
-        targets: label of each image of the part; None if unknown.
+        targets: label of each image of the split; None if unknown.
         arrays: images that are in memory.
-        indices: of the images of the part, among files or arrays; None for all.
+        indices: of the images of the split, among files or arrays; None for all.
     """
 
     files: list[tuple[str, Any, int]] | None
@@ -36,14 +36,14 @@ class Content(NamedTuple):
 def fingerprint(train: Content, validation: Content | None) -> str:
     """Hash of the data: ``<names>-<contents>``, 16 hexadecimal digits each.
 
-    The first is of the training part's names, sizes and labels, as runs recorded it alone before there was a second.
-    The second is of the validation part and of all files: whole up to 1 GiB in total, else 4 KiB at the start, in the
+    The first is of the training split's names, sizes and labels, as runs recorded it alone before there was a second.
+    The second is of the validation split and of all files: whole up to 1 GiB in total, else 4 KiB at the start, in the
     middle and at the end of each. Of images in memory both cover every pixel; of a data set of the Hub the labels only.
     """
-    parts = [part for part in (train, validation) if part is not None]
-    digest = hashlib.sha256(_hash_contents(parts))
-    for part in parts[1:]:
-        digest.update(_hash_names(part))
+    splits = [split for split in (train, validation) if split is not None]
+    digest = hashlib.sha256(_hash_contents(splits))
+    for split in splits[1:]:
+        digest.update(_hash_names(split))
     return f'{_hash_names(train).hex()[:16]}-{digest.hexdigest()[:16]}'
 
 
@@ -59,17 +59,17 @@ def change(before: str, now: str) -> Literal['none', 'unknown', 'contents', 'fil
     return 'contents' if '-' in before and '-' in now else 'unknown'
 
 
-def _hash_names(part: Content) -> bytes:
+def _hash_names(split: Content) -> bytes:
     digest = hashlib.sha256()
-    if part.files is not None:
-        lines = [f'{name} {_size(path)} {target}' for name, path, target in part.files]
+    if split.files is not None:
+        lines = [f'{name} {_size(path)} {target}' for name, path, target in split.files]
         digest.update('\n'.join(sorted(lines)).encode())
     else:
-        digest.update(np.asarray(part.targets or [], dtype=np.int64).tobytes())
-        for array in part.arrays:
+        digest.update(np.asarray(split.targets or [], dtype=np.int64).tobytes())
+        for array in split.arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
-    if part.indices is not None:
-        digest.update(np.asarray(part.indices, dtype=np.int64).tobytes())
+    if split.indices is not None:
+        digest.update(np.asarray(split.indices, dtype=np.int64).tobytes())
     return digest.digest()
 
 
@@ -77,8 +77,8 @@ def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def _hash_contents(parts: list[Content]) -> bytes:
-    files = [file for part in parts for file in sorted(_chosen(part))]
+def _hash_contents(splits: list[Content]) -> bytes:
+    files = [file for split in splits for file in sorted(_chosen(split))]
     whole = sum(_size(path) for _, path, _ in files) <= _WHOLE
     digest = hashlib.sha256()
     with ThreadPool(_THREADS) as pool:  # waiting for files and hashing release the GIL
@@ -88,9 +88,9 @@ def _hash_contents(parts: list[Content]) -> bytes:
     return digest.digest()
 
 
-def _chosen(part: Content) -> list[tuple[str, str, int]]:
-    files = part.files or []
-    return [files[index] for index in part.indices] if files and part.indices is not None else files
+def _chosen(split: Content) -> list[tuple[str, str, int]]:
+    files = split.files or []
+    return [files[index] for index in split.indices] if files and split.indices is not None else files
 
 
 def _hash_file(path: str, whole: bool) -> bytes:

@@ -129,7 +129,7 @@ def _link(path: Path, place: Path) -> str:
         try:
             make(path, place)
             return kind
-        except FileExistsError:  # a file system that does not tell A from a; a copy would go through the link
+        except FileExistsError:  # a file system to which A and a are the same; a copy would go through the link
             raise
         except (OSError, NotImplementedError):
             continue

@@ -292,7 +292,7 @@ def draw_forest(rows: Sequence[ForestRow], title: str, equivalence: float = 0.5)
     Args:
         rows: from top to bottom.
         title: above.
-        equivalence: differences of up to so many points count as none, in the shaded band; 0 for no band.
+        equivalence: differences of up to this many points count as none, in the shaded band; 0 for no band.
     """
     figure = _matplotlib().figure.Figure(figsize=(10, 1.6 + 0.38 * len(rows)), layout='constrained')
     axis = figure.subplots()
@@ -351,7 +351,7 @@ def draw_retrieval(examples: Sequence[tuple[Any, int, list[Neighbour]]], names: 
     ):
         cells = [(image, _short(names[label]), 'black')]
         for own in found:
-            colour = '#009e73' if own.label == label else '#d55e00'  # which colour-blind people tell apart
+            colour = '#009e73' if own.label == label else '#d55e00'  # distinct to colour-blind people, too
             cells.append((own.image, f'{_short(names[own.label])}\n{own.cosine:.3f}', colour))
         for axis in row[len(cells) :]:
             axis.set_axis_off()

@@ -14,7 +14,7 @@ torch.fx.wrap('cosine_logits')  # one node of a traced graph: it asks for dtype 
 def cosine_logits(features: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines of features (N, D) with class vectors (K, D), and the vectors divided by their norm.
 
-    In float32 (float64 for float64 features) even under autocast: half precision tells cosines apart to 1e-3 only,
+    In float32 (float64 for float64 features) even under autocast: half precision distinguishes cosines to 1e-3 only,
     which a scale of 64 makes 0.06.
 
     Returns:
@@ -41,7 +41,7 @@ class CosineHead(Head):
     Args:
         in_features: D, width of the features.
         num_classes: K.
-        scale: of the logits that the model gives out. ``create_task`` puts that of the loss in its place; it is saved
+        scale: of the logits that the model returns. ``create_task`` puts that of the loss in its place; it is saved
             with the weights. Losses read the cosines, which have no scale.
         normalize_features: False for logits ``||f|| * cosine``, as A-Softmax, ICAL and FICAL train them. Classes come
             out the same, only their probabilities differ.

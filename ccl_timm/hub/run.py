@@ -112,7 +112,7 @@ class Run:
             recall: also measure R@1, R@5 and MAP@R of the features; the data may then have other classes.
             knn: also measure the accuracy of that many nearest training images, by features.
             by_count: also measure the accuracy of classes with few, medium and many training images.
-            ood: folder of unknown images that are to be told apart, by four scores.
+            ood: folder of unknown images, to be detected by four scores.
 
         Returns:
             ``metrics`` (``top1``, ``top5``, ``macro_top1`` in percent, ``loss``, and those of

@@ -189,11 +189,11 @@ class Loss(nn.Module):
 
     @classmethod
     def options_for(cls, num_classes: int) -> dict[str, float]:
-        """Options that suit so many classes better than the defaults do [assumption]; empty if there are none."""
+        """Options that suit this number of classes better than the defaults [assumption]; empty if there are none."""
         return {}
 
     def caution(self, num_classes: int) -> str | None:
-        """What speaks against these options for so many classes, as a sentence; None if nothing does."""
+        """What speaks against these options for this number of classes, as a sentence; None if nothing does."""
 
     def _checked(self, target: Tensor, read: Tensor) -> Tensor:
         name = type(self).__name__

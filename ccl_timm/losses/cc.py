@@ -106,8 +106,8 @@ class CCLoss(Loss):
     Args:
         weight: lambda, >= 0; the paper tunes 0, 0.5, 1, 1.5, 2 and takes 1.
         eps: keeps the ratio finite; "a small positive constant" in the paper, which gives no value [assumption].
-        smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
-        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
+        smoothing: label smoothing of the cross-entropy term, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy term; the paper has none.
 
     Shapes: logits (N, K), attention (N, D); target (N,) indices or (N, K) probabilities.
     Terms: ``ce``, ``cc``.

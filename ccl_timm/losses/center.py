@@ -51,8 +51,8 @@ class CenterLoss(Loss):
         alpha: how far centres move, in [0, 1]; 0.5 in the paper.
         reduction: ``'mean'`` over the batch, as in the official code, or ``'sum'``, as in the paper (weight 0.003),
             over the global batch.
-        smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
-        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
+        smoothing: label smoothing of the cross-entropy term, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy term; the paper has none.
 
     Shapes: logits (N, K), features (N, D); target (N,) indices.
     Terms: ``ce``, ``center``.

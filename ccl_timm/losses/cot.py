@@ -49,12 +49,12 @@ class COTLoss(Loss):
     Args:
         mode: ``'alternate'`` or ``'sum'``.
         divisor: ``'paper'`` for K - 1, ``'code'`` for K.
-        smoothing: label smoothing of the cross-entropy part, in [0, 1); the paper uses none.
-        class_weight: K weights of the classes in the cross-entropy part; the paper has none.
+        smoothing: label smoothing of the cross-entropy term, in [0, 1); the paper uses none.
+        class_weight: K weights of the classes in the cross-entropy term; the paper has none.
 
     Shapes: logits (N, K); target (N,) indices.
     Terms: ``ce``, ``complement``; with ``'alternate'`` the one whose turn it is not is 0.
-    State: ``step``, optimizer steps taken, as told by :meth:`set_step`.
+    State: ``step``, optimizer steps taken, as :meth:`set_step` sets them.
 
     Raises:
         UserError: an unknown mode or divisor.

@@ -167,7 +167,7 @@ class _ScaledMarginLoss(Loss):
 
     @classmethod
     def options_for(cls, num_classes):
-        """Options that suit so many classes better than the defaults do [assumption]; empty from 10,000 classes on."""
+        """Options that suit this number of classes better than the defaults [assumption]; none from 10,000 on."""
         return (*cls.suggested, {})[bisect.bisect_left((20, 999, 9999), num_classes)]
 
     def caution(self, num_classes):
@@ -175,8 +175,8 @@ class _ScaledMarginLoss(Loss):
         options = self.options_for(num_classes)
         if not options or self.scale <= 2 * options['scale']:
             return None
-        words = ' '.join(f'{name}={value}' for name, value in options.items())
-        return f'scale={self.scale:g} was tuned for more than 10,000 classes; for {num_classes} classes try {words}.'
+        better = ' '.join(f'{name}={value}' for name, value in options.items())
+        return f'scale={self.scale:g} was tuned for more than 10,000 classes; for {num_classes} classes try {better}.'
 
 
 class AMSoftmaxLoss(_ScaledMarginLoss):
@@ -308,7 +308,7 @@ class ASoftmaxLoss(Loss):
 
     Shapes: cosine (N, K), features (N, D); target (N,) indices or (N, K) probabilities.
     Terms: ``asoftmax``.
-    State: ``iteration``, optimizer steps taken, as told by :meth:`set_step`.
+    State: ``iteration``, optimizer steps taken, as :meth:`set_step` sets them.
 
     Cautions: a smaller lambda_min may diverge. The official code rescales the target's gradient on purpose; this is the
     true one. The model trains ``||f|| cos``: build it with ``normalize_features=False`` for the same logits at

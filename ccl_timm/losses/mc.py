@@ -71,7 +71,7 @@ def _groups(x: Tensor, num_classes: int) -> list[Tensor]:
 
 
 class MCLoss(Loss):
-    """MC-Loss: cross-entropy, plus channels that tell their own class, and differ in where they look.
+    """MC-Loss: cross-entropy, plus channels that identify their own class, and differ in where they look.
 
     The official code's form, with xi channels for each class::
 

@@ -56,7 +56,7 @@ class PEDCCLoss(Loss):
     head = 'pedcc'
     soft_targets = True
     paper = 'PEDCC-Loss, arXiv 1904.06008; POD-Loss, arXiv 2111.15449, eq. 2 to 4'
-    assumptions = 'the mean of the distances over the batch; the symbols of eq. 4, read from its words; soft targets'
+    assumptions = 'the mean of the distances over the batch; the symbols of eq. 4, read from its text; soft targets'
 
     def __init__(
         self,

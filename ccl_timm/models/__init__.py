@@ -231,7 +231,7 @@ def overview(pattern: str = '*') -> list[tuple[str, int, str, list[str]]]:
 
 
 def name_owner(name: str) -> str | None:
-    """Whether timm or this package has a model of that name, in words; None if neither has."""
+    """A clause on who has a model of that name, timm or this package; None if neither has."""
     if not is_model(name):
         return None
     owner = model_entrypoint(name).__module__.partition('.')[0]

@@ -36,7 +36,7 @@ __all__ = [
     'remove_feature_stage',
 ]
 
-# timm module of a family -> what a head stands for, where that is more than the Linear that the cfg names: with the
+# timm module of a family -> what a head replaces, where that is more than the Linear that the cfg names: with the
 # BatchNorm or the hidden layer before it, since forward_head(pre_logits=True) gives what these read
 _CLASSIFIERS = {
     'timm.models.cpubone': 'head.classifier',
@@ -82,13 +82,13 @@ def classifier_path(backbone: str) -> str:
     if not isinstance(path, str):
         raise UserError(
             f"'{backbone}' has {len(path)} classifiers ({', '.join(path[:2])}{', ...' if len(path) > 2 else ''}), "
-            f'and a head can stand for a single one: use {_similar(backbone)}.'
+            f'and a head replaces a single one: use {_similar(backbone)}.'
         )
     return _CLASSIFIERS.get(model_entrypoint(backbone).__module__, path)
 
 
 def _similar(backbone: str) -> str:
-    """The architecture of the same family with the closest name that has a single classifier, in words."""
+    """The architecture of the same family with the closest name that has a single classifier, quoted."""
     family = list_models(module=model_entrypoint(backbone).__module__.rpartition('.')[2])
     single = [name for name in family if isinstance(registered_cfg(name).classifier, str)]
     close = difflib.get_close_matches(backbone.replace('_distilled', ''), single, n=1)
@@ -158,7 +158,7 @@ def feature_stage_path(family: str) -> str:
 def prepare_feature_stage(model: TimmModel, family: str) -> None:
     """Make room, in place, for a stage at the end of the feature map, which has twice the resolution from then on.
 
-    ResNet: the last stage has stride 1. VGG: the stage stands for the last max-pool. Both as in the official code of
+    ResNet: the last stage has stride 1. VGG: the stage replaces the last max-pool. Both as in the official code of
     MC-Loss, which compares places: 14x14 of them at 224 px.
     """
     path = feature_stage_path(family)
@@ -169,12 +169,12 @@ def prepare_feature_stage(model: TimmModel, family: str) -> None:
         stride = 2 if isinstance(parent.pop(-1), nn.MaxPool2d) else 1  # small_input has taken it out before
         last['module'] = path
     else:
-        stride = _take_out_strides(parent[0])
+        stride = _remove_strides(parent[0])
     last['reduction'] //= stride
     parent.add_module(name, nn.Identity())
 
 
-def _take_out_strides(block: Any) -> int:
+def _remove_strides(block: Any) -> int:
     """Give every layer of a block stride 1, in place, and return the block's stride of before."""
     stride = 1
     for module in block.modules():

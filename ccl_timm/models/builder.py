@@ -128,7 +128,7 @@ def build_variant(
         features_only: return timm's feature extractor of the backbone, with the weights of a trained checkpoint, too.
             With ``small_input`` and for the head ``mc``, whose feature maps differ from the backbone's, it is timm's
             ``FeatureGetterNet`` of the whole model.
-        small_input: a stem for images of 24 to 64 px, see ``families.make_small_input``.
+        small_input: a stem for images of 24 to 64 px, see ``adapters.make_small_input``.
         **kwargs: the head's options; the rest goes to the backbone.
 
     Raises:

@@ -77,13 +77,15 @@ def attach_head(model: TimmModel, path: str, head_class: type[Head], num_classes
 def _check_place(model: TimmModel, path: str) -> None:
     """Refuse a model where a head at this path would not be the only layer that reads the pooled features."""
     name = model.pretrained_cfg['architecture']
-    for part in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier', 'head_hidden_size'):
-        if not hasattr(model, part):
-            raise UserError(f"'{name}' cannot take a head: it has no '{part}' of timm's; use another architecture.")
+    for attribute in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier', 'head_hidden_size'):
+        if not hasattr(model, attribute):
+            raise UserError(
+                f"'{name}' cannot take a head: it has no '{attribute}' of timm's; use another architecture."
+            )
     with contextlib.suppress(AttributeError):  # EfficientViT-M looks for the Linear within the Identity
         if not isinstance(model.get_classifier(), nn.Module):  # though its cfg names one: LeViT-384-s8
             raise UserError(
-                f"'{name}' has several classifiers, and a head can stand for a single one: use another architecture."
+                f"'{name}' has several classifiers, and a head replaces a single one: use another architecture."
             )
     if not isinstance(dict(model.named_modules(remove_duplicate=False)).get(path), nn.Identity):
         raise UserError(

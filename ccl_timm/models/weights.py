@@ -246,7 +246,7 @@ def _fetch(location: str, filename: str, cache_dir: str | None) -> Path:
 
 
 def missing_architecture(location: str, config: dict[str, Any]) -> str:
-    """Say which package has the architecture of a config.json that nobody here knows, as far as the config tells."""
+    """Say which package has the architecture of a config.json that nobody here knows, as far as the config has it."""
     name, needs = config['architecture'], config.get('ccl_timm')
     start = f"Unknown model '{name}' in '{location}'"
     if not isinstance(needs, dict):

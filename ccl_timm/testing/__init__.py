@@ -11,7 +11,7 @@ A loss with the formula written once more, in another way (loops over samples ar
         check_model('my_model', img_size=64)
 
 The lists ``LOSS_CHECKS`` and ``MODEL_CHECKS`` say what is checked; each entry is a function with a sentence of its own.
-Failures are AssertionErrors that name the loss or model, the check, and the figures.
+Failures are AssertionErrors that name the loss or model, the check, and the values.
 """
 
 from ccl_timm.testing.inputs import make_outputs, make_target

@@ -1,4 +1,4 @@
-"""What the checks of losses and of models share: running them, and comparing tensors with figures in the message."""
+"""What the checks of losses and of models share: running them, and comparing tensors with the values in the message."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +24,7 @@ def different_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float, what: str) -> None:
-    """Fail with both figures at the worst entry unless two tensors are close."""
+    """Fail with both values at the worst entry unless two tensors are close."""
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape, f'{what}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}.'
     if torch.allclose(actual, expected, rtol=rtol, atol=atol):

@@ -143,8 +143,8 @@ def batch_statistics_are_declared(case: LossCase) -> None:
         """Sample 0 of one draw, all others of one draw, the class vectors always of the first."""
         mixed = {name: getattr(first, name).detach() for name in loss.requires}
         for name in names:
-            parts = [getattr((first, second)[i], name).detach() for i in (head, rest)]
-            mixed[name] = torch.cat([parts[0][:1], parts[1][1:]])
+            halves = [getattr((first, second)[i], name).detach() for i in (head, rest)]
+            mixed[name] = torch.cat([halves[0][:1], halves[1][1:]])
         target = torch.cat([targets[head][:1], targets[rest][1:]])
         torch.manual_seed(SEED)
         return copy.deepcopy(loss)(SimpleNamespace(**mixed), target).detach()
@@ -519,7 +519,7 @@ def check_loss(
             scalar, in float64, with gradient by autograd. ``loss`` is a copy as it was before the step, for its state;
             random numbers start where the loss's started. If the loss takes soft targets, so must the reference.
         outputs: called as ``outputs(batch, num_classes, num_features)``; returns by name random tensors that the loss
-            required and that no head of ours gives out.
+            required and that no head of ours outputs.
         prepare: called with every new loss, for instance to set its step.
         model: a name for :func:`ccl_timm.create_model`, or a model with 5 classes, to train on; a small ResNet with
             the head that the loss names by default. Without one, a loss with ``outputs`` is not trained.
@@ -530,7 +530,7 @@ def check_loss(
             ``num_channels`` (three a class) are filled in where it takes them.
 
     Raises:
-        AssertionError: names the loss, the check, and the figures.
+        AssertionError: names the loss, the check, and the values.
 
     Example::
 

@@ -265,7 +265,7 @@ def check_model(
         **model_kwargs: options of the model.
 
     Raises:
-        AssertionError: names the model, the check, and the figures.
+        AssertionError: names the model, the check, and the values.
 
     Example::
 

@@ -118,7 +118,7 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
 def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     args = checkpoint.get('args')
     if args is None:
-        raise UserError(f"'{path}' does not tell how its model was built: it holds no settings of a run.")
+        raise UserError(f"'{path}' holds no settings of a run: how its model was built is unknown.")
     return vars(args)
 
 

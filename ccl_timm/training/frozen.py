@@ -135,7 +135,7 @@ def _features(
     dataset: Dataset,
     number: int,
 ) -> Features:
-    """Features of a split in so many views, without the images that cannot be read."""
+    """Features of a split in a number of views, without the images that cannot be read."""
     # of a divided split all images are computed: the other share is needed as well, by this run or the next
     base, indices = (dataset, None) if config.train_fraction else base_of(dataset)
     facts = _facts(model, data_config, base)
@@ -263,7 +263,7 @@ def _compute(
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """Rows of all processes, of which each has every so many-th."""
+    """Rows of all processes, of which each has every W-th, W the number of processes."""
     if world_size() == 1:
         return tensor
     parts: list[Any] = [None] * world_size()

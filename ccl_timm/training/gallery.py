@@ -170,7 +170,7 @@ def create_gallery(
 
 
 def hash_weights(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell the weights of a model from others."""
+    """16 hexadecimal digits that identify the weights of a model."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -195,7 +195,7 @@ def ood_scores(logits: Tensor, features: Tensor, known_features: Tensor) -> dict
 
 
 def ood(known: dict[str, Tensor], unknown: dict[str, Tensor]) -> dict[str, float]:
-    """How well scores tell unknown images from known ones.
+    """How well scores separate unknown images from known ones.
 
     Args:
         known: scores (N,) by name, higher for known images, such as those of :func:`ood_scores`.

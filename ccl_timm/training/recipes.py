@@ -120,7 +120,7 @@ def split_options(
     ``loss_options: {arcface: {scale: 16}, ...}`` and ``model_options: {'*_pedcc': {feature_dim: 256}, ...}``, models by
     name or pattern. Its ``loss_kwargs`` belong to its own loss, and do not go with another one that was typed; its
     ``model_kwargs`` go with every model. ``margin_classes: 196`` gives losses with a margin the scale and the margin
-    that suit so many classes, or as many as were typed.
+    that suit this number of classes, or the number that was typed.
 
     Raises:
         UserError: they are not mappings, or not a number.

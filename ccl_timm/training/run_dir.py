@@ -355,7 +355,7 @@ class RunDir:
         return None
 
     def _trim_summary(self, epochs: int) -> None:
-        """Leave one row for each of so many epochs."""
+        """Leave one row for each of this many epochs."""
         path = self.path / 'summary.csv'
         lines = list(csv.DictReader(io.StringIO(path.read_text(encoding='utf-8')))) if self.rows() else []
         rows = {int(float(row['epoch'])): row for row in lines if row['epoch'] and float(row['epoch']) < epochs}

@@ -190,7 +190,7 @@ def _compared_with_training(found: Evaluation, split: _Split, wanted: Measures) 
     if wanted.by_count:
         targets = datasets.targets_of(known)
         if targets is None:
-            raise UserError('This data set does not tell how many training images a class has.')
+            raise UserError('How many training images a class of this data set has is unknown.')
         counts = torch.bincount(torch.tensor(targets), minlength=len(found.accuracies)).tolist()
         groups = measures.accuracy_by_count(found.accuracies, counts[: len(found.accuracies)])
         measured |= {f'top1_{name}': value for name, value in groups.items()}

@@ -54,7 +54,7 @@ def read_yaml(path: str | Path) -> Any:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML lets all of them out
         raise UserError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
     if values > _MOST_VALUES:
-        raise UserError(f"'{path}' is not a settings file: its aliases stand for more than {_MOST_VALUES} values.")
+        raise UserError(f"'{path}' is not a settings file: its aliases repeat more than {_MOST_VALUES} values.")
     return content
 
 

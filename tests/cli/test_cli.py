@@ -34,12 +34,12 @@ def test_every_command_has_help(command, run_cli):
         ('ccl-timm', ['data', 'digit', 'x'], "; did you mean 'digits'?"),
     ],
 )
-def test_wrong_words_get_a_suggestion(program, argv, message, run_cli):
+def test_wrong_arguments_get_a_suggestion(program, argv, message, run_cli):
     code, out, err = run_cli(program, *argv)
     assert code == 2 and message in err
 
 
-def test_losses_are_listed_and_explained(run_cli):
+def test_losses_are_listed_and_described(run_cli):
     code, out, err = run_cli('ccl-timm', 'losses')
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()[1:]] == losses.list_losses()

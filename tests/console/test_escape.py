@@ -115,7 +115,7 @@ def test_csv_has_no_formulas_and_all_numbers(cell, kept):
 def test_hostile_names_in_tables_csv_and_reports(tmp_path, capsys):
     rows = [{'image': '=a.png', 'predictions': [{'class': '\x1b[2J\nx', 'index': 0, 'probability': 0.5}]}]
     for form in ('table', 'csv', 'json'):
-        predict._write(rows, form)
+        predict._write(rows, form, 'probability')
         out = capsys.readouterr().out
         assert '\x1b' not in out and ('=a.png' in out)
     validate._write_csv(str(tmp_path / 'a.csv'), [['class', 'accuracy'], ['=1+1', -0.5], ['a,"b"\nc', None]])

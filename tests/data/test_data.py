@@ -64,7 +64,7 @@ def test_validation_with_an_unknown_class_is_an_error(tmp_path):
         create_splits('--data-dir', root)
 
 
-def test_no_validation_part_names_the_ways_out(tmp_path):
+def test_no_validation_split_names_the_remedies(tmp_path):
     root = write_folder(tmp_path)
     shutil.rmtree(root / 'validation')
     with pytest.raises(UserError, match="no split 'validation'.*--val-fraction 0.2"):
@@ -93,14 +93,14 @@ def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_p
     assert {name for name, part in other.held_out if part == 'validation'} != held
 
 
-def test_each_part_has_its_own_transform(tmp_path):
+def test_each_split_has_its_own_transform(tmp_path):
     splits = create_splits('--data-dir', write_folder(tmp_path), '--val-fraction', '0.5')
     splits.train.transform = lambda image: 'train'
     splits.validation.transform = lambda image: 'validation'
     assert (splits.train[0][0], splits.validation[0][0]) == ('train', 'validation')
 
 
-def test_fingerprint_tells_data_apart(tmp_path):
+def test_fingerprint_distinguishes_data(tmp_path):
     first = create_splits('--data-dir', write_folder(tmp_path / 'a'))
     copy = create_splits('--data-dir', shutil.copytree(tmp_path / 'a', tmp_path / 'b'))
     fewer = create_splits('--data-dir', write_folder(tmp_path / 'c', train=7))
@@ -152,7 +152,7 @@ def test_pad_crop_pads_with_zeros_and_keeps_the_size(folder):
     assert names[:2] == ['Resize', 'RandomCrop'] and 'RandomResizedCropAndInterpolation' not in names
 
 
-def test_share_of_the_training_part_is_stratified_and_seeded(tmp_path):
+def test_share_of_the_training_split_is_stratified_and_seeded(tmp_path):
     root = write_folder(tmp_path, train=10)
     whole = create_splits('--data-dir', root)
     share = create_splits('--data-dir', root, '--train-fraction', '0.3')

@@ -96,7 +96,7 @@ def read_in_every_way(root, size=32):
     """Read a folder as training from files, training in memory, validation, prediction and the check do.
 
     Returns:
-        By way, the names of the images that it could not read; None where it does not tell.
+        By way, the names of the images that it could not read; None where it does not count them.
     """
     config = {'input_size': (3, size, size), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear'}
     config |= {'crop_pct': 0.9, 'crop_mode': 'center'}

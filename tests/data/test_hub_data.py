@@ -59,7 +59,7 @@ def create_splits(monkeypatch, reader, *argv):
     return datasets.create_splits(TrainConfig.resolve(['--dataset', 'hfds/owner/name', *argv]), channels=3)
 
 
-def test_classes_and_counts_are_told_by_the_data(monkeypatch):
+def test_classes_and_counts_come_from_the_data(monkeypatch):
     splits = create_splits(monkeypatch, Reader([0, 0, 1, 2, 0, 1]))
     assert (splits.class_names, splits.counts) == (NAMES, [3, 2, 1])
     assert datasets.targets_of(splits.validation) == [0, 0, 1, 2, 0, 1]
@@ -90,7 +90,7 @@ def test_columns_that_training_cannot_use(reader, message, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['hfds/owner/name', 'HFDS/owner/name', 'hfids/owner/name'])
-def test_without_the_package_it_says_how_to_install_it(name, monkeypatch, run_cli, workdir):
+def test_a_missing_package_is_named_with_its_command(name, monkeypatch, run_cli, workdir):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     code, out, err = run_cli('timm', 'train.py', *TINY, '--dataset', name)
     assert code == 2 and f"'{name}' needs the package datasets: `pip install 'ccl-timm[datasets]'`." in err

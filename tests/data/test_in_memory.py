@@ -118,7 +118,7 @@ def test_boxes_of_an_impossible_ratio_are_central():
     assert boxes.tolist() == [[0, 15, 10, 10]] * 3
 
 
-def test_decode_reads_all_or_says_that_sizes_differ():
+def test_decode_reads_all_or_finds_that_sizes_differ():
     images, labels = decode(Noise((5, 6), (5, 6)), transforms.PILToTensor())
     assert images.shape == (2, 3, 5, 6) and images.dtype == torch.uint8 and labels.tolist() == [0, 1]
     assert decode(Noise((5, 6), (5, 7)), transforms.PILToTensor()) is None
@@ -167,7 +167,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize('case', CHOICES)
-def test_choice_is_said_and_trains(case, run_cli, folder, workdir):
+def test_choice_is_logged_and_trains(case, run_cli, folder, workdir):
     argv, said = CHOICES[case]
     fast = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-b', '8', '-j', '0', '--img-size', '32']
     plain = ['--train-interpolation', 'bilinear', '--color-jitter', '0']

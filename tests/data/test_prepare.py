@@ -122,7 +122,7 @@ def test_cars196_from_class_folders(tmp_path, run_cli):
 
 
 @pytest.mark.parametrize('name', sorted(archives.SOURCES))
-def test_without_a_folder_it_says_where_people_get_it(name, workdir, run_cli):
+def test_without_a_folder_the_source_of_the_data_is_named(name, workdir, run_cli):
     code, out, err = run_cli('ccl-timm', 'data', name)
     assert code == 2 and archives.SOURCES[name].get in err
     code, out, err = run_cli('ccl-timm', 'data', name, 'nowhere', 'new')
@@ -210,7 +210,7 @@ def test_classes_held_out_are_the_last_by_name(workdir, run_cli):
     assert code == 2 and '0.01 of 5 classes is none or all of them' in err and not Path('none').exists()
 
 
-def test_split_says_what_it_cannot_do(folder, workdir, run_cli):
+def test_split_refuses_what_it_cannot_do(folder, workdir, run_cli):
     put(workdir / 'one/a/1.png')
     for number in range(5):
         put(workdir / f'one/b/{number}.png')

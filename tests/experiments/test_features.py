@@ -264,7 +264,7 @@ def test_features_two_wide_in_another_folder(place_of_runs, run_cli):
     assert not (place_of_runs / 'runs' / 'flat' / 'pictures').exists()
 
 
-def test_without_matplotlib_one_sentence_says_so(place_of_runs, run_cli, monkeypatch):
+def test_without_matplotlib_it_is_one_sentence(place_of_runs, run_cli, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     for argv in (

@@ -81,7 +81,7 @@ def test_only_tests_that_can_be_made_are_counted_over_all_runs_given(workdir, ru
     assert lines_of(out, 'resnet18:focal')[1][-2] == 'one seed, no test [linear]'
 
 
-def test_a_run_with_another_optimizer_than_its_row_says_so(workdir, run_cli):
+def test_a_run_with_another_optimizer_than_its_row_is_marked(workdir, run_cli):
     write_run('runs/old', (*TABLE1, '--opt', 'sgd', '--opt-kwargs'), [98], seed=0)
     write_run('other/new', TABLE1, [98], seed=0)
     settings = {}
@@ -224,7 +224,7 @@ def test_runs_are_given_to_rows_by_what_was_trained(workdir, run_cli):
     )
 
 
-def test_data_sets_that_differ_in_their_folders_are_told_by_what_reproduce_called_the_run(workdir, run_cli):
+def test_data_sets_that_differ_in_their_folders_are_known_by_the_name_of_the_run(workdir, run_cli):
     swin = ('--config', 'pod_swin', '--model', 'swin_base_patch4_window7_224_pedcc', '--loss', 'pod')
     write_run('runs/a', (*swin, '--num-classes', '100'), [80], experiment='facescrub-swin-pod-seed0', seed=0)
     write_run('runs/b', (*swin, '--num-classes', '100'), [70], experiment='mine', seed=1)

@@ -96,7 +96,7 @@ def test_table_has_our_values_and_the_papers(small):
     assert 'Note: made up' in out and 'Recipe digits assumes:' in out
 
 
-def test_a_row_that_fails_is_told_and_the_others_go_on(small, monkeypatch):
+def test_a_row_that_fails_is_reported_and_the_others_go_on(small, monkeypatch):
     run, fails = reproduce.subprocess.run, SimpleNamespace(returncode=2)
     monkeypatch.setattr(reproduce.subprocess, 'run', lambda c, **k: fails if 'ce' in c else run(c, **k))
     code, out, err = small('--seeds', '1')

@@ -53,7 +53,7 @@ def test_export_writes_nothing_over(run_cli, trained, exported):
     assert code == 2 and 'already holds model.safetensors' in err
 
 
-def test_onnx_is_equal_for_any_batch_and_tells_classes_and_normalisation(trained, tmp_path, run_cli):
+def test_onnx_is_equal_for_any_batch_and_holds_classes_and_normalisation(trained, tmp_path, run_cli):
     onnxruntime = pytest.importorskip('onnxruntime')
     code, out, err = run_cli('ccl-timm', 'export', trained, tmp_path / 'onnx', '--format', 'onnx')
     assert code == 0, err

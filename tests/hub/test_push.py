@@ -123,7 +123,7 @@ def test_private_and_revision(run_cli, online, run):
     assert code == 2 and 'exists and is public' in err
 
 
-def test_a_card_written_by_hand_stays_unless_told(run_cli, pushed, run, baseline):
+def test_a_card_written_by_hand_stays_without_replace_card(run_cli, pushed, run, baseline):
     repository = pushed.repositories[REPO]
     repository.commit('main', {**pushed.files(REPO), 'README.md': pushed.files(REPO)['README.md'] + b'My words.\n'})
     code, out, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO)
@@ -337,7 +337,7 @@ def test_repositories_out_of_reach_say_why(name, fault, message, pushed, monkeyp
     assert '\n' not in str(caught.value)
 
 
-def test_a_download_that_breaks_off_is_said(pushed):
+def test_a_download_that_breaks_off_is_reported(pushed):
     pushed.faults = [Fault('GET .*model.safetensors', 'drop')]
     with pytest.raises(ccl_timm.UserError, match=f"'{REPO}' cannot be loaded"):
         ccl_timm.create_model(f'hf-hub:{REPO}', pretrained=True)
@@ -444,7 +444,7 @@ def test_official_test_sets_are_called_test_and_by_their_repository(run_cli, run
     assert result.dataset_split == '0.1 of train, held out'
 
 
-def test_card_tells_where_the_weights_are_from(run_cli, run, exported_run, folder, workdir):
+def test_card_states_where_the_weights_are_from(run_cli, run, exported_run, folder, workdir):
     digest = hashlib.sha256((exported_run / 'model.safetensors').read_bytes()).hexdigest()[:12]
     known = f'(`test_resnet_cam`, sha256 `{digest}`)'
     argv = ['timm', 'train.py', *TINY, '--data-dir', folder]
@@ -499,7 +499,7 @@ def test_export_prints_a_line_that_loads_it(run_cli, run, workdir):
     assert code == 0 and done.returncode == 0, done.stderr
 
 
-def test_card_without_a_baseline_says_so(run_cli, run):
+def test_card_without_a_baseline_states_it(run_cli, run):
     out = run_cli('ccl-timm', 'card', run)[1]
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
 
@@ -517,7 +517,7 @@ def test_card_loads_by_timm_what_timm_knows_by_name(run_cli, run, workdir):
     assert f"= ccl_timm.create_model('hf-hub:{REPO}'" in card.render(config, result, REPO)
 
 
-def test_card_tells_what_the_papers_print_for_its_row(run_cli, run, workdir, monkeypatch):
+def test_card_states_what_the_papers_print_for_its_row(run_cli, run, workdir, monkeypatch):
     loaded, result = publish.load_run(run)
     result = replace(result, environment={'recipe': 'bees'})
     (workdir / 'recipes' / 'tables').mkdir(parents=True)

@@ -182,7 +182,7 @@ def test_class_weights_mean_the_same_for_indices_and_one_hot_rows(weights):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-15)
 
 
-def test_class_weights_of_mixed_targets_are_those_of_the_parts():
+def test_class_weights_of_mixed_targets_are_those_of_their_classes():
     """Equal to indices where every sample stands once for each class, with its share as its weight."""
     outputs, soft = make_outputs(('logits',)), make_target(soft=True)
     weights = torch.tensor([1.0, 2.0, 0.5, 0.1, 3.0]).double()

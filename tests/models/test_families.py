@@ -109,14 +109,14 @@ FURTHER = [
 FULL_SIZE = ('bat_resnext26ts', 'halonet_h1')
 # architectures that break the seam of three calls, and what is said about it
 REFUSED = {
-    'crossvit_tiny_240': 'has 2 classifiers (head.0, head.1), and a head can stand for a single one: use another',
-    'deit_tiny_distilled_patch16_224': "(head, head_dist), and a head can stand for a single one: use 'deit_",
+    'crossvit_tiny_240': 'has 2 classifiers (head.0, head.1), and a head replaces a single one: use another',
+    'deit_tiny_distilled_patch16_224': "(head, head_dist), and a head replaces a single one: use 'deit_",
     'efficientformer_l1': 'has 2 classifiers (head, head_dist)',
     'efficientformerv2_s0': 'has 2 classifiers (head, head_dist)',
     'efficientvim_m1': 'has 4 classifiers (heads.0, heads.1, ...)',
-    'iformer_m_distilled': "for a single one: use 'iformer_m'",
+    'iformer_m_distilled': "replaces a single one: use 'iformer_m'",
     'levit_128s': 'has 2 classifiers (head.linear, head_dist.linear)',
-    'levit_384_s8': 'has several classifiers, and a head can stand for a single one',
+    'levit_384_s8': 'has several classifiers, and a head replaces a single one',
     'mobilenetv5_300m_enc': "cannot take a head: it has no 'get_classifier'",
     'pit_ti_distilled_224': "use 'pit_ti_224'",
     'resnet18_cosine': "has a head already: put one on 'resnet18'",
@@ -193,7 +193,7 @@ def test_refused_where_the_place_of_the_last_layer_is_taken():
         attach_head(model, 'fc', ccl_timm.heads.CAMHead, 5, {})
 
 
-def test_task_refuses_a_model_whose_parts_do_not_agree():
+def test_task_refuses_a_model_whose_three_calls_do_not_agree():
     model = timm.create_model('test_resnet', num_classes=5)
     model.act1 = nn.Identity()
     model.forward = lambda x: 2 * type(model).forward(model, x)
@@ -205,7 +205,7 @@ def test_task_refuses_a_model_whose_parts_do_not_agree():
 
 @pytest.mark.parametrize('head', LOSSES)
 @pytest.mark.parametrize('backbone', ['dla46x_c', 'efficientvit_m0'])
-def test_weights_of_the_backbone_and_of_a_trained_model_are_told_apart(backbone, head):
+def test_weights_of_the_backbone_and_of_a_trained_model_are_distinguished(backbone, head):
     """pedcc's ``head.linear`` has the name of a part of the EfficientViT's own classifier."""
     stock = timm.create_model(backbone, num_classes=1000).state_dict()
     name = f'{backbone}_{head}'

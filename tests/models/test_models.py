@@ -369,7 +369,7 @@ def test_embeddings_of_a_trained_checkpoint(head, pool, tmp_path):
 
 @pytest.mark.parametrize('new', ['cam', 'cosine', 'linear', 'mc', 'mlp', 'pedcc'])
 @pytest.mark.parametrize('old', ['cam', 'cosine', 'linear', 'mc', 'mlp', 'pedcc'])
-def test_a_trained_backbone_takes_another_head_and_says_so(old, new, tmp_path, recwarn):
+def test_a_trained_backbone_takes_another_head_with_a_warning(old, new, tmp_path, recwarn):
     source = export(tmp_path, f'test_resnet_{old}')
     overlay = {'file': str(tmp_path / 'model.safetensors'), 'num_classes': -1}
     model = ccl_timm.create_model(f'test_resnet_{new}', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)

@@ -446,7 +446,7 @@ def test_one_image_at_a_time_is_refused_where_batch_norm_cannot_take_it(fit):
     assert fit(*argv, '--img-size', '64')[0] == 0  # its last feature map has more than one pixel
 
 
-def test_a_warm_up_that_outlasts_the_run_is_said(fit):
+def test_a_warm_up_that_outlasts_the_run_is_warned_of(fit):
     code, out, err = fit('--warmup-epochs', '5', '--epochs', '1')
     assert code == 0 and 'warning: the warm-up takes 5 epochs, the run 1: the learning rate ends near' in err
     code, out, err = fit('--warmup-epochs', '1', '--epochs', '2', '--experiment', 'b')
@@ -460,7 +460,7 @@ def test_a_warm_up_that_outlasts_the_run_is_said(fit):
         ('fical', ['--loss', 'fical', '--model', 'test_resnet_cosine', '--loss-kwargs', 'exponent=1000']),
     ],
 )
-def test_a_term_without_effect_is_not_explained_by_pairs(term, argv, fit):
+def test_a_term_without_effect_is_not_put_down_to_pairs(term, argv, fit):
     code, out, err = fit(*argv, '--epochs', '1')
     assert code == 0, err
     assert f"loss term '{term}' was zero in 100% of this epoch's batches and had no effect there." in err

@@ -17,7 +17,7 @@ def write(workdir, text):
     return ['--config', 'recipe.yaml']
 
 
-def test_typed_words_come_before_the_recipe_and_it_before_defaults(workdir):
+def test_flags_come_before_the_recipe_and_it_before_defaults(workdir):
     argv = write(workdir, 'epochs: 7\nlr: 1e-3\nbatch_size: 16\ndata_dir: here\n')
     config = TrainConfig.resolve([*argv, '--epochs', '3'])
     assert (config.epochs, config.lr, config.batch_size, config.momentum) == (3, 0.001, 16, 0.9)
@@ -107,7 +107,7 @@ def test_defaults_are_timms():
     assert {key for key in own if key not in theirs} - {'config'} == set(TrainConfig.names(own=True))
 
 
-def test_what_is_typed_comes_before_what_the_recipe_says_in_other_words(workdir):
+def test_flags_come_before_the_recipe_under_another_name(workdir):
     argv = write(workdir, 'dataset: digits\nlr: 0.05\ninput_size: [1, 32, 32]\n')
     config = TrainConfig.resolve([*argv, '--data-dir', 'mine', '--lr-base', '0.3', '--img-size', '64'])
     assert (config.dataset, config.data_dir, config.lr, config.lr_base) == ('', 'mine', None, 0.3)

@@ -58,7 +58,7 @@ def test_tensorboard_writes_into_the_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('when', ['start', 'later'])
-def test_a_failure_is_said_once(when, monkeypatch, tmp_path, capsys):
+def test_a_failure_is_logged_once(when, monkeypatch, tmp_path, capsys):
     logged = []
     monkeypatch.setitem(sys.modules, 'wandb', library(logged, fails_at=1) if when == 'later' else None)
     tracker = Tracker('wandb', tmp_path, SETTINGS)

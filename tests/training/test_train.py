@@ -32,7 +32,7 @@ def summary(run):
         return list(csv.DictReader(file))
 
 
-def test_the_literal_words_in_an_empty_folder(run_cli, workdir):
+def test_the_literal_command_in_an_empty_folder(run_cli, workdir):
     shorter = ['--epochs', '2', '--input-size', '1', '16', '16']
     code, out, err = run_cli('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
     assert code == 0, err
@@ -43,7 +43,7 @@ def test_the_literal_words_in_an_empty_folder(run_cli, workdir):
     assert 'next: timm validate.py output/train/' in err
 
 
-def test_choices_are_said_in_one_block_with_their_source(tiny):
+def test_choices_are_logged_in_one_block_with_their_source(tiny):
     code, out, err = tiny('--lr', '0.01')
     lines = {line.split()[0]: line for line in err.splitlines() if line.endswith(']')}
     assert lines['model'].split('model')[1].strip().startswith('test_resnet_cam, 0.4 M parameters  [command line]')
@@ -58,7 +58,7 @@ def test_choices_are_said_in_one_block_with_their_source(tiny):
     assert '0.01, sgd, cosine  [command line]' in lines['lr']
 
 
-def test_a_share_of_the_images_is_said(tiny):
+def test_a_share_of_the_images_is_logged(tiny):
     assert '12 to train on (50% of the split), 12 to validate on' in tiny('--train-fraction', '0.5')[2]
 
 
@@ -180,7 +180,7 @@ def test_batches_without_a_pair_of_one_class_are_warned_of(run_cli, workdir):
     assert err.count("warning: loss term 'cc' was zero in 100% of this epoch's batches") == 1
 
 
-def test_finishing_time_is_said(run_cli, workdir):
+def test_finishing_time_is_logged(run_cli, workdir):
     write_folder(workdir / 'images', train=16)
     code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--log-interval', '2')
     assert 'expected to finish at' in err and 'epoch 1/1     2/6  loss' in err
@@ -274,7 +274,7 @@ def test_every_loss_trains_with_its_model(loss, run_cli, workdir):
 @pytest.mark.parametrize(
     'error', [torch.OutOfMemoryError('CUDA'), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_out_of_memory_says_what_helps(error, tiny, monkeypatch):
+def test_out_of_memory_names_what_helps(error, tiny, monkeypatch):
     def step(*args):
         raise error
 
@@ -314,7 +314,7 @@ def test_positional_data_folder(run_cli, folder, workdir):
     assert run_cli('timm', 'train.py', folder, *TINY)[0] == 0
 
 
-def test_real_folder_without_validation_part(run_cli, workdir):
+def test_real_folder_without_validation_split(run_cli, workdir):
     shutil.rmtree(write_folder(workdir / 'images') / 'validation')
     code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images')
     assert code == 2 and '--val-fraction 0.2' in err
@@ -380,7 +380,7 @@ def test_a_moving_average_is_named_in_the_next_commands(tiny):
     assert 'next: timm validate.py output/train/a --use-ema' in err
 
 
-def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, run_cli, workdir):
+def test_initial_checkpoint_of_other_classes_names_what_adapts_it(trained, run_cli, workdir):
     write_folder(workdir / 'images', classes=('ant', 'bee'))
     argv = ['--model', 'resnet18_cam', '--data-dir', 'images', '--experiment', 'a']
     file = trained / 'last.pth.tar'
@@ -393,7 +393,7 @@ def test_initial_checkpoint_of_other_classes_says_what_adapts_it(trained, run_cl
     assert new['fc.out.weight'].shape[0] == 2
 
 
-def test_images_of_other_channels_are_explained(run_cli, workdir):
+def test_images_of_other_channels_are_one_sentence(run_cli, workdir):
     import numpy as np
     from torchvision.datasets import mnist
 

@@ -34,7 +34,7 @@ def test_figures_are_sklearns():
     assert found.unreadable == 0
 
 
-def test_images_that_cannot_be_read_and_absent_classes_are_in_no_figure():
+def test_images_that_cannot_be_read_and_absent_classes_do_not_count():
     logits = torch.eye(4)[[0, 1, 2, 0, 0]]
     found = evaluate(nn.Identity(), batches(logits, torch.tensor([0, 1, 1, -1, -1]), 2), torch.device('cpu'))
     assert found.unreadable == 2 and found.metrics['top1'] == pytest.approx(200 / 3)
@@ -61,7 +61,7 @@ def test_the_command_writes_tables_and_names_what_it_cannot_read(run_cli, traine
     assert code == 2 and "'b.csv' exists already" in err
 
 
-def test_figures_of_a_further_part_are_kept_with_the_run(run_cli, trained, workdir):
+def test_values_of_a_further_split_are_kept_with_the_run(run_cli, trained, workdir):
     run = shutil.copytree(trained, workdir / 'run')
     for part in ('train', 'validation', 'train'):
         code, out, err = run_cli(
@@ -87,7 +87,7 @@ def test_figures_of_a_further_part_are_kept_with_the_run(run_cli, trained, workd
         ('alone/last.pth.tar', ['--split', 'train'], "with a run, which 'alone' is not"),
     ],
 )
-def test_figures_are_kept_with_no_other_run(source, argv, message, run_cli, trained, workdir):
+def test_values_are_kept_with_no_other_run(source, argv, message, run_cli, trained, workdir):
     shutil.copytree(trained, 'run')
     Path('alone').mkdir()
     shutil.copy(trained / 'last.pth.tar', 'alone')
@@ -96,7 +96,7 @@ def test_figures_are_kept_with_no_other_run(source, argv, message, run_cli, trai
     assert not Path('run/extra_splits.csv').exists() and not Path('alone/extra_splits.csv').exists()
 
 
-def test_a_foreign_parts_csv_stays(run_cli, trained, workdir):
+def test_a_foreign_extra_splits_csv_stays(run_cli, trained, workdir):
     shutil.copytree(trained, 'run')
     Path('run/extra_splits.csv').write_text('screw,price\n1,2\n')
     code, out, err = run_cli('timm', 'validate.py', 'run', '--split', 'train', '-j', '0', '--save-split')

@@ -18,7 +18,7 @@ class ConfidencePenalty(Loss):
 
     Args:
         weight: beta, >= 0; the paper takes 0.1 for images.
-        smoothing: label smoothing of the cross-entropy part, in [0, 1).
+        smoothing: label smoothing of the cross-entropy term, in [0, 1).
 
     Shapes: logits (N, K); target (N,) class indices or (N, K) probabilities.
     Terms: ``ce``, ``confidence`` (<= 0).
