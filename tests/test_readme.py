@@ -107,7 +107,7 @@ def cheaper(argv):
             argv += ['--img-size', '32']
         if 'finetune' in argv:  # from ImageNet weights
             argv += ['--model', 'test_resnet_cam', '--pretrained-path', 'imagenet.safetensors']
-    elif command in ('validate.py', 'features'):
+    elif command in ('validate.py', 'features', 'index'):
         argv += ['--workers', '0']
     elif command == 'compare':
         argv = [*argv[:2], '--dry-run', '--backbone', 'test_resnet', *argv[2:]]

@@ -1,6 +1,7 @@
 """Data sets as folders of images that any script reads, made of links to the files that people have."""
 
 import contextlib
+import math
 import os
 import shutil
 import uuid
@@ -159,7 +160,7 @@ def split_folder(
     paths, targets = zip(*reader.samples, strict=True)
     files = [Path(name).as_posix() for name in reader.filenames()]
     names = {label: name for name, label in reader.class_to_idx.items()}
-    first_unseen = len(names) - round(unseen * len(names))
+    first_unseen = len(names) - math.ceil(unseen * len(names) - 0.5)  # half a class is trained on
     if unseen and not 0 < first_unseen < len(names):
         raise UserError(f'--held-out-classes {unseen:g} of {len(names)} classes is none or all of them.')
     held = datasets.stratified_holdout(files, targets, fraction, seed)
