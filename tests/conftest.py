@@ -76,9 +76,6 @@ def run_cli(capsys):
     return run
 
 
-words, place = run_cli, workdir  # their former names, until no test asks for them
-
-
 @pytest.fixture
 def started(monkeypatch):
     """Commands that reproduce and compare start; they run in this process, which is many times faster."""

@@ -26,6 +26,7 @@ from ccl_timm.training.yaml_files import dump_yaml, read_yaml
 __all__ = ['RunDir', 'atomic_write', 'best_row', 'check_calibration', 'is_done']
 
 _EXTRA_SPLIT = ('split', 'epoch', 'images', 'top1', 'top5', 'loss')  # columns of extra_splits.csv
+_LONGEST_NAME = 255  # bytes, in nearly all file systems
 _ENVIRONMENT = {'command': str, 'versions': dict, 'resumed': list, 'data_fingerprint': str}  # what is read again
 _CHANGED = {
     'files': "The data changed since the run in '{}' began.",
@@ -422,11 +423,14 @@ def atomic_write(path: Path, text: str) -> None:
 def _named_folder(config: TrainConfig, default_name: str) -> Path:
     experiment = config.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{default_name}'
     output = config.output or os.path.join('output', 'train')
-    if Path(experiment).is_absolute() or {'..', '.'} & set(experiment.split(os.sep)) or '\0' in experiment + output:
+    names = experiment.split(os.sep)
+    if Path(experiment).is_absolute() or {'..', '.'} & set(names) or '\0' in experiment + output:
         raise UserError(
             f'--experiment {experiment!r} must be a name of a folder below --output, such as resnet18-cc: '
             'choose the place with --output.'
         )
+    if max(len(os.fsencode(name)) for name in names) > _LONGEST_NAME:
+        raise UserError(f'--experiment {experiment!r} is longer than the {_LONGEST_NAME} bytes of a file name.')
     return Path(output, experiment)
 
 
@@ -452,7 +456,10 @@ def _parsed(path: Path, form: str, parse: Callable[[str], Any], default: Any) ->
 
 def _numbers(text: str) -> list[dict[str, float]]:
     rows = []
-    lines = list(csv.DictReader(io.StringIO(text, newline='')))
+    reader = csv.DictReader(io.StringIO(text, newline=''))
+    lines = list(reader)
+    if '\n' in text and 'epoch' not in (reader.fieldnames or ()):  # else empty, or cut while it was written
+        raise ValueError('its first line does not name the columns')
     for index, line in enumerate(lines):
         try:
             row = {key: float(value) for key, value in line.items() if value}

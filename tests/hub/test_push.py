@@ -577,6 +577,12 @@ def test_our_cards_are_those_of_their_recorded_runs(folder):
     assert text == (folder / 'README.md').read_text(encoding='utf-8')
 
 
+def test_card_and_readme_cite_the_papers_alike():
+    entries = re.findall(r'^@(?!software).*?^}$', (ROOT / 'README.md').read_text(encoding='utf-8'), re.M | re.S)
+    template = (ROOT / 'hub_cards' / 'template.md').read_text(encoding='utf-8')
+    assert len(entries) == 2 and all('author = ' in entry and entry in template for entry in entries)
+
+
 def rendered(folder, repo_id):
     """The card of what a folder has recorded."""
     run, *baseline = read_record(folder / 'runs.jsonl')

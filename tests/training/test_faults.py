@@ -262,6 +262,7 @@ def test_the_lock_of_a_killed_process_is_free_though_its_worker_lives(run, resum
 # -- damaged files
 
 DAMAGE = [b'', b'{', b'\xff\xfe\x00\x80', b'[1]\n', b'!!python/object/apply:os.mkdir [executed]\n']
+SUMMARY_DAMAGE = [b'\xff\xfe\x00\x80', b'epoch,lr\nx,y\n', b'\0\n\0\n', b'stray\n']
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ DAMAGE = [b'', b'{', b'\xff\xfe\x00\x80', b'[1]\n', b'!!python/object/apply:os.m
 @pytest.mark.parametrize('command', ['train', 'validate', 'card', 'report'])
 def test_damaged_files_of_a_run_are_named(command, name, expected, run, run_cli, resume):
     """Or not needed: a checkpoint holds the settings too."""
-    for damage in DAMAGE if name != 'summary.csv' else [b'\xff\xfe\x00\x80', b'epoch,lr\nx,y\n', b'\0\n\0\n']:
+    for damage in DAMAGE if name != 'summary.csv' else SUMMARY_DAMAGE:
         (run / name).write_bytes(damage)
         before = content(run)
         result = {
@@ -398,7 +399,7 @@ def test_a_place_that_cannot_be_written_is_named(number, argv, run, run_cli, fol
         ('/tmp/x', "--experiment '/tmp/x' must be a name"),
         ('..', "--experiment '..' must be a name"),
         ('a\0b', "--experiment 'a\\x00b' must be a name"),
-        ('a' * 4000, 'File name too long'),
+        ('a' * 4000, 'is longer than the 255 bytes of a file name'),
     ],
     ids=['above', 'absolute', 'dots', 'NUL', 'long'],
 )
@@ -406,7 +407,7 @@ def test_a_name_that_no_folder_below_the_output_can_have(name, message, fit, wor
     result = fit('--experiment', name)
     assert_refused(result, message)
     assert len(result[2].splitlines()[-1]) < 400
-    assert not any(path.is_file() for path in workdir.rglob('*'))
+    assert not any(workdir.iterdir())
 
 
 # -- numbers that are not finite
