@@ -19,6 +19,7 @@ __all__ = [
     'log_info',
     'log_error',
     'shortened',
+    'show_duration',
     'show_share',
     'table',
     'log_warning',
@@ -71,6 +72,14 @@ def _error_mark() -> Path | None:
     """A file beside the folders that torchrun gives its processes for errors; None without torchrun."""
     own = os.environ.get('TORCHELASTIC_ERROR_FILE')
     return Path(own).parent.parent / ERROR_MARK if own else None
+
+
+def show_duration(seconds: float) -> str:
+    """A duration in the unit that suits it: ``'90 s'``, ``'2.5 min'``, ``'3.0 h'``."""
+    for size, unit in ((3600, 'h'), (60, 'min')):
+        if seconds >= 1.6 * size:
+            return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.0f} s'
 
 
 def show_share(fraction: float | None) -> str:

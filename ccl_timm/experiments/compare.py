@@ -1,122 +1,332 @@
-"""A fair comparison of losses on your images: each with the head made for it, beside cross-entropy on that head."""
+"""A fair comparison of losses: tuned on one share of the data with equal effort, measured on another, with controls.
 
-import itertools
+Every loss has the head made for it. The controls are cross-entropy on the linear head, on each head that occurs, on the
+cosine head and on the ``mlp`` head. Tuning holds a share of the training split out; the final runs train on all of it,
+with seeds that tuning never saw, and touch the validation split once, after the last epoch.
+"""
+
+import hashlib
 import json
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ccl_timm import losses
-from ccl_timm.console import table
-from ccl_timm.experiments.reproduce import Plan, final_results
-from ccl_timm.experiments.statistics import LEVEL, difference, show_values, welch
-from ccl_timm.experiments.tables import Row, Table, to_cli_args
-from ccl_timm.training.run_dir import atomic_write
+from ccl_timm.console import log_info, show_duration
+from ccl_timm.errors import UserError
+from ccl_timm.experiments.tables import to_cli_args
+from ccl_timm.experiments.trial import run_trial
+from ccl_timm.experiments.tuning import best_params, search_space, suggest
+from ccl_timm.training.checks import check_config, check_fit
+from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.provenance import environment
+from ccl_timm.training.setup import learning_rate
 
-__all__ = ['comparison', 'rows_of', 'write_result']
+__all__ = ['METRICS', 'Comparison', 'Entry', 'entries_of', 'final_runs', 'read_records', 'run_comparison']
 
-_SEEDS = 3
-
-
-def comparison(backbone: str, recipe: str, names: list[str], rates: list[float], args: list[str]) -> Table:
-    """A table with the rows of :func:`rows_of`.
-
-    Args:
-        backbone: a timm architecture.
-        recipe: settings that all rows share.
-        names: of losses.
-        rates: learning rates; none for the recipe's.
-        args: further arguments of the training script that all rows share.
-    """
-    shared = ['--config', recipe, '--smoothing', '0.0', *args]  # not every loss takes smoothing
-    return Table('compare', f'{backbone}, recipe {recipe}', _SEEDS, rows_of(backbone, names, rates, shared))
+METRICS = ('top1', 'recall_at_1', 'map_at_r', 'unseen_recall_at_1', 'unseen_map_at_r')
+_FIRST_SEED = 1000  # of the final runs; tuning has the seed of the recipe
+_CONTROLS = ('linear', 'cosine', 'mlp')  # heads that cross-entropy is trained on besides those of the losses
 
 
-def rows_of(backbone: str, names: list[str], rates: list[float], args: list[str]) -> tuple[Row, ...]:
-    """A row for each loss on its head and each learning rate, with cross-entropy on every head that occurs.
+@dataclass(frozen=True)
+class Entry:
+    """A loss on a head."""
 
-    Args:
-        backbone: a timm architecture.
-        names: of losses. A loss for any head gets the linear one.
-        rates: learning rates; none for the recipe's.
-        args: of the training script that all rows share; ``--config`` among them.
+    head: str
+    loss: str
+
+    @property
+    def name(self) -> str:
+        """Such as ``'cam:cc'``."""
+        return f'{self.head}:{self.loss}'
+
+
+def entries_of(names: list[str]) -> list[Entry]:
+    """The losses by name, each on its head, below the controls: cross-entropy on all heads that occur.
+
+    A loss for any head gets the linear one.
 
     Raises:
         UserError: there is no loss of a name.
     """
-    pairs = [('linear', 'ce')]
-    for name in names:
-        head = 'linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear'
-        pairs += [(head, 'ce'), (head, name)]
-    rows = []
-    for (head, name), rate in itertools.product(dict.fromkeys(pairs), rates or [None]):
-        own = to_cli_args({'model': f'{backbone}_{head}', 'loss': name} | ({'lr': rate} if rate else {}))
-        rows.append(Row(f'{head}:{name}' + (f':lr{rate:g}' if rate else ''), '', (*args, *own)))
-    return tuple(rows)
+    heads = {
+        name: 'linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear' for name in names
+    }
+    controls = [Entry(head, 'ce') for head in dict.fromkeys((*_CONTROLS, *heads.values()))]
+    return list(dict.fromkeys([*controls, *(Entry(head, name) for name, head in heads.items())]))
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A loss on a head, with its best learning rate and the values of its seeds."""
+class Comparison:
+    """What is compared, and how.
 
-    head: str
-    loss: str
-    lr: str
-    top1: list[float]
-
-
-def write_result(plan: Plan) -> str:
-    """The comparison as text, which is also written beside the runs, with all values as JSON."""
-    entries, folder = _best_rates(plan), next(iter(plan.jobs.values()))[0].run.path.parent
-    text = _result(plan.table.title, entries)
-    atomic_write(folder / 'compare.txt', text + '\n')
-    atomic_write(folder / 'compare.json', json.dumps([vars(entry) for entry in entries], indent=2) + '\n')
-    return text
-
-
-def _result(title: str, entries: list[_Entry]) -> str:
-    controls = {entry.head: entry.top1 for entry in entries if entry.loss == 'ce'}
-    references = [_references(entry, controls) for entry in entries]
-    tests = sum(
-        welch(entry.top1, own) is not None
-        for entry, pair in zip(entries, references, strict=True)
-        for own in pair
-        if own is not None
-    )
-    rows = []
-    for entry, pair in zip(entries, references, strict=True):
-        label = 'ce (control)' if entry.loss == 'ce' and entry.head != 'linear' else entry.loss
-        against = ('' if own is None else difference(entry.top1, own, max(1, tests)) for own in pair)
-        rows.append((label, entry.head, entry.lr, show_values(entry.top1), str(len(entry.top1)), *against))
-    header = ('loss', 'head', 'lr', 'top-1 %', 'seeds', 'against ce, linear head', 'against ce, same head')
-    return '\n'.join([
-        title, '', table(rows, header), '',
-        'Top-1 after the last epoch, mean ± largest deviation over the seeds. Of several learning rates the best for',
-        'each row, chosen on the same validation images: a little too optimistic, for every row alike.',
-        f"Differences: Welch's t-test over the seeds, p < {LEVEL} / {max(1, tests)} for the {tests} tests made; other",
-        'images may give another result. No row has label smoothing, which some of these losses do not take.',
-    ])  # fmt: skip
-
-
-def _references(entry: _Entry, controls: dict[str, list[float]]) -> tuple[list[float] | None, list[float] | None]:
-    """Values of cross-entropy on the linear head, and on the same head; None where that is no comparison."""
-    is_control = entry.loss == 'ce'
-    plain = None if is_control and entry.head == 'linear' else controls['linear']
-    return plain, None if is_control or entry.head == 'linear' else controls[entry.head]
-
-
-def _best_rates(plan: Plan) -> list[_Entry]:
-    """For each head and loss, the learning rate with the best mean.
-
-    A rate counts only if as many of its runs are done as of any other of that row.
+    Attributes:
+        backbone: a timm architecture.
+        entries: see :func:`entries_of`.
+        args: of the training script, for all runs.
+        output: folder of the records.
+        trials: of each entry's tuning; 0 for the recipe's settings.
+        seeds: final runs of each entry.
+        tune_fraction: share of the training split that tuning holds out.
+        unseen: folder of classes to measure retrieval on; None for none.
+        metric: what is compared, one of ``METRICS``.
     """
-    found: dict[tuple[str, str], _Entry] = {}
-    for row, jobs in plan.jobs.items():
-        head, loss, *rate = row.name.split(':')
-        values = [result.last for result in final_results(jobs)]
-        known = found.get((head, loss))
-        if known is None or _rank(values) > _rank(known.top1):
-            found[head, loss] = _Entry(head, loss, rate[0][2:] if rate else "the recipe's", values)
-    return list(found.values())
+
+    backbone: str
+    entries: list[Entry]
+    args: tuple[str, ...]
+    output: Path
+    trials: int = 20
+    seeds: int = 10
+    tune_fraction: float = 0.2
+    unseen: str | None = None
+    metric: str = 'top1'
+
+    @property
+    def file(self) -> Path:
+        """The records: one line per run."""
+        return self.output / 'compare.jsonl'
+
+    @property
+    def key(self) -> str:
+        """Tells records of these settings from others."""
+        settings = [self.backbone, *self.args, self.tune_fraction, self.unseen, self.metric]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+
+    def argv(self, entry: Entry, params: dict[str, float]) -> list[str]:
+        """Arguments of the training script for a loss with its settings."""
+        settings: dict[str, Any] = {'model': f'{self.backbone}_{entry.head}', 'loss': entry.loss}
+        options = dict(params)
+        settings |= {name: options.pop(name) for name in ('lr', 'weight_decay', 'smoothing') if name in options}
+        if options:
+            settings['loss_kwargs'] = options
+        return [*self.args, *to_cli_args(settings)]
+
+    def space(self, entry: Entry) -> tuple[dict[str, losses.Range], dict[str, float]]:
+        """What is searched for an entry, and where the search begins: at the recipe's rate and the loss's defaults."""
+        config = TrainConfig.resolve(self.argv(entry, {}))
+        ranges = search_space(entry.loss, learning_rate(config))
+        defaults = {name: option.default for name, option in losses.loss_options(entry.loss).items()}
+        known = {'lr': learning_rate(config), 'weight_decay': config.weight_decay, 'smoothing': 0.0}
+        return ranges, {name: known[name] if name in known else float(defaults[name]) for name in ranges}
+
+    def check(self) -> None:
+        """Raise a UserError if an entry cannot be trained; nothing is computed."""
+        for entry in self.entries:
+            config = TrainConfig.resolve(self.argv(entry, {}))
+            check_config(config)
+            check_fit(config)
+        if not config.val_split:
+            raise UserError('A comparison ends on images that no loss was tuned on: give --val-split NAME.')
+        if self.metric.startswith('unseen') and not self.unseen:
+            raise UserError(f'--metric {self.metric} is measured on classes that are not trained: give --unseen DIR.')
 
 
-def _rank(values: list[float]) -> tuple[int, float]:
-    return len(values), sum(values) / max(1, len(values))
+@dataclass
+class _State:
+    """How far an entry's runs are."""
+
+    entry: Entry
+    trials: list[tuple[dict[str, float], float]] = field(default_factory=list)
+    params: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run to be made: of an entry, with its settings, for tuning (``seed`` None) or for the result."""
+
+    state: _State
+    params: dict[str, float]
+    seed: int | None
+
+    def line(self, key: str, found: dict[str, Any]) -> dict[str, Any]:
+        """The record of the run."""
+        number = {'trial': len(self.state.trials)} if self.seed is None else {'seed': self.seed}
+        return {'key': key, 'entry': self.state.entry.name, **number, 'params': self.params, **found}
+
+
+def read_records(path: Path, key: str | None = None) -> list[dict[str, Any]]:
+    """Lines of a file of records, those of a comparison's key only; a last line that was cut off is left out.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    if lines and not lines[-1].endswith('\n'):
+        lines.pop()
+    try:
+        found = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"'{path}' is a damaged file of records: {error}.") from error
+    return [line for line in found if key is None or line.get('key') == key]
+
+
+def final_runs(records: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The final runs of each entry by seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in records:
+        if 'seed' in line and 'error' not in line:
+            found.setdefault(line['entry'], {})[line['seed']] = line
+    return found
+
+
+def run_comparison(comparison: Comparison, jobs: int) -> None:
+    """Tune every loss, make the final runs, and write a record of each; those recorded already are not repeated.
+
+    Args:
+        comparison: what to compare.
+        jobs: processes that train at the same time; 1 for this one alone.
+
+    Raises:
+        UserError: an entry cannot be trained.
+    """
+    comparison.check()
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    known = read_records(comparison.file, comparison.key)
+    if not known:
+        _append(comparison.file, _header(comparison))
+    states = [_State(entry) for entry in comparison.entries]
+    ready = deque(job for state in states for job in _next_jobs(comparison, state, known))
+    total = len(states) * (comparison.trials + comparison.seeds)
+    progress = _Progress(total, total - _missing(comparison, states, known), jobs)
+    with _workers(jobs) as submit:
+        _work(comparison, ready, submit, jobs, progress)
+
+
+def _work(
+    comparison: Comparison, ready: deque[_Job], submit: Callable[..., Future], jobs: int, progress: '_Progress'
+) -> None:
+    """Make all runs that are ready, and those that become so."""
+    running: dict[Future, _Job] = {}
+    while ready or running:
+        while ready and len(running) < jobs:
+            job = ready.popleft()
+            running[_submit(comparison, job, submit)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            try:
+                line = job.line(comparison.key, future.result())
+            except BrokenProcessPool as error:
+                raise UserError(
+                    'A process of the comparison was killed, perhaps for lack of memory: give fewer --jobs. Finished '
+                    'runs are kept.'
+                ) from error
+            _append(comparison.file, line)
+            progress.log(job.state.entry, line, comparison.metric)
+            ready.extend(_after(comparison, job, line))
+
+
+def _submit(comparison: Comparison, job: _Job, submit: Callable[..., Future]) -> Future:
+    argv = comparison.argv(job.state.entry, job.params)
+    if job.seed is None:
+        argv += ['--val-fraction', str(comparison.tune_fraction)]
+        return submit(run_trial, argv, comparison.metric != 'top1')
+    last_only = str(TrainConfig.resolve(argv).planned_epochs)
+    return submit(run_trial, [*argv, '--seed', str(job.seed), '--val-interval', last_only], True, comparison.unseen)
+
+
+def _after(comparison: Comparison, job: _Job, line: dict[str, Any]) -> Iterator[_Job]:
+    """What follows a finished run."""
+    if job.seed is not None:
+        if 'error' in line:
+            raise UserError(f"'{job.state.entry.name}' cannot be trained: {line['error']}")
+        return
+    job.state.trials.append((job.params, _score(line, comparison.metric)))
+    yield from _next_jobs(comparison, job.state, [])
+
+
+def _next_jobs(comparison: Comparison, state: _State, known: list[dict[str, Any]]) -> Iterator[_Job]:
+    """An entry's next runs, after those that are recorded: a trial, or all final runs once tuning has ended."""
+    ranges, start = comparison.space(state.entry)
+    own = [line for line in known if line.get('entry') == state.entry.name]
+    while len(state.trials) < comparison.trials:
+        recorded = next((line for line in own if line.get('trial') == len(state.trials)), None)
+        if recorded is None:
+            yield _Job(state, suggest(ranges, start, state.trials), None)
+            return
+        state.trials.append((recorded['params'], _score(recorded, comparison.metric)))
+    if state.trials and not max(score for _, score in state.trials):
+        raise UserError(f"No trial of '{state.entry.name}' could be trained: see {comparison.file}.")
+    state.params = best_params(state.trials) if state.trials else {}
+    done = {line['seed'] for line in own if 'seed' in line and line['params'] == state.params}
+    for seed in range(_FIRST_SEED, _FIRST_SEED + comparison.seeds):
+        if seed not in done:
+            yield _Job(state, state.params, seed)
+
+
+def _missing(comparison: Comparison, states: list[_State], known: list[dict[str, Any]]) -> int:
+    final = {(line['entry'], line['seed']) for line in known if 'seed' in line}
+    done = sum(len(state.trials) for state in states) + len(final)
+    return len(states) * (comparison.trials + comparison.seeds) - done
+
+
+def _score(line: dict[str, Any], metric: str) -> float:
+    """What tuning maximises: for unseen classes the same measure of the held-out share; 0 for a run that failed."""
+    return float(line.get(metric.removeprefix('unseen_'), 0.0))
+
+
+def _header(comparison: Comparison) -> dict[str, Any]:
+    made = environment([], TrainConfig.resolve(list(comparison.args)).device, '')
+    return {
+        'key': comparison.key, 'backbone': comparison.backbone, 'args': list(comparison.args),
+        'tune_fraction': comparison.tune_fraction, 'trials': comparison.trials, 'metric': comparison.metric,
+        'versions': made['versions'], 'device': made['device'], 'started': made['started'],
+    }  # fmt: skip
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    text = path.read_bytes() if path.exists() else b''
+    if text and not text.endswith(b'\n'):  # of a process that was killed while it wrote
+        path.write_bytes(text[: text.rfind(b'\n') + 1])
+    with path.open('a', encoding='utf-8') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Future]]:
+    """A function that starts a call in one of so many processes, which live until the end; in this one for a single."""
+    if jobs == 1:
+        yield _call_here
+        return
+    pool = ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,))
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _call_here(function: Callable, *args: Any) -> Future:
+    future: Future = Future()
+    future.set_result(function(*args))
+    return future
+
+
+class _Progress:
+    """Lines about finished runs and the time that is left."""
+
+    def __init__(self, total: int, done: int, jobs: int):
+        self.total, self.done, self.jobs = total, done, jobs
+        self.started, self.made = time.perf_counter(), 0
+        log_info(f'{total} runs, {done} of them recorded already, {jobs} at a time')
+
+    def log(self, entry: Entry, line: dict[str, Any], metric: str) -> None:
+        """After a run: what it gave."""
+        self.done, self.made = self.done + 1, self.made + 1
+        left = (time.perf_counter() - self.started) / self.made * (self.total - self.done)
+        kind = f'trial {line["trial"] + 1}' if 'trial' in line else f'seed {line["seed"]}'
+        values = ' '.join(f'{name}={value:.3g}' for name, value in line['params'].items())
+        value = line.get(metric, line.get(metric.removeprefix('unseen_')))
+        found = line['error'] if 'error' in line else f'{metric} {value:.2f}'
+        log_info(f'{self.done}/{self.total}  {entry.name}, {kind}: {found}  ({values})  {show_duration(left)} left')

@@ -8,7 +8,10 @@ from typing import Any
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.training import recipes
 
-__all__ = ['Row', 'Table', 'to_cli_args', 'list_tables', 'read_table', 'run_name', 'select', 'tables_of']
+__all__ = [
+    'Row', 'Table', 'list_benchmarks', 'list_tables', 'read_benchmark', 'read_table', 'run_name', 'select', 'tables_of',
+    'to_cli_args',
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,24 @@ class Table:
 
 def list_tables() -> list[str]:
     """Names of the papers' tables and of ours."""
-    return sorted(path.stem for path in _folder().glob('*.yaml'))
+    return sorted({path.stem for path in _folder().glob('*.yaml')} - {*list_benchmarks()})
+
+
+def list_benchmarks() -> list[str]:
+    """Names of the comparisons that ``ccl-timm compare --table`` makes."""
+    return sorted(path.stem for path in _folder().glob('benchmark-*.yaml'))
+
+
+def read_benchmark(name: str) -> dict[str, Any]:
+    """A comparison as data: ``backbone``, ``losses``, ``config``, ``trials``, ``seeds``, ``metric``, and what to ``set``.
+
+    Raises:
+        UnknownNameError: there is none of that name.
+    """
+    if name not in list_benchmarks():
+        known = list_benchmarks()
+        raise UnknownNameError(f"Unknown benchmark '{name}'{did_you_mean(name, known)} Benchmarks: {', '.join(known)}.")
+    return recipes.read_recipe(_folder() / f'{name}.yaml')
 
 
 def read_table(name: str) -> Table:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccl_timm import registry
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean, require_finite
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
 from ccl_timm.losses.cot import COTLoss, complement_entropy
@@ -57,6 +57,7 @@ __all__ = [
     'combined_margin',
     'complement_entropy',
     'cosine_loss',
+    'Range',
     'create_loss',
     'cross_entropy',
     'explain',

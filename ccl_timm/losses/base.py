@@ -1,8 +1,8 @@
 """What every loss shares: declared facts, named terms, full precision, targets of either kind, cross-entropy."""
 
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from ccl_timm.ops import full_precision, outside_autocast
 
 __all__ = [
     'Loss',
+    'Range',
     'gather_target',
     'batch_mean',
     'class_weight_buffer',
@@ -116,6 +117,18 @@ def _carrier(outputs: Any, tensors: dict[str, Tensor]) -> Any:
     return outputs._replace(**tensors) if hasattr(outputs, '_replace') else SimpleNamespace(**tensors)
 
 
+class Range(NamedTuple):
+    """Values in which an option of a loss is worth searching: from low to high, evenly, or by their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def clip(self, value: float) -> float:
+        """The nearest value within the range."""
+        return min(max(value, self.low), self.high)
+
+
 class Loss(nn.Module):
     """Base of all losses. A subclass declares facts and computes named terms.
 
@@ -128,6 +141,7 @@ class Loss(nn.Module):
         uses_batch_statistics: True if a sample's loss depends on the other samples of the batch.
         paper: where the formula is from.
         assumptions: what in it no source states, and where it differs from its source; empty if nothing.
+        search_space: options that are worth tuning, each with its range, which is our choice.
     """
 
     requires: tuple[str, ...] = ('logits',)
@@ -136,6 +150,7 @@ class Loss(nn.Module):
     uses_batch_statistics: bool = False
     paper: str = ''
     assumptions: str = ''
+    search_space: Mapping[str, Range] = MappingProxyType({})
 
     def __init__(self):
         super().__init__()  # without options: torch's own takes any

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.ops import all_reduce_sum, all_reduce_sum_no_grad, force_fp32
 
 __all__ = ['CCLoss', 'channel_correlation']
@@ -125,6 +125,7 @@ class CCLoss(Loss):
         'the value of eps; no cc term in a batch of a single class, where the ratio would be intra / eps; '
         'attention also at inference; soft targets; class weights; the global batch under DDP'
     )
+    search_space = {'weight': Range(0.03, 10.0, log=True), 'smoothing': Range(0.0, 0.3)}
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, finite_or, require, require_smoothing
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, finite_or, require, require_smoothing
 from ccl_timm.ops import all_reduce_sum, force_fp32
 
 __all__ = ['CenterLoss', 'center_distances', 'move_centers']
@@ -68,6 +68,7 @@ class CenterLoss(Loss):
     requires = ('logits', 'features')
     paper = 'Center loss, ECCV 2016, eq. 4 and 5'
     assumptions = "the mean with the paper's own centre update; centres of the global batch under DDP"
+    search_space = {'weight': Range(1e-4, 0.1, log=True), 'alpha': Range(0.1, 1.0), 'smoothing': Range(0.0, 0.3)}
 
     def __init__(
         self,

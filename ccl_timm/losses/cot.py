@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, mask_class, require, require_smoothing
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, mask_class, require, require_smoothing
 from ccl_timm.ops import force_fp32
 
 __all__ = ['COTLoss', 'complement_entropy']
@@ -63,6 +63,7 @@ class COTLoss(Loss):
     requires = ('logits',)
     paper = 'Complement objective training, ICLR 2019'
     assumptions = 'one optimizer step a batch instead of two: half the updates in the same epochs; class weights'
+    search_space = {'smoothing': Range(0.0, 0.3)}
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, batch_mean, gather_target, require
+from ccl_timm.losses.base import Loss, Range, batch_mean, gather_target, require
 from ccl_timm.ops import force_fp32
 
 __all__ = ['FocalLoss', 'focal_loss']
@@ -61,6 +61,7 @@ class FocalLoss(Loss):
     soft_targets = True
     paper = 'Focal loss, arXiv 1708.02002, eq. 5'
     assumptions = 'no class weights by default; soft targets'
+    search_space = {'gamma': Range(0.5, 5.0)}
 
     def __init__(self, gamma: float = 2.0, alpha: float | Sequence[float] | None = None):
         super().__init__()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, finite_or, require, unnormalized_cosine_logits
+from ccl_timm.losses.base import Loss, Range, cross_entropy, finite_or, require, unnormalized_cosine_logits
 from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize
 
 __all__ = ['FICALLoss', 'ICALLoss', 'confusion_rates', 'confusion_weighted_cosine', 'mean_class_cosine']
@@ -97,6 +97,7 @@ class ICALLoss(Loss):
     soft_targets = True
     paper = 'ICAL, AAAI 2019, official code'
     assumptions = 'the gradient passes through the normalisation of the class vectors; soft targets'
+    search_space = {'weight': Range(0.5, 50.0, log=True)}
 
     def __init__(self, weight: float = 5.0):
         super().__init__()
@@ -141,6 +142,7 @@ class FICALLoss(Loss):
     uses_batch_statistics = True
     paper = 'FICAL, VCIP 2019, doi 10.1109/VCIP47243.2019.8965889, abstract only'
     assumptions = 'the whole formula and its constants'
+    search_space = {'weight': Range(0.5, 50.0, log=True), 'exponent': Range(0.25, 4.0, log=True)}
 
     rates: Tensor
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccl_timm.losses.base import (
     Loss,
+    Range,
     batch_mean,
     cross_entropy,
     gather_target,
@@ -196,6 +197,7 @@ class AMSoftmaxLoss(_ScaledMarginLoss):
     suggested = ({'scale': 16, 'margin': 0.2}, {'scale': 24, 'margin': 0.2}, {'scale': 32, 'margin': 0.35})
     paper = 'AM-Softmax, arXiv 1801.05599'
     assumptions = 'soft targets'
+    search_space = {'scale': Range(4.0, 64.0, log=True), 'margin': Range(0.0, 0.6)}
 
     def __init__(self, scale: float = 30.0, margin: float = 0.35):
         super().__init__()
@@ -230,6 +232,7 @@ class ArcFaceLoss(_ScaledMarginLoss):
     suggested = ({'scale': 16, 'margin': 0.3}, {'scale': 24, 'margin': 0.3}, {'scale': 32, 'margin': 0.5})
     paper = 'ArcFace, arXiv 1801.07698'
     assumptions = 'soft targets'
+    search_space = {'scale': Range(4.0, 64.0, log=True), 'margin': Range(0.0, 0.6)}
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, threshold: bool = True):
         super().__init__()
@@ -272,6 +275,9 @@ class CombinedMarginLoss(_ScaledMarginLoss):
     )
     paper = 'ArcFace, arXiv 1801.07698, combined margin'
     assumptions = 'the continuation beyond the angle up to which the margin falls, for m1 other than 1; soft targets'
+    search_space = {
+        'scale': Range(4.0, 64.0, log=True), 'm2': Range(0.0, 0.5), 'm3': Range(0.0, 0.4)
+    }  # fmt: skip
 
     def __init__(self, scale: float = 64.0, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2):
         super().__init__()
@@ -323,6 +329,7 @@ class ASoftmaxLoss(Loss):
     soft_targets = True
     paper = 'SphereFace, arXiv 1704.08063; annealing from its official code'
     assumptions = 'annealing by optimizer steps; soft targets'
+    search_space = {'lambda_min': Range(1.0, 100.0, log=True)}
 
     def __init__(
         self,

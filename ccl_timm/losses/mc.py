@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, cross_entropy, require
+from ccl_timm.losses.base import Loss, Range, cross_entropy, require
 from ccl_timm.ops import force_fp32
 
 __all__ = ['MCLoss', 'channel_discriminality', 'channel_diversity', 'channel_mask']
@@ -113,6 +113,10 @@ class MCLoss(Loss):
         'one widens its last block and has max pooling, batch norm and two linear layers; which classes get one '
         'channel more, and their diversity; masking by -inf; no mask in evaluation'
     )
+    search_space = {
+        'discriminality_weight': Range(0.15, 15.0, log=True),
+        'diversity_weight': Range(1.0, 100.0, log=True),
+    }
 
     def __init__(
         self,

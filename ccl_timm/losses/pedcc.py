@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, batch_mean, require
+from ccl_timm.losses.base import Loss, Range, batch_mean, require
 from ccl_timm.losses.margin import additive_margin
 from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize
 
@@ -57,6 +57,9 @@ class PEDCCLoss(Loss):
     soft_targets = True
     paper = 'PEDCC-Loss, arXiv 1904.06008; POD-Loss, arXiv 2111.15449, eq. 2 to 4'
     assumptions = 'the mean of the distances over the batch; the symbols of eq. 4, read from its text; soft targets'
+    search_space = {
+        'scale': Range(4.0, 64.0, log=True), 'margin': Range(0.0, 0.5), 'weight': Range(0.1, 10.0, log=True)
+    }  # fmt: skip
 
     def __init__(
         self,

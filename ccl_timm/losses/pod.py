@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ccl_timm.losses.base import Loss, batch_mean, require, row_norms
+from ccl_timm.losses.base import Loss, Range, batch_mean, require, row_norms
 from ccl_timm.ops import all_reduce_sum, force_fp32, l2_normalize, world_size
 
 __all__ = ['CosineLoss', 'NaCLoss', 'PODLoss', 'cosine_loss', 'norm_adaptive_cosine', 'self_correlation']
@@ -144,6 +144,7 @@ class NaCLoss(Loss):
     soft_targets = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 17, official code'
     assumptions = 'soft targets; the mean norm of the global batch under DDP'
+    search_space = {'alpha': Range(1e-3, 1.0, log=True), 'delta': Range(0.01, 0.5, log=True)}
 
     delta: Tensor
     mean_norm: Tensor
@@ -213,6 +214,7 @@ class PODLoss(NaCLoss):
     uses_batch_statistics = True
     paper = 'POD-Loss, arXiv 2111.15449, eq. 12 to 20, official code'
     assumptions = 'the global batch under DDP; 0 for a batch of one'
+    search_space = {**NaCLoss.search_space, 'weight': Range(0.1, 10.0, log=True)}
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from ccl_timm.ops import rank, world_size
 from ccl_timm.task import read_head
 from ccl_timm.training.config import TrainConfig
 
-__all__ = ['Classifier', 'Features', 'check_freezable', 'feature_loaders', 'freeze_backbone']
+__all__ = ['Classifier', 'Features', 'check_freezable', 'feature_loaders', 'features_of', 'freeze_backbone']
 
 _AUGMENTATION = (
     'no_aug', 'pad_crop', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
@@ -112,7 +112,7 @@ def feature_loaders(
         UserError: the training split is smaller than a batch, or no image can be read.
     """
     _share_weights(model)
-    extract = functools.partial(_features, config, model, device, data_config)
+    extract = functools.partial(features_of, config, model, device, data_config)
     train = extract(splits.train, config.feature_views)
     validation = splits.validation and extract(splits.validation, 1)
     return loaders.loaders_in_memory(
@@ -127,15 +127,15 @@ def _share_weights(model: nn.Module) -> None:
             torch.distributed.broadcast(tensor, 0)
 
 
-def _features(
+def features_of(
     config: TrainConfig,
     model: nn.Module,
     device: torch.device,
     data_config: dict[str, Any],
     dataset: Dataset,
-    number: int,
+    number: int = 1,
 ) -> Features:
-    """Features of a split in a number of views, without the images that cannot be read."""
+    """Features of a data set in a number of views, without the images that cannot be read; see :func:`feature_loaders`."""
     # of a divided split all images are computed: the other share is needed as well, by this run or the next
     base, indices = (dataset, None) if config.train_fraction else base_of(dataset)
     facts = _facts(model, data_config, base)

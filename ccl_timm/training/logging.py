@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ccl_timm import losses
-from ccl_timm.console import Progress, is_primary, log_info, log_warning, show_share
+from ccl_timm.console import Progress, is_primary, log_info, log_warning, show_duration, show_share
 from ccl_timm.console.escape import shell_text
 from ccl_timm.data.in_memory import InMemoryLoader
 from ccl_timm.ops import world_size
@@ -140,7 +140,7 @@ class RunLogger:
             )
         left = seconds_per_step * len(trainer.loader) * (trainer.epochs - trainer.start_epoch)
         end = datetime.now() + timedelta(seconds=left)
-        log_info(f'expected to finish at {end:%H:%M} (in {_duration(left)}, plus validation)')
+        log_info(f'expected to finish at {end:%H:%M} (in {show_duration(left)}, plus validation)')
 
 
 def _rows(trainer: 'Trainer') -> list[tuple[str, str, str]]:
@@ -219,10 +219,3 @@ def _cautions(trainer: 'Trainer') -> Iterator[str]:
             f'the learning rate {lr:g} is for batches of {config.lr_batch}; for {batch} it would be '
             f'{lr * batch / config.lr_batch:g}: --scale-lr scales it.'
         )
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, 'h'), (60, 'min')):
-        if seconds >= 1.6 * size:
-            return f'{seconds / size:.1f} {unit}'
-    return f'{seconds:.0f} s'
