@@ -64,7 +64,7 @@ def list_benchmarks() -> list[str]:
 
 
 def read_benchmark(name: str) -> dict[str, Any]:
-    """A comparison as data: ``backbone``, ``losses``, ``config``, ``trials``, ``seeds``, ``metric``, and what to ``set``.
+    """A comparison as data: ``backbone``, ``losses``, ``config``, ``trials``, ``seeds``, ``metric``, what to ``set``.
 
     Raises:
         UnknownNameError: there is none of that name.
