@@ -73,10 +73,10 @@ def show_comparison(title: str, runs: _Runs, metric: str, within: float = EQUIVA
     rows = [_row(line, within) for line in sorted(lines, key=lambda line: -statistics.fmean(line.values.values()))]
     return '\n'.join([
         title, '', table(rows, header), '', _conclusion(lines), '',
-        f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed, with',
-        f"their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of this",
-        f'table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference is shown,',
-        'one of the size named would have been, with a probability of 80%.', '',
+        f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
+        f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
+        f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
+        'is shown, one of the size named would have been, with a probability of 80%.', '',
         *_measures(runs), '', *_settings(runs),
     ])  # fmt: skip
 
