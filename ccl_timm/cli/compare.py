@@ -100,7 +100,9 @@ def _default_jobs(comparison: Comparison) -> int:
 
 
 def _estimated(comparison: Comparison, jobs: int) -> float:
-    """Seconds for all runs, from a few steps of the first; with a frozen backbone this computes its features."""
-    cost = time_run(TrainConfig.resolve(comparison.argv(comparison.entries[0], {})), comparison.output / 'no run')
+    """Seconds for all runs, from a few steps of the first."""
+    config, folder = TrainConfig.resolve(comparison.argv(comparison.entries[0], {})), comparison.output / 'no run'
+    if config.freeze_backbone:
+        time_run(config, folder)  # computes the features, which all runs share
     runs = len(comparison.entries) * (comparison.trials + comparison.seeds)
-    return runs * cost.hours * 3600 / jobs
+    return runs * time_run(config, folder).hours * 3600 / jobs

@@ -82,7 +82,7 @@ def _train_steps(trainer: Trainer) -> Iterator[float]:
 
 
 def _validation_steps(trainer: Trainer) -> Iterator[float]:
-    model = trainer.task.get_eval_model()
+    model = trainer.eval_model()
     for batch in islice(trainer.loader_eval, _WARM + _STEPS):
         evaluate(model, [batch], trainer.device, trainer.autocast, trainer.setup.memory_format)
         yield _now(trainer.device)

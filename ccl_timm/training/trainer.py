@@ -179,14 +179,14 @@ class Trainer:
             return None
         shared = (self.loader_eval, self.device, self.autocast, self.setup.memory_format)
         interval = self.config.log_interval
-        metrics = evaluate(self._eval_model(), *shared, log_interval=interval).metrics
+        metrics = evaluate(self.eval_model(), *shared, log_interval=interval).metrics
         if self.task.has_ema():
             self._average_batch_norm(ema=True)
-            metrics = evaluate(self._eval_model(ema=True), *shared, 'validation (EMA)', interval).metrics
+            metrics = evaluate(self.eval_model(ema=True), *shared, 'validation (EMA)', interval).metrics
         self._check_finite(epoch, metrics['loss'], 'validation loss')
         return metrics
 
-    def _eval_model(self, ema: bool = False) -> torch.nn.Module:
+    def eval_model(self, ema: bool = False) -> torch.nn.Module:
         """What returns logits of a batch of the loaders."""
         model = self.task.get_eval_model(ema=ema)
         return Classifier(model) if self.config.freeze_backbone else model
