@@ -58,6 +58,11 @@ class Group:
         return [result.last for result in self.results]
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        """Top-1 in % after the last epoch, by seed."""
+        return {result.seed: result.last for result in self.results}
+
+    @property
     def best(self) -> list[float]:
         """Top-1 in % after each one's best epoch."""
         return [result.best for result in self.results]

@@ -16,16 +16,19 @@ from ccl_timm.experiments.matching import (
     head_of,
     usual_settings,
 )
+from ccl_timm.experiments.plots import ForestRow
 from ccl_timm.experiments.rendering import Report, Section
 from ccl_timm.experiments.results import Result
 from ccl_timm.experiments.statistics import (
+    EQUIVALENCE,
     LEVEL,
-    difference,
-    margin,
+    Difference,
+    differ,
     one_sample,
+    show_difference,
     show_printed,
     show_values,
-    welch,
+    verdicts,
 )
 from ccl_timm.experiments.tables import Row, Table
 from ccl_timm.training.config import diff_settings
@@ -34,8 +37,8 @@ from ccl_timm.training.run_dir import RunDir
 __all__ = ['plain_report', 'show_differences', 'table_report']
 
 _LEGEND = (
-    'Top-1 in %, mean ± largest deviation over the seeds. Differences and tests are of the last epoch. The best epoch '
-    'is too optimistic: it is chosen on the images that it is measured on.'
+    'Top-1 in %, mean ± standard deviation over the seeds; behind the ± of a paper as it prints it. Differences and '
+    'tests are of the last epoch. The best epoch is too optimistic: it is chosen on the images that it is measured on.'
 )
 _COLUMNS = {'data_dir', 'dataset', 'loss', 'model'}  # settings with a column of their own
 _BEST_OTHER = (
@@ -55,45 +58,48 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
     groups = [group for match in matched for group in match.groups]
     used = {result.source for group in groups for result in group.results}
     everything = groups + group_by_seed([result for result in found if result.source not in used])
-    comparisons = _comparisons(everything)
+    judged = _judged(everything)
     records = []
     for match in matched:
         named = {'row': match.row.name, 'data': match.row.dataset}
         for settings, group in zip(match.distinguishing_settings or [''], match.groups or [None], strict=True):
-            ours, theirs = _ours(group, everything, comparisons), _theirs(match, table, group)
+            ours, theirs = _ours(group, everything, judged), _theirs(match, table, group)
             records.append({**named, 'settings': settings, **ours, **theirs})
     sections = [_layout(table, matched)] + ([_details(records)] if groups else [])
     papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
-    notes = [_LEGEND, *papers, *_welch_note(comparisons), *(f'Note: {note}' for note in table.notes)]
+    notes = [_LEGEND, *papers, *_note_of_tests(judged), *(f'Note: {note}' for note in table.notes)]
     labels = [f'{match.row.dataset}, top-1 %' for match in matched for _ in match.groups]
     names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
-    return Report(table.title, sections, notes, records, _curves(groups, labels, names), _pictures(groups))
+    curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
+    return Report(table.title, sections, notes, records, curves, _pictures(groups), forests)
 
 
 def plain_report(found: list[Result]) -> Report:
     """A table of any runs; those that differ in their seeds only are put together."""
     groups = group_by_seed(found)
-    comparisons = _comparisons(groups)
+    judged = _judged(groups)
     records = []
     for group, settings in zip(groups, distinguishing_settings(groups, _COLUMNS), strict=True):
         named = {key: group.settings[key] for key in ('model', 'loss')}
         data = group.settings.get('dataset') or group.settings['data_dir'] or 'images'
-        records.append({**named, 'data': data, 'settings': settings, **_ours(group, groups, comparisons)})
+        records.append({**named, 'data': data, 'settings': settings, **_ours(group, groups, judged)})
     labels = [f'{record["data"]}, top-1 %' for record in records]
     names = [', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records]
     usual = usual_settings(groups, _COLUMNS)
     notes = [
         _LEGEND,
         *([f'Settings, unless a line shows others: {usual}.'] if usual else []),
-        *_welch_note(comparisons),
+        *_note_of_tests(judged),
     ]
-    return Report('Runs', [_details(records)], notes, records, _curves(groups, labels, names), _pictures(groups))
+    curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
+    return Report('Runs', [_details(records)], notes, records, curves, _pictures(groups), forests)
 
 
-def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str, Any]:
+def _ours(own: Group | None, groups: list[Group], judged: dict[int, Difference]) -> dict[str, Any]:
     """What was measured; the same keys without values where nothing was."""
     last, best = (own.last, own.best) if own else ([], [])
     ce = baseline_of(own, groups) if own else None
+    found = judged.get(id(own))
     return {
         'seeds': [result.seed for result in own.results] if own else [],
         'epochs': own.epochs if own else None,
@@ -101,8 +107,10 @@ def _ours(own: Group | None, groups: list[Group], comparisons: int) -> dict[str,
         **_summary('last_epoch', last),
         **_summary('best_epoch', best),
         'ce_head': head_of(ce.settings) if ce else None,
-        'p_ce': welch(last, ce.last) if ce else None,
-        'against_ce': difference(last, ce.last, comparisons) if ce else '',
+        'difference_ce': found.mean if found else None,
+        'interval_ce': list(found.interval) if found and found.interval else None,
+        'p_ce': found.p if found else None,
+        'against_ce': show_difference(found) if found else '',
         'extra_splits': own.extra_top1 if own else {},
         'runs': [result.source for result in own.results] if own else [],
     }
@@ -112,7 +120,7 @@ def _summary(name: str, values: list[float]) -> dict[str, Any]:
     return {
         name: values,
         f'{name}_mean': statistics.fmean(values) if values else None,
-        f'{name}_margin': margin(values) if len(values) > 1 else None,
+        f'{name}_sd': statistics.stdev(values) if len(values) > 1 else None,
     }
 
 
@@ -149,20 +157,38 @@ def _loss(row: Row) -> str:
     return row.args[row.args.index('--loss') + 1]
 
 
-def _comparisons(groups: list[Group]) -> int:
-    """How many tests against cross-entropy these runs allow: those with two seeds or more on both sides."""
-    baselines = [(own, baseline_of(own, groups)) for own in groups]
-    return sum(welch(own.last, ce.last) is not None for own, ce in baselines if ce)
+def _judged(groups: list[Group]) -> dict[int, Difference]:
+    """For each group that has a baseline, by its id, the difference to it; all tests together are one family."""
+    pairs = [(own, ce) for own in groups if (ce := baseline_of(own, groups))]
+    found = verdicts([differ(own.by_seed, ce.by_seed) for own, ce in pairs])
+    return {id(own): difference for (own, _), difference in zip(pairs, found, strict=True)}
 
 
-def _welch_note(comparisons: int) -> list[str]:
-    if not comparisons:
+def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
+    tests = sum(found.p is not None for found in judged.values())
+    if not tests:
         return []
     return [
-        "Against our ce: Welch's t-test over the seeds against cross-entropy on the same head where that was run, else "
-        f'on the linear one (in brackets); p < {LEVEL} / {comparisons}, for the '
-        f'{"one test" if comparisons == 1 else f"{comparisons} tests"} that all of these runs allow.'
+        'Against our ce: difference to cross-entropy on the same head where that was run, else on the linear one (in '
+        'brackets), with its 95% interval, paired by seed where both have the same seeds. Better or worse: t-test, '
+        f"p < {LEVEL} after Holm's correction for the "
+        f'{"one test" if tests == 1 else f"{tests} tests"} that all of these runs allow. Equal: within {EQUIVALENCE} '
+        'points, by two one-sided tests, corrected alike. "X would have been": the smallest difference that so many '
+        f'seeds show with a probability of 80%.'
     ]
+
+
+def _forests(
+    groups: list[Group], labels: list[str], names: list[str], judged: dict[int, Difference]
+) -> dict[str, list[ForestRow]]:
+    """For each data set, the differences to cross-entropy that have an interval."""
+    found: dict[str, list[ForestRow]] = {}
+    for own, label, name in zip(groups, labels, names, strict=True):
+        difference = judged.get(id(own))
+        if difference and difference.interval:
+            row = ForestRow(name, difference.mean, *difference.interval, difference.verdict)
+            found.setdefault(f'{label}, difference to cross-entropy', []).append(row)
+    return found
 
 
 def _layout(table: Table, matched: list[MatchedRow]) -> Section:

@@ -2,15 +2,14 @@
 
 import math
 import statistics
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scipy import optimize, stats
 
 __all__ = [
-    'EQUIVALENCE', 'LEVEL', 'POWER', 'Difference', 'detectable', 'differ', 'holm', 'margin', 'one_sample',
-    'show_difference', 'show_printed', 'show_values', 'verdicts', 'welch',
+    'EQUIVALENCE', 'LEVEL', 'POWER', 'Difference', 'detectable', 'differ', 'holm', 'one_sample',
+    'show_difference', 'show_printed', 'show_values', 'verdicts',
 ]  # fmt: skip
 
 LEVEL = 0.05  # how often a difference may be claimed where there is none
@@ -34,12 +33,6 @@ def show_printed(value: tuple[float, float | None] | None) -> str:
     return f'{mean:.2f}' + (f' ± {spread:.2f}' if spread is not None else '')
 
 
-def margin(values: Sequence[float]) -> float:
-    """Largest deviation from the mean: what CC-Loss prints behind the ±."""
-    mean = statistics.fmean(values)
-    return max(abs(value - mean) for value in values)
-
-
 def one_sample(values: Sequence[float], constant: float) -> float | None:
     """Two-sided p of Student's t-test that the mean of what the values are drawn from is a constant.
 
@@ -48,18 +41,6 @@ def one_sample(values: Sequence[float], constant: float) -> float | None:
     if len({*values}) < 2:
         return None
     return float(stats.ttest_1samp(values, constant).pvalue)
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Two-sided p of Welch's t-test that two sets of values are drawn from distributions of one mean.
-
-    None from fewer than two values a side, or if all are equal on both sides.
-    """
-    if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of values that are almost equal
-        return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
 
 
 @dataclass(frozen=True)
