@@ -296,7 +296,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[Callable[..., Future]]:
-    """A function that starts a call in one of so many processes, which live until the end; in this one for a single."""
+    """A function that starts a call in one of several processes, which live until the end; one job stays here."""
     if jobs == 1:
         yield _call_here
         return

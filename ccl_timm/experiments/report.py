@@ -173,8 +173,8 @@ def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
         'brackets), with its 95% interval, paired by seed where both have the same seeds. Better or worse: t-test, '
         f"p < {LEVEL} after Holm's correction for the "
         f'{"one test" if tests == 1 else f"{tests} tests"} that all of these runs allow. Equal: within {EQUIVALENCE} '
-        'points, by two one-sided tests, corrected alike. "X would have been": the smallest difference that so many '
-        f'seeds show with a probability of 80%.'
+        'points, by two one-sided tests, corrected alike. "X would have been": the smallest difference that this '
+        'number of seeds shows with a probability of 80%.'
     ]
 
 

@@ -53,7 +53,7 @@ class Difference:
         freedom: degrees of freedom of the test.
         p: two-sided, that there is no difference; None without a test. :func:`verdicts` adjusts it for all tests made.
         p_unequal: that the difference is at least as large as the margin of equivalence; likewise.
-        detectable: the smallest difference that so many runs find with a probability of 80%; likewise.
+        detectable: the smallest difference that this number of runs finds with a probability of 80%; likewise.
         verdict: ``'better'``, ``'worse'``, ``'equal'`` (within the margin), ``'no difference shown'``, or why there is
             no test.
     """
@@ -156,7 +156,7 @@ def _judged(found: Difference, p: float | None, p_unequal: float | None, tests: 
 def show_difference(found: Difference, within: float = EQUIVALENCE) -> str:
     """A difference, its interval and its verdict as text."""
     if found.interval is None:
-        return f'{found.mean:+.2f} ({found.verdict})'
+        return found.verdict
     low, high = found.interval
     verdict = f'equal within {within:g}' if found.verdict == 'equal' else found.verdict
     if found.verdict == 'no difference shown':

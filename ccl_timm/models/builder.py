@@ -137,11 +137,11 @@ def build_variant(
     if not pretrained_cfg and get_pretrained_cfg(name) is None:
         pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+    num_classes = cfg.num_classes if num_classes is None else num_classes
     options = {k: kwargs.pop(k) for k in _options_of(head_class) if k in kwargs}
     weights = _read_weights(cfg, cache_dir) if pretrained else None
-    foreign = pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir')
     kind = _kind_of(weights, backbone, head_class, options)
-    if foreign:
+    if pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir'):
         kind = _check_foreign(name, cfg, pretrained_cfg_overlay or {}, pretrained_model_args or {}, weights) or kind
     if kind != 'stock':
         kwargs.setdefault('in_chans', cfg.input_size[0])
@@ -152,16 +152,11 @@ def build_variant(
 
     indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4))
     own = None if kind == 'stock' else weights
-    model = _build_backbone(
-        backbone, None if own else weights, pretrained and not own, cache_dir, {}, {**kwargs, 'num_classes': 0}
-    )
-    prepare_for_head(model)
+    stock = None if own else weights
+    model = _build_backbone(backbone, stock, pretrained and not own, cache_dir, {}, {**kwargs, 'num_classes': 0})
     if small_input:
         make_small_input(model, name)
-    if _has_feature_stage(head_class):
-        prepare_feature_stage(model, _family(backbone))
-    num_classes = cfg.num_classes if num_classes is None else num_classes
-    attach_head(model, classifier_path(backbone), head_class, num_classes, options)
+    _attach(model, backbone, head_class, num_classes, options)
     model.pretrained_cfg = model.default_cfg = _without_weights(cfg)
     model.pretrained_model_args = pretrained_model_args or {}
     if own:
@@ -172,6 +167,14 @@ def build_variant(
             f"The weights have another head than '{name}': its {head_class.__name__} starts anew.", stacklevel=2
         )
     return _extractor_of(model, indices) if features_only else model
+
+
+def _attach(model: TimmModel, backbone: str, head_class: type[Head], num_classes: int, options: dict[str, Any]) -> None:
+    """Attach a head to a backbone without classes, in place."""
+    prepare_for_head(model)
+    if _has_feature_stage(head_class):
+        prepare_feature_stage(model, _family(backbone))
+    attach_head(model, classifier_path(backbone), head_class, num_classes, options)
 
 
 def _extractor_of(model: TimmModel, indices: int | tuple[int, ...]) -> nn.Module:

@@ -108,6 +108,17 @@ def facts_are_declared(case: LossCase) -> None:
     assert not loose, f'its options must be explicit, it takes *{loose[0]}.' if loose else ''
 
 
+def search_space_can_be_tried(case: LossCase) -> None:
+    """``search_space`` names options of the loss, and both ends of each range are values that it takes."""
+    for name, (low, high, log) in case.build().search_space.items():
+        assert low < high and (low > 0 or not log), f"the range of '{name}' in search_space is {low} to {high}."
+        for value in (low, high):
+            try:
+                LossCase(case.loss, {**case.options, name: value}).build()
+            except (TypeError, UserError) as error:
+                raise AssertionError(f"search_space has '{name}' from {low} to {high}, and {value}: {error}") from error
+
+
 def reads_what_it_declares(case: LossCase) -> None:
     """Nothing beside ``requires`` is taken from the outputs, and each of ``requires`` makes a difference."""
     outputs, target = case.example(), make_target()
@@ -497,6 +508,7 @@ LOSS_CHECKS: tuple[Callable[[LossCase], None], ...] = (
     evaluation_keeps_state,
     compiled_is_equal,
     trains_in_a_task,
+    search_space_can_be_tried,
 )
 
 

@@ -15,6 +15,7 @@ from ccl_timm.errors import UserError, did_you_mean, require_finite, user_errors
 from ccl_timm.task import create_loss_for, probe_outputs
 from ccl_timm.training.checkpoints import build_model
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.frozen import check_freezable
 from ccl_timm.training.setup import input_channels, loss_options
 
 __all__ = ['check_config', 'check_fit']
@@ -114,6 +115,8 @@ def check_fit(config: TrainConfig) -> None:
     size = (config.input_size and tuple(config.input_size), config.img_size, config.in_chans)
     model, available = _shapes(config.model, options, config.num_classes or 10, *size)
     loss = create_loss_for(model, config.loss, available, **loss_options(config)).to('meta')
+    if config.freeze_backbone:
+        check_freezable(model, loss.requires, config.model, config.loss)
     with user_errors(f"The loss '{config.loss}' cannot take what '{config.model}' computes"):
         loss(SimpleNamespace(**available), torch.zeros(1, dtype=torch.long, device='meta'))
 

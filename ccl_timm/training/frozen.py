@@ -77,7 +77,7 @@ class Classifier(nn.Module):
         return read_head(self.head, features).logits
 
 
-def check_freezable(model: nn.Module, requires: tuple[str, ...], name: str, loss: str, splits: Splits) -> None:
+def check_freezable(model: nn.Module, requires: tuple[str, ...], name: str, loss: str) -> None:
     """Raise a UserError unless model and loss can be trained on features.
 
     Args:
@@ -85,15 +85,12 @@ def check_freezable(model: nn.Module, requires: tuple[str, ...], name: str, loss
         requires: what the loss requires.
         name: of the model.
         loss: name of the loss.
-        splits: the data.
     """
     if 'feature_map' in requires:
         raise UserError(f"--freeze-backbone keeps pooled features, and the loss '{loss}' requires the feature map.")
     stage = getattr(model.get_classifier(), 'feature_stage', lambda: None)()
     if stage is not None:
         raise UserError(f"--freeze-backbone does not work with '{name}', whose head adds a layer to the feature map.")
-    if any(isinstance(split, IterableDataset) for split in (splits.train, splits.validation)):
-        raise UserError('--freeze-backbone needs images with numbers, and this data set is a stream.')
 
 
 def feature_loaders(
@@ -109,8 +106,10 @@ def feature_loaders(
         splits: the data.
 
     Raises:
-        UserError: the training split is smaller than a batch, or no image can be read.
+        UserError: the data set is a stream, the training split is smaller than a batch, or no image can be read.
     """
+    if any(isinstance(split, IterableDataset) for split in (splits.train, splits.validation)):
+        raise UserError('--freeze-backbone needs images with numbers, and this data set is a stream.')
     _share_weights(model)
     extract = functools.partial(features_of, config, model, device, data_config)
     train = extract(splits.train, config.feature_views)
@@ -135,7 +134,7 @@ def features_of(
     dataset: Dataset,
     number: int = 1,
 ) -> Features:
-    """Features of a data set in a number of views, without the images that cannot be read; see :func:`feature_loaders`."""
+    """Features of a data set in a number of views, without the images that cannot be read."""
     # of a divided split all images are computed: the other share is needed as well, by this run or the next
     base, indices = (dataset, None) if config.train_fraction else base_of(dataset)
     facts = _facts(model, data_config, base)

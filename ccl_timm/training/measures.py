@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -218,6 +217,8 @@ def separation(known: Tensor, unknown: Tensor) -> dict[str, float]:
     Returns:
         ``auroc`` and ``fpr95`` in percent: 50 and about 95 for scores without information, 100 and 0 for perfect ones.
     """
+    from sklearn.metrics import roc_auc_score  # takes a second, which every run would wait for
+
     known, unknown = known.double().cpu(), unknown.double().cpu()
     is_known = np.r_[np.ones(len(known)), np.zeros(len(unknown))]
     accepted = (unknown >= threshold(known)).double().mean().item()

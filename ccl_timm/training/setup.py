@@ -114,7 +114,15 @@ def class_weights(config: TrainConfig, splits: Splits) -> list[float] | None:
         raise UserError(f"--class-weight does not work with '{config.dataset}', whose classes are not known.")
     if config.class_weight == 'balanced':
         return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
-    path = Path(config.class_weight)
+    return _read_class_weights(Path(config.class_weight), names or [])
+
+
+def _read_class_weights(path: Path, names: list[str]) -> list[float]:
+    """Weights from a file with lines of name and weight, 1 for classes that it does not name.
+
+    Raises:
+        UserError: there is no such file, or a line is not of this form.
+    """
     if not path.is_file():
         raise UserError(f"--class-weight is 'balanced' or a file; there is no file '{path}'.")
     weights = dict.fromkeys(names, 1.0)

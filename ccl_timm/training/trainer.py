@@ -231,7 +231,7 @@ class Trainer:
         if config.batch_size == 1:
             _check_batch_of_one(config, model, size)
         if config.freeze_backbone:
-            check_freezable(model, self.task.loss.requires, config.model, config.loss, self.splits)
+            check_freezable(model, self.task.loss.requires, config.model, config.loss)
             freeze_backbone(model)
         with user_errors('The settings of data and augmentation do not work'):
             if config.freeze_backbone:

@@ -38,7 +38,12 @@ OTHERS = {
     ('ccl-timm', 'data', 'split', 'IMAGES', 'new'): {SHARE: 'val-fraction', NATURAL: 'seed'},
     ('ccl-timm', 'data', 'check', 'IMAGES'): {NATURAL: 'show'},
     ('ccl-timm', 'reproduce', 'cc-table1'): {COUNT: 'seeds epochs'},
-    ('ccl-timm', 'compare', '--data-dir', 'IMAGES'): {COUNT: 'seeds epochs'},
+    ('ccl-timm', 'compare', '--data-dir', 'IMAGES'): {
+        COUNT: 'seeds epochs jobs',
+        NATURAL: 'trials',
+        SHARE: 'tune-fraction',
+        POSITIVE: 'within',
+    },
     ('ccl-timm', 'bench', 'cc'): {COUNT: 'samples width classes rounds'},
     ('ccl-timm', 'bench', 'loaders'): {COUNT: 'images rounds', NATURAL: 'workers'},
     ('ccl-timm', 'bench', 'steps'): {COUNT: 'batch-size rounds'},
@@ -65,8 +70,6 @@ def command_lines():
                     yield (*TRAINING[:-3], f'test_resnet_{loss_class(name).head or "linear"}', '--loss', name), {
                         'loss': name, 'loss_kwargs': {option: value if value == 'many' else float(value)}
                     }  # fmt: skip
-    for value in ('nan', 'inf', '0', '-1', 'many', '0.1,nan', ''):
-        yield ('ccl-timm', 'compare', '--data-dir', 'IMAGES', f'--lr={value}'), None
     for option, value in itertools.product(('hidden_features', 'reduction'), ('-1', '0.5', 'many', '1e400')):
         yield (*TRAINING, '--model-kwargs', f'{option}={value}'), None
     for option, value in itertools.product(('momentum', 'weight_decay'), ('1e400', 'many')):

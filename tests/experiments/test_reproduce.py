@@ -1,22 +1,12 @@
-"""reproduce and compare: what they run, skip, resume, time, print and refuse. Runs are made in this process."""
+"""reproduce: what it runs, skips, resumes, times, prints and refuses. Runs are made in this process."""
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from torch import nn
 
-from ccl_timm.experiments import compare, reproduce, tables
-from ccl_timm.heads import head_class
+from ccl_timm.experiments import reproduce, tables
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
@@ -155,94 +145,3 @@ def test_reproduce_refuses(argv, message, run_cli, workdir):
 def test_tables_are_listed(run_cli):
     code, out, err = run_cli('ccl-timm', 'reproduce')
     assert [line.split()[0] for line in out.splitlines()[1:]] == tables.list_tables()
-
-
-def test_compare_has_a_control_on_every_head_and_claims_nothing_unshown(run_cli, folder, workdir, started):
-    argv = ['--config', 'digits', '--data-dir', folder, '--losses', 'cc', '--backbone', 'test_resnet', '--epochs', '1']
-    code, out, err = run_cli('ccl-timm', 'compare', *argv, '--seeds', '2', '--lr', '0.01', '0.02', '--', *TINY)
-    assert code == 0, err
-    rows = [line for line in out.splitlines() if re.match(r'(ce|cc)\b.* (linear|cam) ', line)]
-    assert [row.split('  ')[0] for row in rows] == ['ce', 'ce (control)', 'cc']
-    assert rows[2].count('no difference shown') == 2 and '0.0' in rows[2]
-    assert len(started) == 3 * 2 * 2
-    output = workdir / 'output' / 'compare'
-    assert (output / 'compare.txt').read_text() in out
-    written = {(row['head'], row['loss']): row['top1'] for row in json.loads((output / 'compare.json').read_text())}
-    assert written.keys() == {('linear', 'ce'), ('cam', 'ce'), ('cam', 'cc')} and {*map(len, written.values())} == {2}
-    assert {yaml.safe_load(path.read_text())['smoothing'] for path in output.rglob('args.yaml')} == {0.0}
-    code, out, err = run_cli('ccl-timm', 'compare', *argv, '--seeds', '1', '--lr', '0.01', '--', *TINY)
-    assert len(started) == 12 and 'one seed, no test' in out
-
-
-def test_rows_of_a_comparison():
-    rows = compare.rows_of('resnet18', ['ce', 'focal', 'arcface', 'pod'], [], ['--config', 'finetune'])
-    assert [row.name for row in rows] == [
-        'linear:ce', 'linear:focal', 'cosine:ce', 'cosine:arcface', 'pedcc:ce', 'pedcc:pod'
-    ]  # fmt: skip
-    assert rows[3].args == ('--config', 'finetune', '--model', 'resnet18_cosine', '--loss', 'arcface')
-
-
-def accuracy_with_cross_entropy(head, num_classes, dim=64, images=10):
-    """Top-1 in % on new samples of Gaussian classes, after 8 epochs of a small network with this head."""
-    torch.manual_seed(0)
-    means, target = torch.randn(num_classes, dim), torch.arange(num_classes).repeat_interleave(images)
-    samples, unseen = (means[target] + torch.randn(len(target), dim) for _ in range(2))
-    body = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.ReLU())
-    network = nn.Sequential(body, head_class(head)(256, num_classes))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(8):
-        for batch in torch.randperm(len(target)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(samples[batch]), target[batch]).backward()
-            optimizer.step()
-    return (network.eval()(unseen).argmax(1) == target).float().mean().item() * 100
-
-
-def test_cross_entropy_trains_as_well_on_the_pedcc_head_as_on_the_linear_one():
-    """The control of `compare`: with bare cosines as logits it ends at 2.5 % here, the linear head at 93 %."""
-    assert accuracy_with_cross_entropy('pedcc', 196) > accuracy_with_cross_entropy('linear', 196) - 2
-
-
-def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it():
-    head = head_class('pedcc')(196, 196, feature_dim=196)
-    nn.init.eye_(head.linear.weight)
-    nn.init.zeros_(head.linear.bias)
-    assert nn.functional.cross_entropy(head(head.weight), torch.arange(196)) < 1e-3  # 4.28 for bare cosines
-    outputs = head.outputs(torch.randn(64, 196))
-    assert torch.equal(outputs.logits.argmax(1), outputs.cosine.argmax(1))
-    assert head_class('pedcc')(8, 4, scale=2.0)(torch.randn(64, 8)).abs().max() <= 2.001
-
-
-@pytest.mark.parametrize(
-    'argv, message',
-    [
-        (['--losses', 'cc', 'acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
-        (['--lr', '0.1', 'fast'], "--lr: 'fast' is not a number"),
-        (['--seeds', '0'], '--seeds: 0 must be at least 1'),
-        (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
-        ([], 'needs its data: give --data-dir DIR.'),
-        (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
-    ],
-)
-def test_compare_refuses(argv, message, run_cli, workdir):
-    code, out, err = run_cli('ccl-timm', 'compare', *argv)
-    assert code == 2 and message in err
-
-
-@pytest.mark.slow
-def test_real_kill_of_the_whole_group(workdir):
-    """The processes themselves: killed in the middle of a run, started again, and the same table as without."""
-    command = [sys.executable, '-m', 'ccl_timm', 'compare', '--config', 'digits', '--losses', 'ce', '--backbone',
-               'test_resnet', '--seeds', '2', '--epochs', '3', '--output']  # fmt: skip
-    after = ['--', '--input-size', '1', '16', '16', '--batch-size', '32']
-    whole = subprocess.run([*command, 'whole', *after], capture_output=True, text=True, check=True).stdout
-    process = subprocess.Popen([*command, 'cut', *after], start_new_session=True, stderr=subprocess.DEVNULL)
-    summary = workdir / 'cut' / 'linear-ce-seed1' / 'summary.csv'
-    while not summary.exists():
-        time.sleep(0.01)
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(summary.read_text().splitlines()) < 4
-    again = subprocess.run([*command, 'cut', *after], capture_output=True, text=True, check=True)
-    assert again.stdout == whole and 'linear-ce-seed0: done already' in again.stderr

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ccl_timm.heads import list_heads
-from ccl_timm.losses import Loss
+from ccl_timm.losses import Loss, Range
 from ccl_timm.models import register_variant
 from ccl_timm.testing import LOSS_CHECKS, MODEL_CHECKS, ModelCase, check_loss, check_model, make_outputs, make_target
 
@@ -53,6 +53,10 @@ class WrongSign(Good):
     def compute_terms(self, outputs, target):
         terms = super().compute_terms(outputs, target)
         return {'ce': terms['ce'], 'far': -terms['far']}
+
+
+class SearchesBeyond(Good):
+    search_space = {'weight': Range(0.1, 1.0), 'wieght': Range(0.1, 1.0)}
 
 
 class MissingFactor(Good):
@@ -213,6 +217,7 @@ BROKEN_LOSSES = [
     (ReadsInVain, 'reads_what_it_declares', "names 'attention', but neither"),
     (ReadsInSecret, 'reads_what_it_declares', "no attribute 'attention'"),
     (UnknownHead, 'facts_are_declared', "head 'none_such' is none of"),
+    (SearchesBeyond, 'search_space_can_be_tried', "'wieght' from 0.1 to 1.0, and 0.1: "),
     (LooseOptions, 'facts_are_declared', r'it takes \*options'),
     (VectorTerm, 'terms_add_up', r"'ce' is of shape \(8,\)"),
     (HiddenTerm, 'terms_add_up', 'against the sum of its terms'),

@@ -98,7 +98,7 @@ def test_recipe_takes_steps(name, whole, few_images, tmp_path, workdir):
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('name', [name for name in recipes.list_recipes() if name != 'digits'])
+@pytest.mark.parametrize('name', [name for name in recipes.list_recipes() if name not in ('digits', 'probe')])
 def test_recipe_goes_through_the_launcher(name, tmp_path):
     own, rest = launch._split_args(['-c', name], tmp_path)
     passed = yaml.safe_load((tmp_path / 'recipe.yaml').read_text())
@@ -107,6 +107,12 @@ def test_recipe_goes_through_the_launcher(name, tmp_path):
     if scripts:
         flags = set(re.findall(r"'--([a-z0-9-]+)'", (Path(scripts) / 'train.py').read_text()))
         assert {key.replace('_', '-') for key in passed} <= flags
+
+
+def test_timms_own_script_is_not_given_a_frozen_backbone(tmp_path):
+    """It would train all of it, and args.yaml would say otherwise."""
+    with pytest.raises(UserError, match="Recipe probe: 'freeze_backbone' works in the built-in script only"):
+        launch._split_args(['-c', 'probe'], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,354 @@
+"""compare: what it trains, tunes, resumes, measures, prints and refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ccl_timm.errors import UserError
+from ccl_timm.experiments import compare, tables, tuning
+from ccl_timm.experiments.compare import Comparison, entries_of, final_runs, read_records, run_comparison
+from ccl_timm.experiments.compare_result import compare_runs, show_comparison
+from ccl_timm.experiments.trial import run_trial
+from ccl_timm.heads import head_class
+from ccl_timm.losses import Range, list_losses, loss_class
+from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.frozen import features_of
+from ccl_timm.training.measures import retrieval
+from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.trainer import Trainer
+
+PROBE = ('--config', 'probe', '--img-size', '16', '--crop-pct', '1.0', '--batch-size', '8', '--workers', '0')
+
+
+@pytest.fixture
+def settings(folder, workdir, monkeypatch):
+    """Arguments of small runs on frozen features of a network without pretrained weights."""
+    monkeypatch.setenv('CCL_TIMM_CACHE', str(workdir / 'cache'))
+    weights = workdir / 'weights.safetensors'
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet').state_dict(), weights)
+    return (*PROBE, '--epochs', '2', '--data-dir', str(folder), '--pretrained-path', str(weights))
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Runs are not trained: ``trials.score`` gives top-1 from their settings; ``trials.argv`` has their arguments."""
+
+    class Trials:
+        argv: list = []
+
+        @staticmethod
+        def score(argv):
+            return 50.0
+
+        def __call__(self, argv, complete=False, unseen=None):
+            self.argv = [*self.argv, argv]
+            return {'top1': self.score(argv), 'curve': [], 'seconds': 0.1, 'ms_per_step': 1.0}
+
+    found = Trials()
+    monkeypatch.setattr(compare, 'run_trial', found)
+    return found
+
+
+def value_of(argv, flag):
+    return argv[len(argv) - 1 - argv[::-1].index(flag) + 1]
+
+
+def comparison(settings, losses=('cc', 'arcface'), trials=3, seeds=2, output='compared', **more):
+    return Comparison('test_resnet', entries_of([*losses]), settings, Path(output), trials, seeds, **more)
+
+
+def test_cross_entropy_is_trained_on_every_head():
+    names = [entry.name for entry in entries_of(['focal', 'arcface', 'pod', 'ce', 'bce'])]
+    controls = ['linear:ce', 'cosine:ce', 'mlp:ce', 'pedcc:ce']
+    assert names == [*controls, 'linear:focal', 'cosine:arcface', 'pedcc:pod', 'linear:bce']
+
+
+def test_every_loss_is_tuned_with_equal_effort_on_a_share_held_out_of_training(settings, trials):
+    """The best of its own trials is trained with new seeds on all training images, and measured once."""
+    trials.score = lambda argv: 90.0 if float(value_of(argv, '--lr')) == 1e-3 else 80.0  # the recipe's rate is best
+    made = comparison(settings)
+    run_comparison(made, 1)
+    records = read_records(made.file)
+    assert records[0]['versions'] and records[0]['args'] == [*settings]
+    for entry in made.entries:
+        own = [line for line in records if line.get('entry') == entry.name]
+        assert [line['trial'] for line in own if 'trial' in line] == [0, 1, 2]
+        final = [line for line in own if 'seed' in line]
+        assert [line['seed'] for line in final] == [1000, 1001]
+        assert all(line['params'] == own[0]['params'] for line in final)
+        options = {name: value for name, value in own[0]['params'].items() if name not in ('lr', 'weight_decay')}
+        assert options.keys() == ({'smoothing'} if entry.loss == 'ce' else loss_class(entry.loss).search_space.keys())
+    tuned = [argv for argv in trials.argv if '--val-fraction' in argv]
+    final = [argv for argv in trials.argv if '--val-fraction' not in argv]
+    assert len(tuned) == len(made.entries) * 3 and len(final) == len(made.entries) * 2
+    assert {value_of(argv, '--val-fraction') for argv in tuned} == {'0.2'} and not any('--seed' in a for a in tuned)
+    assert {value_of(argv, '--val-interval') for argv in final} == {'2'}  # validated after the last epoch alone
+
+
+def test_finished_runs_are_not_repeated(settings, trials):
+    whole, cut = comparison(settings, output='whole'), comparison(settings, output='cut')
+    run_comparison(whole, 1)
+    lines = whole.file.read_text().splitlines(keepends=True)
+    for kept in (1, 2, 9, len(lines) - 1):
+        cut.output.mkdir(exist_ok=True)
+        cut.file.write_text(''.join(lines[:kept]) + lines[kept][:20])  # killed while it wrote a line
+        trials.argv = []
+        run_comparison(cut, 1)
+        assert len(trials.argv) == len(lines) - kept
+        runs = [{line['entry']: line for line in read_records(made.file) if 'seed' in line} for made in (whole, cut)]
+        assert runs[0] == runs[1]
+    trials.argv = []
+    run_comparison(comparison(settings, output='whole', seeds=3), 1)
+    assert len(trials.argv) == len(whole.entries)  # further seeds
+    other = comparison((*settings, '--lr', '0.5'), output='whole')
+    run_comparison(other, 1)
+    assert value_of(trials.argv[-1], '--lr') != '0.001' and len(read_records(other.file, other.key)) == len(lines)
+
+
+def test_a_trial_that_fails_counts_as_the_worst(settings, trials, monkeypatch):
+    """A rate that makes the weights NaN is a poor one; a loss that can never be trained ends the comparison."""
+    made = comparison(settings, losses=['cc'])
+
+    def first_fails(argv, *rest):
+        found = trials(argv, *rest)
+        return {'error': 'NaN'} if len(trials.argv) == 1 else found
+
+    monkeypatch.setattr(compare, 'run_trial', first_fails)
+    run_comparison(made, 1)
+    first, *others = [line for line in read_records(made.file) if line.get('entry') == 'linear:ce']
+    assert first['error'] == 'NaN' and first['params'] not in [line['params'] for line in others]
+    monkeypatch.setattr(compare, 'run_trial', lambda *rest: {'error': 'NaN'})
+    with pytest.raises(UserError, match="No trial of 'linear:ce' could be trained"):
+        run_comparison(comparison(settings, output='other'), 1)
+
+
+def test_a_search_finds_better_values_than_its_start():
+    """A peak away from the first values: 40 trials come near; the same questions get the same answers."""
+    space = {'lr': Range(1e-4, 1.0, log=True), 'smoothing': Range(0.0, 0.3)}
+
+    def search():
+        tried = []
+        for _ in range(40):
+            params = tuning.suggest(space, {'lr': 1e-3, 'smoothing': 0.0}, tried)
+            tried.append((params, -((np.log10(params['lr']) + 1) ** 2) - 100 * (params['smoothing'] - 0.1) ** 2))
+        return tried
+
+    tried = search()
+    assert tried[0][0] == {'lr': 1e-3, 'smoothing': 0.0}
+    best = tuning.best_params(tried)
+    assert 0.03 < best['lr'] < 0.3 and 0.05 < best['smoothing'] < 0.15
+    assert search() == tried
+
+
+def test_every_loss_declares_what_is_tuned():
+    assert [name for name in list_losses() if not loss_class(name).search_space] == ['cosine']  # which has no options
+    assert [*tuning.search_space('ce', 0.01)] == ['lr', 'weight_decay', 'smoothing']
+    assert tuning.search_space('cc', 1.0)['lr'] == Range(1 / 30, 30.0, log=True)
+
+
+def test_a_run_of_a_comparison_is_a_run_of_the_training_script(settings, run_cli, workdir):
+    argv = [*settings, '--model', 'test_resnet_cam', '--loss', 'cc', '--seed', '3']
+    found = run_trial(argv, complete=True)
+    code, out, err = run_cli('timm', 'train.py', *argv, '--output', 'runs', '--experiment', 'one')
+    assert code == 0, err
+    with open('runs/one/summary.csv') as file:
+        top1 = [float(row['eval_top1']) for row in csv.DictReader(file)]
+    assert found['curve'] == pytest.approx(top1, abs=1e-4) and found['top1'] == found['curve'][-1]
+    assert (
+        found.keys() >= {'nll', 'ece', 'recall_at_1', 'map_at_r'} and [path.name for path in workdir.glob('no*')] == []
+    )
+    assert run_trial([*argv, '--lr', '1e30']).keys() == {'error'}
+
+
+def test_retrieval_of_unseen_classes(settings, folder, workdir):
+    """Linear head on a frozen backbone: the features are the backbone's, whatever was trained."""
+    argv = [*settings, '--model', 'test_resnet_linear', '--loss', 'ce']
+    found = run_trial(argv, True, str(folder / 'validation'))
+    trainer = Trainer(TrainConfig.resolve(argv), RunDir('none'))
+    features = features_of(trainer.config, trainer.task.get_eval_model(), trainer.device, trainer.setup.data_config,
+                           trainer.splits.validation)  # fmt: skip
+    expected = retrieval(features.views[0], features.labels)
+    assert found['unseen_recall_at_1'] == pytest.approx(expected['recall_at_1'], abs=1e-3)
+    assert found['unseen_map_at_r'] == pytest.approx(expected['map_at_r'], abs=1e-3)
+
+
+def test_compare_as_a_user_runs_it(settings, run_cli, workdir):
+    argv = ['--losses', 'cc', '--backbone', 'test_resnet', '--seeds', '2', '--trials', '2', '--jobs', '1', '--config']
+    argv += [*settings[1:2], '--', *settings[2:]]
+    code, out, err = run_cli('ccl-timm', 'compare', *argv)
+    assert code == 0, err
+    assert out.startswith('test_resnet, 2 tuning runs for each loss') and '20/20  ' in err and 'Result: ' in out
+    rows = {tuple(line.split()[:3]) for line in out.splitlines()}
+    assert {('ce', '(control)', 'mlp'), ('ce', '(control)', 'cam'), ('ce', '(control)', 'cosine')} <= rows
+    assert (workdir / 'output' / 'compare' / 'compare.txt').read_text() == out
+    code, again, err = run_cli('ccl-timm', 'compare', *argv)
+    assert code == 0 and again == out and '20 of them recorded already' in err
+    code, shown, err = run_cli('ccl-timm', 'compare', '--show', *argv)
+    assert (code, shown, err) == (0, out, '')
+    code, out, err = run_cli('ccl-timm', 'compare', '--dry-run', *argv)
+    assert code == 0 and [line.split(':')[0] for line in out.splitlines()] == ['linear', 'cosine', 'mlp', 'cam', 'cam']
+
+
+@pytest.mark.parametrize('name', tables.list_benchmarks())
+def test_benchmarks_have_all_losses_and_controls(name, run_cli, folder, workdir):
+    argv = ['--table', name, '--data-dir', folder, '--unseen', folder / 'validation', '--dry-run']
+    code, out, err = run_cli('ccl-timm', 'compare', *argv)
+    assert code == 0, err
+    commands = dict(line.split(': timm train.py ') for line in out.splitlines())
+    assert {f'{head}:ce' for head in ('linear', 'cosine', 'mlp', 'cam', 'pedcc')} <= commands.keys()
+    assert {loss for _, loss in (entry.split(':') for entry in commands)} == {*list_losses(), 'ce'} - {'mc'}
+    assert all('--config probe' in command for command in commands.values())
+
+
+def runs_of(values, metric='top1'):
+    """Final runs as the records have them, from values by entry."""
+    return {
+        name: {1000 + seed: {metric: float(value), 'params': {}} for seed, value in enumerate(own)}
+        for name, own in values.items()
+    }
+
+
+def test_nothing_is_claimed_where_nothing_differs_and_intervals_cover_what_is_there():
+    """Simulated truth: five losses that are equal by construction, one that is 1.5 points better; ten seeds.
+
+    In 100 repetitions 95 are expected, in most of 10 seeds 93 or more.
+    """
+    random, silent, covered, found = np.random.default_rng(1), 0, 0, 0
+    names = ['linear:ce', *(f'linear:loss{number}' for number in range(4))]
+    for _ in range(100):
+        seeds = random.normal(0, 0.5, 10)  # what seeds have in common: data order and first weights
+        values = {name: 70 + seeds + random.normal(0, 0.5, 10) for name in names}
+        lines = compare_runs(runs_of(values), 'top1')
+        silent += not [line for line in lines if line.plain and line.plain.verdict in ('better', 'worse')]
+        better = values | {'linear:loss0': values['linear:loss0'] + 1.5}
+        (line,) = [line for line in compare_runs(runs_of(better), 'top1') if line.name == 'linear:loss0']
+        low, high = line.plain.interval
+        covered += low <= 1.5 <= high
+        found += line.plain.verdict == 'better'
+    assert silent >= 95 and covered >= 90 and found >= 90
+
+
+def test_a_result_says_what_it_shows():
+    random = np.random.default_rng(0)
+    base = 70 + random.normal(0, 0.1, 10)
+    near = {
+        'linear:ce': base, 'cam:ce': base - 3 + random.normal(0, 0.1, 10), 'cam:cc': base + random.normal(0, 0.1, 10),
+        'cosine:arcface': base + 2 + random.normal(0, 0.1, 10), 'linear:focal': base + np.linspace(-1, 1, 10),
+    }  # fmt: skip
+    text = show_comparison('Title', runs_of(near), 'top1')
+    lines = {tuple(line.split()[:2]): line for line in text.split('Further')[0].splitlines()}
+    assert lines['cc', 'cam'].count('equal within 0.5') == 1 and lines['cc', 'cam'].count('better') == 1
+    assert 'would have been' in lines['focal', 'linear'] and 'worse' in lines['ce', '(control)']
+    assert (
+        'Result: better than plain cross-entropy: cosine:arcface; worse than plain cross-entropy: cam:ce; '
+        'as good: cam:cc; no difference shown: 1 others.'
+    ) in text
+    assert 'for the 5 tests of' in text.replace('\n', ' ')
+    single = show_comparison('Title', runs_of({name: own[:1] for name, own in near.items()}), 'top1')
+    assert single.count('one seed, no test') == 5 and 'better than' not in single
+
+
+def test_final_runs_leave_failures_out():
+    records = [
+        {'entry': 'a', 'seed': 1},
+        {'entry': 'a', 'seed': 2, 'error': 'x'},
+        {'entry': 'a', 'trial': 0},
+        {'key': 'k'},
+    ]
+    assert final_runs(records) == {'a': {1: records[0]}}
+
+
+def accuracy_with_cross_entropy(head, num_classes, dim=64, images=10):
+    """Top-1 in % on new samples of Gaussian classes, after 8 epochs of a small network with this head."""
+    torch.manual_seed(0)
+    means, target = torch.randn(num_classes, dim), torch.arange(num_classes).repeat_interleave(images)
+    samples, unseen = (means[target] + torch.randn(len(target), dim) for _ in range(2))
+    body = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.ReLU())
+    network = nn.Sequential(body, head_class(head)(256, num_classes))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(8):
+        for batch in torch.randperm(len(target)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(samples[batch]), target[batch]).backward()
+            optimizer.step()
+    return (network.eval()(unseen).argmax(1) == target).float().mean().item() * 100
+
+
+def test_cross_entropy_trains_as_well_on_the_pedcc_head_as_on_the_linear_one():
+    """The control of `compare`: with bare cosines as logits it ends at 2.5 % here, the linear head at 93 %."""
+    assert accuracy_with_cross_entropy('pedcc', 196) > accuracy_with_cross_entropy('linear', 196) - 2
+
+
+def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it():
+    head = head_class('pedcc')(196, 196, feature_dim=196)
+    nn.init.eye_(head.linear.weight)
+    nn.init.zeros_(head.linear.bias)
+    assert nn.functional.cross_entropy(head(head.weight), torch.arange(196)) < 1e-3  # 4.28 for bare cosines
+    outputs = head.outputs(torch.randn(64, 196))
+    assert torch.equal(outputs.logits.argmax(1), outputs.cosine.argmax(1))
+    assert head_class('pedcc')(8, 4, scale=2.0)(torch.randn(64, 8)).abs().max() <= 2.001
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--losses', 'cc', 'acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
+        (['--seeds', '0'], '--seeds: 0 must be at least 1'),
+        (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
+        ([], 'give an existing one with --data-dir.'),
+        (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
+        (['--table', 'benchmark-cars'], "Unknown benchmark 'benchmark-cars'; did you mean 'benchmark-cars196'?"),
+        (['--metric', 'unseen_recall_at_1', '--dry-run'], 'classes that are not trained: give --unseen DIR.'),
+        (['--losses', 'mc', '--freeze-backbone', '--dry-run'], "--freeze-backbone does not work with 'resnet18_mc'"),
+        (['--show', '--config', 'digits'], "compare.jsonl' has no runs of this comparison."),
+    ],
+)
+def test_compare_refuses(argv, message, run_cli, workdir):
+    code, out, err = run_cli('ccl-timm', 'compare', *argv)
+    assert code == 2 and message in err
+
+
+def test_a_damaged_file_of_records_is_named(settings):
+    made = comparison(settings)
+    made.output.mkdir()
+    made.file.write_text('{"key": 1}\nnonsense\n')
+    with pytest.raises(UserError, match="'compared/compare.jsonl' is a damaged file of records"):
+        run_comparison(made, 1)
+
+
+@pytest.mark.slow
+def test_real_kill_of_the_whole_group(workdir):
+    """The processes themselves: killed in the middle of a run, started again, and the same runs as without."""
+    command = [sys.executable, '-m', 'ccl_timm', 'compare', '--config', 'digits', '--losses', 'cc', '--backbone',
+               'test_resnet', '--seeds', '2', '--trials', '2', '--epochs', '2', '--jobs', '2', '--output']  # fmt: skip
+    after = ['--', '--input-size', '1', '16', '16', '--batch-size', '32']
+    subprocess.run([*command, 'whole', *after], capture_output=True, text=True, check=True)
+    process = subprocess.Popen([*command, 'cut', *after], start_new_session=True, stderr=subprocess.DEVNULL)
+    records = workdir / 'cut' / 'compare.jsonl'
+    while not records.exists() or len(records.read_text().splitlines()) < 8:
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*command, 'cut', *after], capture_output=True, text=True, check=True)
+    assert ' of them recorded already' in again.stderr and ', 0 of them' not in again.stderr
+    made = []
+    for name in ('whole', 'cut'):
+        lines = [json.loads(line) for line in (workdir / name / 'compare.jsonl').read_text().splitlines()[1:]]
+        made.append(
+            {(line['entry'], line.get('trial'), line.get('seed')): (line['params'], line['top1']) for line in lines}
+        )
+    assert made[0] == made[1] and len(made[0]) == 5 * 4
