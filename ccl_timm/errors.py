@@ -3,12 +3,13 @@
 import contextlib
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 __all__ = [
-    'LIBRARY_ERRORS', 'PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'reason', 'require_finite',
-    'user_errors',
+    'LIBRARY_ERRORS', 'PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'reason', 'require_absent',
+    'require_finite', 'user_errors',
 ]  # fmt: skip
 
 # what libraries raise over a value that a user gave
@@ -64,6 +65,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """End a sentence: ``"; did you mean 'x'?"`` with the closest of ``known``, or ``'.'`` if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else '.'
+
+
+def require_absent(path: str | os.PathLike) -> None:
+    """Raise a UserError if a file that is to be written exists."""
+    if os.path.lexists(path):
+        raise UserError(f"'{path}' exists already: name another file.")
 
 
 def require_finite(name: str, value: Any) -> None:

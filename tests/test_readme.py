@@ -29,8 +29,9 @@ PAGES = [
     'hub_cards/README.md',
 ]
 TEXTS = {page: (ROOT / page).read_text(encoding='utf-8') for page in PAGES}
+PICTURE = (ROOT / 'hub_cards' / 'results' / 'benchmark-cars196.svg').read_text(encoding='utf-8')
 INSTALLS = re.findall(r'^.*pip install \S.*&& .*$', TEXTS['README.md'], re.M)
-PICTURES = ('hub_cards/results/digits_attention.png',)
+PICTURES = ('hub_cards/results/digits_attention.png', 'hub_cards/results/benchmark-cars196.svg')
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def workdir(page, tmp_path, monkeypatch):
     if page == 'README.md':  # it makes this folder
         shutil.rmtree(tmp_path / 'my_images')
     (tmp_path / 'path' / 'to').mkdir(parents=True)
+    (tmp_path / 'hub_cards').symlink_to(ROOT / 'hub_cards')
     shutil.copy(ROOT / 'tests' / 'upstream_train.py', tmp_path / 'path' / 'to' / 'train.py')
     save_file(timm.create_model('test_resnet').state_dict(), tmp_path / 'imagenet.safetensors')
     monkeypatch.chdir(tmp_path)
@@ -107,9 +109,11 @@ def cheaper(argv):
             argv += ['--img-size', '32']
         if 'finetune' in argv:  # from ImageNet weights
             argv += ['--model', 'test_resnet_cam', '--pretrained-path', 'imagenet.safetensors']
+        if 'probe' in argv or '--freeze-backbone' in argv:
+            argv += ['--pretrained-path', 'imagenet.safetensors', '--model', 'test_resnet_cam']
     elif command in ('validate.py', 'features', 'index'):
         argv += ['--workers', '0']
-    elif command == 'compare':
+    elif command == 'compare' and '--show' not in argv:
         argv = [*argv[:2], '--dry-run', '--backbone', 'test_resnet', *argv[2:]]
     elif command == 'bench':
         argv = [arg.replace('resnet18', 'test_resnet') for arg in argv] + ['--rounds', '1']
@@ -160,18 +164,18 @@ def test_the_readme_is_short_and_its_pictures_are_small():
 
 
 def test_results_in_the_readme_are_those_of_the_records(run_cli, monkeypatch):
-    """A table below a comment with a report's command has some of that report's rows and columns."""
+    """A table below a comment with a command has some of the rows and columns that it prints."""
     monkeypatch.chdir(ROOT)
-    found = re.findall(r'<!-- from: (ccl-timm report .*) -->\n\n((?:\|.*\n)+)', TEXTS['README.md'])
+    found = re.findall(r'<!-- from: (ccl-timm compare .*) -->\n\n((?:\|.*\n)+)', TEXTS['README.md'])
     assert found
     for command, shown in found:
-        code, report, err = run_cli(*shlex.split(command))
+        code, printed, err = run_cli(*shlex.split(command))
         assert code == 0, err
-        recorded = {}
-        for row in read_rows(report):
-            recorded.setdefault(row['row'], {}).update(row)
+        header, *lines = (re.split(r'\s{2,}', line) for line in printed.split('\n\n')[1].splitlines())
+        recorded = {tuple(line[:2]): dict(zip(header, [*line, '', ''], strict=False)) for line in lines}
         for row in read_rows(shown):
-            assert row.items() <= recorded[row['row']].items()
+            assert row.items() <= recorded[row['loss'], row['head']].items()
+            assert row['minus ce, linear head'].split(']')[0] in PICTURE
 
 
 def read_rows(text):

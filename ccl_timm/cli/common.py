@@ -40,10 +40,10 @@ def add_output(parser: Parser, metavar: str, text: str) -> None:
     parser.add_argument('-o', '--output', default='', metavar=metavar, help=text)
 
 
-def add_plan(parser: Parser, output: str) -> None:
+def add_plan(parser: Parser, output: str, seeds: str) -> None:
     """The flags of the commands that train many runs; arguments after ``--`` become ``args.train_args``."""
     add = parser.add_argument
-    add('--seeds', type=COUNT, default=None, metavar='N', help="runs per row, 0 to N-1; default the table's")
+    add('--seeds', type=COUNT, default=None, metavar='N', help=seeds)
     add('--epochs', type=COUNT, default=None, metavar='N', help="default the recipe's")
     add('--data-dir', default=None, metavar='DIR', help="the data set's folder, as for `timm train.py`")
     add('--output', default=output, metavar='DIR', help=f'folder of the runs, default {output}')

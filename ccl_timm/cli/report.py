@@ -6,7 +6,7 @@ from pathlib import Path
 from ccl_timm.cli.common import add_output
 from ccl_timm.console import log_info
 from ccl_timm.console.arguments import Parser
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, require_absent
 from ccl_timm.experiments.matching import match_rows
 from ccl_timm.experiments.rendering import FORMATS
 from ccl_timm.experiments.report import plain_report, show_differences, table_report
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError('--diff takes the folders of two runs, and no --table, --format, --output or --record.')
         print(show_differences(*map(Path, args.runs)))
         return 0
-    if args.output and Path(args.output).exists():
-        raise UserError(f"'{args.output}' exists already: name another file.")
+    if args.output:
+        require_absent(args.output)
     table = read_table(args.table) if args.table else None
     found = read_results(args.runs)
     report = table_report(table, match_rows(table, found), found) if table else plain_report(found)

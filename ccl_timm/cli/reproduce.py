@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     add('table', nargs='?', default=None, metavar='TABLE', help='such as cc-table1')
     add('--dataset', default=None, metavar='NAME', help="the table's column, such as mnist")
     add('--rows', nargs='+', default=[], metavar='ROW', help='such as resnet18:cc resnet18:ce; default all')
-    add_plan(parser, 'output/reproduce')
+    add_plan(parser, 'output/reproduce', "runs per row, 0 to N-1; default the table's")
 
 
 def run(args: argparse.Namespace) -> int:

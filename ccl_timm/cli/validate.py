@@ -11,7 +11,7 @@ from ccl_timm.cli.common import add_data, add_loading, add_source
 from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
-from ccl_timm.errors import UserError
+from ccl_timm.errors import require_absent
 from ccl_timm.experiments import plots
 from ccl_timm.training import validation
 from ccl_timm.training.checkpoints import Trained, load_trained
@@ -50,8 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.confusion, args.per_class, args.plot)):
-        if Path(path).exists():
-            raise UserError(f"'{path}' exists already: name another file.")
+        require_absent(path)
     if args.plot:
         plots.check_name(args.plot)
     source, device = args.source or args.checkpoint, torch.device(pick_device(args.device))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,8 +31,9 @@ from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.provenance import environment
 from ccl_timm.training.setup import learning_rate
 
-__all__ = ['METRICS', 'Comparison', 'Entry', 'entries_of', 'final_runs', 'read_records', 'run_comparison']
+__all__ = ['METRICS', 'RECORDS', 'Comparison', 'Entry', 'entries_of', 'final_runs', 'read_records', 'run_comparison']
 
+RECORDS = 'compare.jsonl'
 METRICS = ('top1', 'recall_at_1', 'map_at_r', 'unseen_recall_at_1', 'unseen_map_at_r')
 _FIRST_SEED = 1000  # of the final runs; tuning has the seed of the recipe
 _CONTROLS = ('linear', 'cosine', 'mlp')  # heads that cross-entropy is trained on besides those of the losses
@@ -95,7 +96,7 @@ class Comparison:
     @property
     def file(self) -> Path:
         """The records: one line per run."""
-        return self.output / 'compare.jsonl'
+        return self.output / RECORDS
 
     @property
     def key(self) -> str:
@@ -126,6 +127,11 @@ class Comparison:
             config = TrainConfig.resolve(self.argv(entry, {}))
             check_config(config)
             check_fit(config)
+        if self.trials and config.val_fraction is not None:
+            raise UserError(
+                'Tuning would see the images that the result is measured on: divide them with `ccl-timm data split DIR '
+                'OUT`, and compare on OUT without --val-fraction.'
+            )
         if not config.val_split:
             raise UserError('A comparison ends on images that no loss was tuned on: give --val-split NAME.')
         if self.metric.startswith('unseen') and not self.unseen:
@@ -173,9 +179,9 @@ def read_records(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     return [line for line in found if key is None or line.get('key') == key]
 
 
-def final_runs(records: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+def final_runs(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
     """The final runs of each entry by seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for line in records:
         if 'seed' in line and 'error' not in line:
             found.setdefault(line['entry'], {})[line['seed']] = line
@@ -327,6 +333,6 @@ class _Progress:
         left = (time.perf_counter() - self.started) / self.made * (self.total - self.done)
         kind = f'trial {line["trial"] + 1}' if 'trial' in line else f'seed {line["seed"]}'
         values = ' '.join(f'{name}={value:.3g}' for name, value in line['params'].items())
-        value = line.get(metric, line.get(metric.removeprefix('unseen_')))
-        found = line['error'] if 'error' in line else f'{metric} {value:.2f}'
+        measured = metric if metric in line else metric.removeprefix('unseen_')  # tuning's, of its held-out share
+        found = line['error'] if 'error' in line else f'{measured} {line[measured]:.2f}'
         log_info(f'{self.done}/{self.total}  {entry.name}, {kind}: {found}  ({values})  {show_duration(left)} left')

@@ -1,11 +1,14 @@
 """The result of a comparison: a table with intervals, what it shows, and how it was made."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ccl_timm.console import table
+from ccl_timm.errors import UserError
+from ccl_timm.experiments.compare import final_runs
+from ccl_timm.experiments.plots import ForestRow
 from ccl_timm.experiments.statistics import (
     EQUIVALENCE,
     Difference,
@@ -15,11 +18,14 @@ from ccl_timm.experiments.statistics import (
     verdicts,
 )
 
-__all__ = ['Line', 'compare_runs', 'show_comparison']
+__all__ = ['Line', 'compare_runs', 'draw_rows', 'epochs_to', 'show_comparison', 'split_comparisons']
 
 _Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
 _CONTROL = 'linear:ce'
-_MEASURES = {'nll': 'NLL', 'ece': 'ECE %', 'recall_at_1': 'R@1 %', 'map_at_r': 'MAP@R %', 'ms_per_step': 'ms a step'}
+_MEASURES = {
+    'top1': 'top-1 %', 'nll': 'NLL', 'ece': 'ECE %', 'recall_at_1': 'R@1 %', 'map_at_r': 'MAP@R %',
+    'unseen_recall_at_1': 'unseen R@1 %', 'unseen_map_at_r': 'unseen MAP@R %', 'ms_per_step': 'ms a step',
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,73 @@ def _same_head(name: str) -> str:
     return '' if head == 'linear' else f'{head}:ce'
 
 
-def show_comparison(title: str, runs: _Runs, metric: str, within: float = EQUIVALENCE) -> str:
-    """The comparison as text: differences, further measures, what the losses were tuned to, and what it shows."""
+def split_comparisons(records: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Records of each comparison of a file, in the order of their first lines, which say what was compared."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in records:
+        found.setdefault(line['key'], []).append(line)
+    return list(found.values())
+
+
+def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVALENCE) -> str:
+    """The comparison as text: differences, further measures, what the losses were tuned to, and what it shows.
+
+    Args:
+        records: of one comparison, see :func:`split_comparisons`.
+        within: margin of equivalence, in points.
+
+    Raises:
+        UserError: none of its final runs was made.
+    """
+    header, runs = records[0], final_runs(records)
+    if not runs:
+        raise UserError('This comparison has no final runs yet: start it again without --show.')
+    metric = header['metric']
     lines = compare_runs(runs, metric, within)
     tests = sum(found is not None and found.p is not None for line in lines for found in (line.plain, line.control))
-    header = ('loss', 'head', f'{metric} %', 'seeds', 'minus ce, linear head', 'minus ce, same head')
-    rows = [_row(line, within) for line in sorted(lines, key=lambda line: -statistics.fmean(line.values.values()))]
+    columns = ('loss', 'head', f'{metric} %', 'seeds', 'minus ce, linear head', 'minus ce, same head')
+    rows = [_row(line, within) for line in _best_first(lines)]
     return '\n'.join([
-        title, '', table(rows, header), '', _conclusion(lines), '',
+        f'{header["backbone"]}, {header["trials"]} tuning runs for each loss', '', table(rows, columns), '',
+        _conclusion(lines), '',
         f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
         f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
         'is shown, one of the size named would have been, with a probability of 80%.', '',
-        *_measures(runs), '', *_settings(runs),
+        *_measures(runs, _epochs_to_95(records), metric), '', *_settings(runs),
     ])  # fmt: skip
+
+
+def draw_rows(records: Sequence[Mapping[str, Any]], within: float = EQUIVALENCE) -> list[ForestRow]:
+    """Differences to plain cross-entropy for :func:`ccl_timm.experiments.plots.draw_forest`, the best first."""
+    lines = compare_runs(final_runs(records), records[0]['metric'], within)
+    return [
+        ForestRow(_title(line.name), line.plain.mean, *line.plain.interval, line.plain.verdict)
+        for line in _best_first(lines)
+        if line.plain and line.plain.interval
+    ]
+
+
+def _title(name: str) -> str:
+    """Such as ``'cc on cam'``."""
+    head, loss = name.split(':', 1)
+    return f'{loss} on {head}'
+
+
+def _best_first(lines: list[Line]) -> list[Line]:
+    return sorted(lines, key=lambda line: -statistics.fmean(line.values.values()))
+
+
+def epochs_to(curve: Sequence[float], share: float = 0.95) -> int:
+    """Epochs until a curve first reaches a share of its last value."""
+    return next(epoch for epoch, value in enumerate(curve, 1) if value >= share * curve[-1])
+
+
+def _epochs_to_95(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """By entry: epochs to 95% of the final accuracy, on tuning's held-out share, with the settings that were chosen."""
+    chosen = {name: next(iter(own.values()))['params'] for name, own in final_runs(records).items()}
+    trials = [line for line in records if 'trial' in line and line.get('curve')]
+    return {line['entry']: epochs_to(line['curve']) for line in trials if line['params'] == chosen.get(line['entry'])}
 
 
 def _row(line: Line, within: float) -> tuple[str, ...]:
@@ -90,25 +149,33 @@ def _row(line: Line, within: float) -> tuple[str, ...]:
 
 def _conclusion(lines: list[Line]) -> str:
     """What the table shows, in a sentence or two."""
-    judged = [(line.name, line.plain) for line in lines if line.plain is not None]
+    judged = [(_title(line.name), line.plain) for line in _best_first(lines) if line.plain is not None]
     by = {kind: [name for name, found in judged if found.verdict == kind] for kind in ('better', 'worse', 'equal')}
-    shown = [f'{kind} than plain cross-entropy: {", ".join(by[kind])}' for kind in ('better', 'worse') if by[kind]]
+    shown = [
+        f'{kind} than cross-entropy on a linear head: {", ".join(by[kind])}' for kind in ('better', 'worse') if by[kind]
+    ]
     if by['equal']:
         shown.append(f'as good: {", ".join(by["equal"])}')
     left = len(judged) - sum(map(len, by.values()))
     if left:
-        shown.append(f'no difference shown: {left} others' if shown else 'no difference from plain cross-entropy shown')
+        others = '1 other' if left == 1 else f'{left} others'
+        shown.append(
+            f'no difference shown: {others}' if shown else 'no difference from cross-entropy on a linear head shown'
+        )
     return f'Result: {"; ".join(shown)}.' if shown else 'Result: nothing to compare.'
 
 
-def _measures(runs: _Runs) -> list[str]:
+def _measures(runs: _Runs, epochs: Mapping[str, int], metric: str) -> list[str]:
     names = [name for name in _MEASURES if all(name in run for own in runs.values() for run in own.values())]
+    names.remove(metric)
     rows = []
     for name, own in runs.items():
         head, loss = name.split(':', 1)
         means = (statistics.fmean(run[measure] for run in own.values()) for measure in names)
-        rows.append((loss, head, *(f'{mean:.3g}' for mean in means)))
-    return ['Further measures, means over the seeds:', table(rows, ('loss', 'head', *(_MEASURES[n] for n in names)))]
+        rows.append((loss, head, *(f'{mean:.3g}' for mean in means), *([str(epochs.get(name, ''))] if epochs else [])))
+    columns = ('loss', 'head', *(_MEASURES[n] for n in names), *(['epochs to 95%'] if epochs else []))
+    note = ', and epochs of tuning until 95% of the final top-1' if epochs else ''
+    return [f'Further measures, means over the seeds{note}:', table(rows, columns)]
 
 
 def _settings(runs: _Runs) -> list[str]:

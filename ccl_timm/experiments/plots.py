@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.manifold import TSNE
 
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.errors import UserError
@@ -143,6 +142,8 @@ def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -
     for name, (features, labels) in splits.items():
         order = np.sort(np.random.default_rng(0).permutation(len(labels))[:limit])
         chosen[name] = features[order], labels[order]
+    from sklearn.manifold import TSNE  # takes a second: only when it is drawn
+
     together = np.concatenate([features for features, _ in chosen.values()])
     perplexity = min(30.0, (len(together) - 1) / 3)
     points = TSNE(init='pca', perplexity=perplexity, random_state=0).fit_transform(together)
@@ -306,8 +307,12 @@ def draw_forest(rows: Sequence[ForestRow], title: str, equivalence: float = 0.5)
         colour = '#0072b2' if row.low > 0 else '#d55e00' if row.high < 0 else 'black'
         axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle='butt')
         axis.plot(row.difference, place, 's', color=colour, markersize=6)
-    reach = 1.15 * max(equivalence, *(abs(x) for row in rows for x in row[1:4] if np.isfinite(x)), 0.01)
-    axis.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6), xlabel='difference to the control, points')
+    ends = [x for row in rows for x in row[1:4] if np.isfinite(x)]
+    low, high = min(-equivalence, *ends, -0.01), max(equivalence, *ends, 0.01)
+    margin = 0.08 * (high - low)
+    axis.set(
+        xlim=(low - margin, high + margin), ylim=(len(rows) - 0.4, -0.6), xlabel='difference to the control, points'
+    )
     axis.set_yticks(places, [_label(row.label) for row in rows])
     right = axis.secondary_yaxis('right')
     right.set_yticks(places, [_forest_text(row) for row in rows])

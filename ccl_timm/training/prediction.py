@@ -1,7 +1,8 @@
 """Classification of new images by a trained model."""
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.gallery import Gallery
 
-__all__ = ['find_images', 'head_outputs', 'predict', 'preprocessing', 'rank', 'temperature_of']
+__all__ = ['compute_batches', 'find_images', 'head_outputs', 'predict', 'preprocessing', 'rank', 'temperature_of']
 
 
 def predict(
@@ -53,35 +54,65 @@ def predict(
     temperature = temperature_of(trained) if calibrated else 1.0
     if gallery:
         gallery.check_model(trained)
-    prepare, model = preprocessing(trained), trained.model.to(device).eval()
-    results, unreadable, images, names = [], [], [], []
+    model, unreadable, results = trained.model, [], []
 
-    def flush() -> None:
-        if images:
-            batch = torch.stack(images).to(device)
-            with torch.inference_mode():
-                numbers = (head_outputs(model, batch).features if gallery else model(batch)).float().cpu()
-            finite = numbers.isfinite().all(-1).tolist()
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        return {'features': head_outputs(model, images).features} if gallery else {'logits': model(images)}
+
+    for names, outputs in compute_batches(trained, paths, batch_size, device, compute, unreadable):
+        if gallery:
+            found = gallery.classify(outputs['features'], topk, threshold)
+        else:
+            probabilities = (outputs['logits'] / temperature).softmax(-1)
+            found = [{'predictions': own} for own in rank(trained, probabilities, topk)]
+        results += [{'image': str(name), **own} for name, own in zip(names, found, strict=True)]
+    return results, unreadable
+
+
+@torch.inference_mode()
+def compute_batches(
+    trained: Trained,
+    paths: Iterable[Path],
+    batch_size: int,
+    device: str | torch.device,
+    compute: Callable[[Tensor], dict[str, Tensor]],
+    unreadable: list[tuple[Path, str]],
+) -> Iterator[tuple[list[Path], dict[str, Tensor]]]:
+    """Read image files and compute something of them, a batch at a time.
+
+    Args:
+        trained: its model moves to the device.
+        paths: image files.
+        batch_size: images at a time.
+        device: where to compute.
+        compute: images (N, C, H, W) to numbers (N, D) by name.
+        unreadable: gets the files that cannot be read, with the reason.
+
+    Yields:
+        The files of a batch, and what was computed, float32 on the CPU.
+
+    Raises:
+        UserError: numbers are not finite.
+    """
+    prepare = preprocessing(trained)
+    trained.model.to(device).eval()
+    waiting = iter(paths)
+    while batch := list(itertools.islice(waiting, batch_size)):
+        names, images = [], []
+        for path in batch:
+            try:
+                images.append(prepare(path))
+                names.append(path)
+            except UnreadableImage as error:
+                unreadable.append((path, str(error)))
+        if not names:
+            continue
+        found = {name: numbers.float().cpu() for name, numbers in compute(torch.stack(images).to(device)).items()}
+        for numbers in found.values():
+            finite = numbers.isfinite().all(1).tolist()
             if not all(finite):
                 raise UserError(f"The model computes no finite numbers for '{names[finite.index(False)]}'.")
-            if gallery:
-                found = gallery.classify(numbers, topk, threshold)
-            else:
-                found = [{'predictions': own} for own in rank(trained, (numbers / temperature).softmax(-1), topk)]
-            results.extend({'image': str(name), **own} for name, own in zip(names, found, strict=True))
-            images.clear()
-            names.clear()
-
-    for path in paths:
-        try:
-            images.append(prepare(path))
-            names.append(path)
-        except UnreadableImage as error:
-            unreadable.append((path, str(error)))
-        if len(images) == batch_size:
-            flush()
-    flush()
-    return results, unreadable
+        yield names, found
 
 
 def temperature_of(trained: Trained) -> float:

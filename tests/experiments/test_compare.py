@@ -19,7 +19,7 @@ from torch import nn
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import compare, tables, tuning
 from ccl_timm.experiments.compare import Comparison, entries_of, final_runs, read_records, run_comparison
-from ccl_timm.experiments.compare_result import compare_runs, show_comparison
+from ccl_timm.experiments.compare_result import compare_runs, epochs_to, show_comparison
 from ccl_timm.experiments.trial import run_trial
 from ccl_timm.heads import head_class
 from ccl_timm.losses import Range, list_losses, loss_class
@@ -193,11 +193,14 @@ def test_compare_as_a_user_runs_it(settings, run_cli, workdir):
     assert out.startswith('test_resnet, 2 tuning runs for each loss') and '20/20  ' in err and 'Result: ' in out
     rows = {tuple(line.split()[:3]) for line in out.splitlines()}
     assert {('ce', '(control)', 'mlp'), ('ce', '(control)', 'cam'), ('ce', '(control)', 'cosine')} <= rows
-    assert (workdir / 'output' / 'compare' / 'compare.txt').read_text() == out
     code, again, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0 and again == out and '20 of them recorded already' in err
-    code, shown, err = run_cli('ccl-timm', 'compare', '--show', *argv)
-    assert (code, shown, err) == (0, out, '')
+    code, shown, err = run_cli('ccl-timm', 'compare', '--show', 'output/compare', '--plot', 'forest.svg')
+    assert (code, shown, err) == (0, out, 'written: forest.svg\n') and '<svg' in Path('forest.svg').read_text()
+    other = [*settings[2:], '--weight-decay', '0.5']
+    assert run_cli('ccl-timm', 'compare', *argv[: argv.index('--') + 1], *other)[0] == 0
+    code, both, err = run_cli('ccl-timm', 'compare', '--show', 'output/compare/compare.jsonl')
+    assert code == 0 and both.startswith(out) and both.count('Result: ') == 2
     code, out, err = run_cli('ccl-timm', 'compare', '--dry-run', *argv)
     assert code == 0 and [line.split(':')[0] for line in out.splitlines()] == ['linear', 'cosine', 'mlp', 'cam', 'cam']
 
@@ -213,12 +216,14 @@ def test_benchmarks_have_all_losses_and_controls(name, run_cli, folder, workdir)
     assert all('--config probe' in command for command in commands.values())
 
 
-def runs_of(values, metric='top1'):
-    """Final runs as the records have them, from values by entry."""
-    return {
-        name: {1000 + seed: {metric: float(value), 'params': {}} for seed, value in enumerate(own)}
+def records_of(values):
+    """Records of final runs, from values by entry."""
+    header = {'key': 'k', 'backbone': 'network', 'trials': 0, 'metric': 'top1'}
+    return [header] + [
+        {'key': 'k', 'entry': name, 'seed': 1000 + seed, 'top1': float(value), 'params': {}}
         for name, own in values.items()
-    }
+        for seed, value in enumerate(own)
+    ]
 
 
 def test_nothing_is_claimed_where_nothing_differs_and_intervals_cover_what_is_there():
@@ -231,10 +236,10 @@ def test_nothing_is_claimed_where_nothing_differs_and_intervals_cover_what_is_th
     for _ in range(100):
         seeds = random.normal(0, 0.5, 10)  # what seeds have in common: data order and first weights
         values = {name: 70 + seeds + random.normal(0, 0.5, 10) for name in names}
-        lines = compare_runs(runs_of(values), 'top1')
+        lines = compare_runs(final_runs(records_of(values)), 'top1')
         silent += not [line for line in lines if line.plain and line.plain.verdict in ('better', 'worse')]
         better = values | {'linear:loss0': values['linear:loss0'] + 1.5}
-        (line,) = [line for line in compare_runs(runs_of(better), 'top1') if line.name == 'linear:loss0']
+        (line,) = [line for line in compare_runs(final_runs(records_of(better)), 'top1') if line.name == 'linear:loss0']
         low, high = line.plain.interval
         covered += low <= 1.5 <= high
         found += line.plain.verdict == 'better'
@@ -248,17 +253,28 @@ def test_a_result_says_what_it_shows():
         'linear:ce': base, 'cam:ce': base - 3 + random.normal(0, 0.1, 10), 'cam:cc': base + random.normal(0, 0.1, 10),
         'cosine:arcface': base + 2 + random.normal(0, 0.1, 10), 'linear:focal': base + np.linspace(-1, 1, 10),
     }  # fmt: skip
-    text = show_comparison('Title', runs_of(near), 'top1')
+    text = show_comparison(records_of(near))
     lines = {tuple(line.split()[:2]): line for line in text.split('Further')[0].splitlines()}
     assert lines['cc', 'cam'].count('equal within 0.5') == 1 and lines['cc', 'cam'].count('better') == 1
     assert 'would have been' in lines['focal', 'linear'] and 'worse' in lines['ce', '(control)']
     assert (
-        'Result: better than plain cross-entropy: cosine:arcface; worse than plain cross-entropy: cam:ce; '
-        'as good: cam:cc; no difference shown: 1 others.'
+        'Result: better than cross-entropy on a linear head: arcface on cosine; '
+        'worse than cross-entropy on a linear head: ce on cam; as good: cc on cam; no difference shown: 1 other.'
     ) in text
     assert 'for the 5 tests of' in text.replace('\n', ' ')
-    single = show_comparison('Title', runs_of({name: own[:1] for name, own in near.items()}), 'top1')
+    single = show_comparison(records_of({name: own[:1] for name, own in near.items()}))
     assert single.count('one seed, no test') == 5 and 'better than' not in single
+
+
+def test_epochs_until_a_curve_is_near_its_end():
+    assert epochs_to([10.0, 94.9, 95.0, 99.0, 100.0]) == 3 and epochs_to([5.0]) == 1
+    records = records_of({'linear:ce': [70, 71]})
+    shown = show_comparison(
+        [*records, {'key': 'k', 'entry': 'linear:ce', 'trial': 0, 'params': {}, 'curve': [1, 40, 41]}]
+    )
+    assert 'epochs to 95%' in shown and 'epochs to 95%' not in show_comparison(records)
+    (row,) = [line.split() for line in shown.split('Further')[1].splitlines() if line.startswith('ce')][:1]
+    assert row[-1] == '2'
 
 
 def test_final_runs_leave_failures_out():
@@ -313,7 +329,9 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
         (['--table', 'benchmark-cars'], "Unknown benchmark 'benchmark-cars'; did you mean 'benchmark-cars196'?"),
         (['--metric', 'unseen_recall_at_1', '--dry-run'], 'classes that are not trained: give --unseen DIR.'),
         (['--losses', 'mc', '--freeze-backbone', '--dry-run'], "--freeze-backbone does not work with 'resnet18_mc'"),
-        (['--show', '--config', 'digits'], "compare.jsonl' has no runs of this comparison."),
+        (['--show', 'nowhere'], "'nowhere' has no runs of a comparison."),
+        (['--trials', '1', '--dry-run', '--', '--val-fraction', '0.2'], 'Tuning would see the images'),
+        (['--plot', 'x.gif'], 'must end in .png or .svg'),
     ],
 )
 def test_compare_refuses(argv, message, run_cli, workdir):

@@ -38,8 +38,18 @@ def test_table_is_the_reports(table, lines, run_cli, monkeypatch):
     assert lines in out
 
 
-def test_readme_has_table_1_and_every_record_is_in_a_table():
-    assert 'cc-table1' in {param.values[0] for param in TABLES}
+def test_comparison_is_what_compare_shows(run_cli, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = PAGES[1].read_text(encoding='utf-8')
+    found = re.findall(r'<!-- ccl-timm (compare --show \S+) -->\n\n```text\n(.*?)```', page, re.S)
+    recorded = {path.name for path in (ROOT / 'hub_cards' / 'results').glob('benchmark-*.jsonl')}
+    assert recorded == {Path(command.split()[-1]).name for command, _ in found}
+    for command, shown in found:
+        code, out, err = run_cli('ccl-timm', *command.split())
+        assert (code, out) == (0, shown), err
+
+
+def test_every_record_is_in_a_table():
     shown = {param.values[0] for param in TABLES}
     matched = [match for name in shown for match in match_rows(read_table(name), RUNS)]
     assert {run.name for run in RUNS} == {run.name for m in matched for group in m.groups for run in group.results}
