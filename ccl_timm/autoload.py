@@ -30,7 +30,7 @@ def _guard() -> None:
     if not all(hasattr(script, name) for name in ('ClassificationTask', '_parse_args', 'config_parser')):
         return
     loss = _named_loss(script)
-    if loss in losses.list_losses():
+    if loss in losses.list_losses() or str(loss).startswith(losses.PREFIX):
         command = shlex.join(['timm', *sys.argv])
         print(
             f"error: {sys.argv[0]} by itself would train with cross-entropy, not with the loss '{loss}': "

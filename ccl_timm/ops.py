@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    'all_gather_rows',
     'all_reduce_sum',
     'full_precision',
     'force_fp32',
@@ -115,3 +116,35 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or not _is_distributed():
         return x
     return _AllSum.apply(x)
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # every process computes with all rows, so the gradients of one row add up
+        return all_reduce_sum_no_grad(grad)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Concatenate the rows of ``x`` of all processes, with gradients.
+
+    A loss that every process computes on all rows has, after DDP's averaging, the gradient of one process on the whole
+    batch, with factor 1. Every process must call it equally often.
+
+    Args:
+        x: (N, ...), the same shape on every process.
+
+    Returns:
+        (processes x N, ...), in the order of ranks. ``x`` itself without a process group, or where gradients are off
+        (evaluation).
+    """
+    if not torch.is_grad_enabled() or not _is_distributed():
+        return x
+    return _AllRows.apply(x)

@@ -103,7 +103,8 @@ def default_repository(config: dict[str, Any], settings: dict[str, Any]) -> str:
     """``organisation/architecture.loss_data``, the name that our own checkpoint of such a run has."""
     dataset = settings.get('dataset')
     data = (_data(settings).name if is_folder(dataset) else dataset).rpartition('/')[2].lower()
-    name = f'{config["architecture"]}.{_loss(settings)}_{re.sub("[^a-z0-9]", "_", data)}'
+    name = re.sub('[^a-z0-9]', '_', f'{_loss(settings)}_{data}'.lower())
+    name = f'{config["architecture"]}.{name}'
     return f'{ORGANISATION}/{name}'[:_LONGEST_NAME].rstrip('_.')
 
 

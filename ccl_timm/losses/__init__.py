@@ -1,4 +1,4 @@
-"""Losses by name: ours, plugins', and timm's own."""
+"""Losses by name: ours, plugins', timm's own, and those of pytorch-metric-learning."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -27,6 +27,7 @@ from ccl_timm.losses.margin import (
 )
 from ccl_timm.losses.mc import MCLoss, channel_discriminality, channel_diversity
 from ccl_timm.losses.pedcc import PEDCCLoss
+from ccl_timm.losses.pml import PREFIX, list_pml_losses, pml_class, pml_options
 from ccl_timm.losses.pod import CosineLoss, NaCLoss, PODLoss, cosine_loss, norm_adaptive_cosine, self_correlation
 from ccl_timm.ops import force_fp32, full_precision
 
@@ -48,6 +49,7 @@ __all__ = [
     'NaCLoss',
     'PEDCCLoss',
     'PODLoss',
+    'PREFIX',
     'additive_margin',
     'angular_margin',
     'channel_correlation',
@@ -66,6 +68,7 @@ __all__ = [
     'force_fp32',
     'is_timm_loss',
     'list_losses',
+    'list_pml_losses',
     'loss_class',
     'loss_options',
     'losses_for',
@@ -74,6 +77,7 @@ __all__ = [
     'overview',
     'self_correlation',
     'name_owner',
+    'pml_overview',
     'takes_soft_targets',
 ]
 
@@ -110,16 +114,20 @@ def is_timm_loss(name: str) -> bool:
 
 
 def loss_class(name: str) -> type[Loss]:
-    """The class of one of our losses or of a plugin's.
+    """The class of one of our losses, of a plugin's, or of one of pytorch-metric-learning (``pml:NAME``).
 
     Raises:
         UnknownNameError: there is none of that name, with the closest one.
+        UserError: it is of pytorch-metric-learning, which is not installed.
     """
+    if name.startswith(PREFIX):
+        return pml_class(name)
     found = registry.load('loss', name, verify=_verify_loss)
     if found is None:
         raise UnknownNameError(
             f"Unknown loss '{name}'{did_you_mean(name, list_losses(timm=True))} "
-            f'Losses: {", ".join(list_losses())}; of timm: {", ".join(filter(is_timm_loss, LOSS_TYPES))}.'
+            f'Losses: {", ".join(list_losses())}; of timm: {", ".join(filter(is_timm_loss, LOSS_TYPES))}; '
+            'of pytorch-metric-learning: pml:NAME, see `ccl-timm losses --pml`.'
         )
     return found
 
@@ -146,7 +154,8 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
     """Build a loss by name.
 
     Args:
-        name: one of :func:`list_losses`, or of timm's (``ce``, ``bce``, ``asl``, ``poly``).
+        name: one of :func:`list_losses`, of timm's (``ce``, ``bce``, ``asl``, ``poly``), or of
+            pytorch-metric-learning's, such as ``pml:SupConLoss``.
         **kwargs: the loss's options; see its docstring, or timm's ``create_classification_loss``.
 
     Returns:
@@ -197,6 +206,16 @@ def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
             by = f'plug-in {plugin.distribution} {plugin.version}'
             rows.append((plugin.name, '-', '-', '-', by, f'see `ccl-timm losses {plugin.name}`'))
     return sorted(rows), _HEADER
+
+
+def pml_overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Rows and header of the table of pytorch-metric-learning's losses.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    rows = [(name, ', '.join(map(str, pml_options(name))) or '-') for name in list_pml_losses()]
+    return rows, ('name', 'options')
 
 
 _HEADER = ('name', 'head', 'requires', 'soft targets', 'paper', 'assumptions')

@@ -168,7 +168,8 @@ def _model_rows(trainer: 'Trainer') -> list[tuple[str, str, str]]:
     config, loss = trainer.config, trainer.task.loss
     model = trainer.task.get_eval_model()
     known = losses.loss_options(config.loss)
-    values = [f'{k}={v}' for k, v in vars(loss).items() if isinstance(v, (int, float, str)) and k in known]
+    options = {k: v for k, v in vars(loss).items() if isinstance(v, (int, float, str)) and k in known}
+    values = [f'{k}={v}' for k, v in {**options, **config.loss_kwargs}.items()]
     start = 'pretrained' if config.pretrained or config.pretrained_path else 'from scratch'
     start = f'weights of {config.initial_checkpoint}' if config.initial_checkpoint else start
     size = sum(p.numel() for p in model.parameters()) / 1e6
