@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
-from ccl_timm.losses.base import Loss, class_weight_buffer, cross_entropy, require, require_smoothing
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.ops import all_gather_rows
 
 __all__ = ['PREFIX', 'PMLLoss', 'list_pml_losses', 'pml_class', 'pml_options']
@@ -69,6 +69,7 @@ class PMLLoss(Loss):
     uses_batch_statistics = True
     paper = 'see the documentation of pytorch-metric-learning'
     assumptions = 'features as the last layer reads them, with cross-entropy of the logits beside it'
+    search_space = {'weight': Range(0.01, 10.0, log=True), 'smoothing': Range(0.0, 0.3)}
     source: type[nn.Module]
 
     def __init__(

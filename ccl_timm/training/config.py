@@ -71,7 +71,11 @@ class LossConfig(Options, title='loss'):
     """The loss and its options."""
 
     loss: str = option(
-        'ce', metavar='NAME', own=True, varies='method', help="one of `ccl-timm losses`, timm's ce, bce, asl, poly, or pml:NAME"
+        'ce',
+        metavar='NAME',
+        own=True,
+        varies='method',
+        help="one of `ccl-timm losses`, timm's ce, bce, asl, poly, or pml:NAME",
     )
     loss_kwargs: dict[str, Any] = option({}, own=True, varies='method', help="the loss's options")
     class_weight: str = option(

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import os
 import pickle
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import ccl_timm
 from ccl_timm.losses import create_loss, cross_entropy, list_pml_losses, loss_class
 from ccl_timm.testing import LOSS_CHECKS, check_loss
 from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.trainer import Trainer
 
 from ..conftest import TINY, results
 
@@ -150,16 +152,21 @@ def test_two_processes_with_half_a_batch_each_are_one(tmp_path):
 
 
 @needs_pml
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(words, folder, place):
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run_cli, folder, workdir, monkeypatch):
     argv = ['timm', 'train.py', *TINY, '--data-dir', folder, '--loss', 'pml:ProxyAnchorLoss', '--lr', '0.05']
     argv += ['--loss-kwargs', 'alpha=16', 'miner=MultiSimilarityMiner(epsilon=0.2)', '--sched', 'none']
-    for command in (
-        ['--epochs', '2', '--experiment', 'whole'],
-        ['--epochs', '1', '--experiment', 'cut'],
-        ['--epochs', '2', '--experiment', 'cut', '--resume', 'auto'],
-    ):
-        code, out, err = words(*argv, *command)
-        assert code == 0, err
+    argv += ['--epochs', '2', '--experiment']
+    assert run_cli(*argv, 'whole')[0] == 0
+    train_epoch = Trainer.train_epoch
+
+    def dies(trainer, epoch):
+        return train_epoch(trainer, epoch) if epoch == 0 else sys.exit(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'train_epoch', dies)
+        assert run_cli(*argv, 'cut')[0] == 1
+    code, out, err = run_cli(*argv, 'cut', '--resume', 'auto')
+    assert code == 0, err
     assert 'alpha=16' in err and {'ce', 'metric'} <= results(out)[-1]['train'].keys()
     whole, cut = (read_checkpoint(Path('output/train', name, 'last.pth.tar')) for name in ('whole', 'cut'))
     assert all(torch.equal(value, cut['state_dict'][key]) for key, value in whole['state_dict'].items())
@@ -168,14 +175,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(words, folder, place
 
 
 @needs_pml
-def test_is_compared_and_listed(words, folder, place, started):
-    argv = ['ccl-timm', 'compare', '--backbone', 'test_resnet', '--data-dir', folder, '--losses', 'pml:SupConLoss']
-    code, out, err = words(*argv, '--seeds', '1', '--epochs', '1', '--', *TINY)
+def test_is_compared_and_listed(run_cli, workdir):
+    argv = ['compare', '--config', 'digits', '--backbone', 'test_resnet', '--losses', 'pml:SupConLoss', '--trials', '1']
+    code, out, err = run_cli(
+        'ccl-timm', *argv, '--seeds', '1', '--epochs', '1', '--jobs', '1', '--', '--img-size', '16'
+    )
     assert code == 0, err
-    assert 'pml:SupConLoss  linear' in out
-    code, out, err = words('ccl-timm', 'losses', '--pml')
+    assert re.search(r'pml:SupConLoss +linear +\d', out) and re.search(
+        r'pml:SupConLoss +linear .*weight=1 smoothing=0', out
+    )
+    code, out, err = run_cli('ccl-timm', 'losses', '--pml')
     assert code == 0 and all(name in out for name in NAMES)
-    code, out, err = words('ccl-timm', 'losses', 'pml:ProxyAnchorLoss')
+    code, out, err = run_cli('ccl-timm', 'losses', 'pml:ProxyAnchorLoss')
     assert code == 0 and 'margin=0.1' in out and 'miner: ' in out
 
 
@@ -200,11 +211,11 @@ def test_mistakes_are_one_sentence(name, options, message):
     assert message in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_without_the_package_the_error_has_the_remedy(words, monkeypatch):
+def test_without_the_package_the_error_has_the_remedy(run_cli, monkeypatch):
     for module in [name for name in sys.modules if name.startswith('pytorch_metric_learning.')]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, 'pytorch_metric_learning', None)
     with pytest.raises(ccl_timm.UserError, match=r"not installed: `pip install 'ccl-timm\[pml\]'`"):
         loss_class('pml:SupConLoss')
-    code, _, err = words('timm', 'train.py', '--loss', 'pml:SupConLoss')
+    code, _, err = run_cli('timm', 'train.py', '--loss', 'pml:SupConLoss')
     assert code == 2 and 'pytorch-metric-learning, which is not installed' in err
