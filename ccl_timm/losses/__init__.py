@@ -214,7 +214,7 @@ def pml_overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     Raises:
         UserError: it is not installed.
     """
-    rows = [(name, ', '.join(map(str, pml_options(name))) or '-') for name in list_pml_losses()]
+    rows: list[tuple[str, ...]] = [(name, ', '.join(map(str, pml_options(name))) or '-') for name in list_pml_losses()]
     return rows, ('name', 'options')
 
 
