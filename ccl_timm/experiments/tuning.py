@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ccl_timm import losses
-from ccl_timm.errors import UserError
 from ccl_timm.losses import Range
 
 __all__ = ['SAMPLER_SEED', 'best_params', 'search_space', 'suggest']
@@ -35,16 +34,11 @@ def suggest(space: Mapping[str, Range], start: Mapping[str, float], trials: Sequ
         space: from :func:`search_space`.
         start: values of the first trial.
         trials: values tried, and the score of each, higher is better.
-
-    Raises:
-        UserError: Optuna is not installed.
     """
     if not trials:
         return {name: space[name].clip(start[name]) for name in space}
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError('--trials needs the package optuna: `pip install optuna`.') from error
+    import optuna  # takes a second: only when it is asked
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ranges = {
         name: optuna.distributions.FloatDistribution(low, high, log=log) for name, (low, high, log) in space.items()
