@@ -288,7 +288,7 @@ def _header(comparison: Comparison) -> dict[str, Any]:
     return {
         'key': comparison.key, 'backbone': comparison.backbone, 'args': list(comparison.args),
         'tune_fraction': comparison.tune_fraction, 'trials': comparison.trials, 'metric': comparison.metric,
-        'versions': made['versions'], 'device': made['device'], 'started': made['started'],
+        'unseen': comparison.unseen, 'versions': made['versions'], 'device': made['device'], 'started': made['started'],
     }  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def differ(first: Mapping[int, float], second: Mapping[int, float], within: floa
     mean = statistics.fmean(first.values()) - statistics.fmean(second.values())
     error, freedom = _standard_error(first, second)
     if not error:
-        return Difference(mean, error, verdict='one seed, no test' if error is None else 'no spread, no test')
+        without = 'no spread, no test' if mean else 'identical'
+        return Difference(mean, error, verdict='one seed, no test' if error is None else without)
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
     p_unequal = float(stats.t.sf((within - abs(mean)) / error, freedom))
     return Difference(mean, error, freedom, p, p_unequal, detectable(error, freedom), 'no difference shown')
