@@ -11,6 +11,7 @@ import yaml
 
 from ccl_timm.losses import list_losses, loss_class
 from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
@@ -411,3 +412,11 @@ def test_images_of_other_channels_are_one_sentence(run_cli, workdir):
     argv = ['--config', 'cc_mnist', '--data-dir', '.', '--epochs', '1', '-b', '8', '-j', '0', '--experiment', 'a']
     code, out, err = run_cli('timm', 'train.py', *argv)
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    'argv, fused', [([], True), (['--opt-kwargs', 'foreach=True'], None), (['--opt-kwargs', 'fused=False'], False)]
+)
+def test_adam_updates_weights_in_one_pass_unless_told_otherwise(argv, fused, folder):
+    config = TrainConfig.resolve([*TINY, '--data-dir', str(folder), '--opt', 'adamw', *argv])
+    assert Trainer(config, RunDir('none')).optimizer.defaults['fused'] is fused
