@@ -22,12 +22,13 @@ import torch
 
 from ccl_timm import losses
 from ccl_timm.console import log_info, show_duration
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.experiments.trial import run_trial
 from ccl_timm.experiments.tuning import best_params, search_space, suggest
 from ccl_timm.training.checks import check_config, check_fit
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.provenance import environment
 from ccl_timm.training.setup import learning_rate
 
@@ -101,7 +102,7 @@ class Comparison:
     @property
     def key(self) -> str:
         """Tells records of these settings from others."""
-        settings = [self.backbone, *self.args, self.tune_fraction, self.unseen, self.metric]
+        settings = [self.backbone, *self.args, self.trials, self.tune_fraction, self.unseen, self.metric]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
     def argv(self, entry: Entry, params: dict[str, float]) -> list[str]:
@@ -196,10 +197,19 @@ def run_comparison(comparison: Comparison, jobs: int) -> None:
         jobs: processes that train at the same time; 1 for this one alone.
 
     Raises:
-        UserError: an entry cannot be trained.
+        UserError: an entry cannot be trained, or another process writes into the folder.
     """
     comparison.check()
-    comparison.output.mkdir(parents=True, exist_ok=True)
+    with FolderLock() as lock:
+        with user_errors(f"The folder '{comparison.output}' cannot be written", (OSError,)):
+            comparison.output.mkdir(parents=True, exist_ok=True)
+            free = lock.take(comparison.output)
+        if not free:
+            raise UserError(f"Another process is writing into '{comparison.output}': wait for it, or give --output.")
+        _run(comparison, jobs)
+
+
+def _run(comparison: Comparison, jobs: int) -> None:
     known = read_records(comparison.file, comparison.key)
     if not known:
         _append(comparison.file, _header(comparison))

@@ -24,6 +24,7 @@ from ccl_timm.experiments.trial import run_trial
 from ccl_timm.heads import head_class
 from ccl_timm.losses import Range, list_losses, loss_class
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.frozen import features_of
 from ccl_timm.training.measures import retrieval
 from ccl_timm.training.run_dir import RunDir
@@ -116,6 +117,19 @@ def test_finished_runs_are_not_repeated(settings, trials):
     other = comparison((*settings, '--lr', '0.5'), output='whole')
     run_comparison(other, 1)
     assert value_of(trials.argv[-1], '--lr') != '0.001' and len(read_records(other.file, other.key)) == len(lines)
+
+
+def test_one_process_at_a_time_writes_records(settings, trials):
+    made = comparison(settings)
+    made.output.mkdir()
+    with FolderLock() as lock:
+        assert lock.take(made.output)
+        with pytest.raises(UserError, match="Another process is writing into 'compared'"):
+            run_comparison(made, 1)
+    assert not trials.argv and run_comparison(made, 1) is None
+    other = comparison(settings, trials=2)
+    run_comparison(other, 1)
+    assert len(final_runs(read_records(other.file, other.key))) == len(other.entries)
 
 
 def test_a_trial_that_fails_counts_as_the_worst(settings, trials, monkeypatch):
