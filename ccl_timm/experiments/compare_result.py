@@ -98,7 +98,7 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
     columns = ('loss', 'head', f'{metric} %', 'seeds', 'minus ce, linear head', 'minus ce, same head')
     rows = [_row(line, within) for line in _best_first(lines)]
     return '\n'.join([
-        f'{header["backbone"]}, {header["trials"]} tuning runs for each loss', '', table(rows, columns), '',
+        f'{header["backbone"]}, tuning runs for each loss: {header["trials"]}', '', table(rows, columns), '',
         _conclusion(lines), '',
         f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",

@@ -135,8 +135,15 @@ def test_files_that_lie_in_the_folder_do_not_keep_a_run_from_going_on(fit, resum
     assert [path.name for path in RUN.parent.iterdir()] == ['a'] and (RUN / 'slurm.log').read_text() == 'mine'
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize('saving', [False, True])
+@pytest.mark.parametrize(
+    'number, code, saving',
+    [
+        (signal.SIGTERM, 143, True),
+        (signal.SIGHUP, 129, False),
+        pytest.param(signal.SIGTERM, 143, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_run_after_it_has_saved(number, code, saving, fit, resume, whole, monkeypatch):
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip('nohup: a run goes on')
