@@ -11,7 +11,7 @@ from ccl_timm import losses
 from ccl_timm.cli.common import add_loading
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import COUNT, Parser
-from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_steps
+from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_photos, bench_steps
 from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['HELP', 'add_arguments', 'run']
@@ -24,7 +24,8 @@ HELP = (
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add('what', choices=('cc', 'steps', 'loaders'), help='CC-Loss and its N x N form; training steps; loaders')
+    help = 'CC-Loss and its N x N form; training steps; loaders of small images, and of photographs'
+    add('what', choices=('cc', 'steps', 'loaders', 'photos'), help=help)
     add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed, default 5')
     add('--json', action='store_true', help='print JSON')
     add_loading(parser, batch_size=128, workers=2)
@@ -33,8 +34,8 @@ def add_arguments(parser: Parser) -> None:
     add('--width', type=COUNT, default=512, metavar='D', help='cc: their length, default 512')
     add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture, default resnet18')
     add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
-    add('--img-size', type=COUNT, default=32, metavar='N', help='steps, loaders: default 32')
-    add('--images', type=COUNT, default=20000, metavar='N', help='loaders: images per epoch, default 20000')
+    add('--img-size', type=COUNT, default=None, metavar='N', help='steps, loaders, photos: default 32, 224 for photos')
+    add('--images', type=COUNT, default=None, metavar='N', help='per epoch: default 20000 for loaders, 1024 for photos')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,10 +45,13 @@ def run(args: argparse.Namespace) -> int:
         rows = bench_cc(args.samples, args.width, args.classes or 1000, args.rounds, device)
     elif args.what == 'steps':
         names = args.losses or losses.list_losses()
-        sizes = (args.img_size, args.batch_size, args.classes or 100, args.rounds)
+        sizes = (args.img_size or 32, args.batch_size, args.classes or 100, args.rounds)
         rows = bench_steps(args.backbone, names, *sizes, device)
     else:
-        rows = bench_loaders(args.images, args.img_size, args.batch_size, args.workers, args.rounds, device)
+        photos = args.what == 'photos'
+        sizes = (args.images or (1024 if photos else 20000), args.img_size or (224 if photos else 32))
+        bench = bench_photos if photos else bench_loaders
+        rows = bench(*sizes, args.batch_size, args.workers, args.rounds, device)
     if args.json:
         print(json.dumps(rows, indent=2))
     else:

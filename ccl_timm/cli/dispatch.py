@@ -6,6 +6,8 @@ called. Nothing here imports torch, so that the list of commands appears at once
 """
 
 import ast
+import contextlib
+import ctypes
 import os
 import shlex
 import sys
@@ -27,6 +29,7 @@ COMMANDS = (
     'train', 'validate', 'predict', 'index', 'embed', 'bench', 'export', 'push', 'card', 'run', 'data', 'losses',
     'models', 'recipes', 'reproduce', 'compare', 'report', 'features', 'plugins', 'new-plugin',
 )  # fmt: skip
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _BUILT_IN = {'train.py': 'train', 'validate.py': 'validate'}
 _TIMM_USAGE = """\
 usage: timm SCRIPT ...
@@ -119,12 +122,25 @@ def _load(module: str) -> ModuleType:
     return import_module(f'{__package__}.{module}')
 
 
+def _keep_freed_memory() -> None:
+    """Let the GNU C library keep what is freed for what comes next, in the place of giving it back to the system.
+
+    Otherwise each large tensor on a CPU is made of new pages, which the system has to find and clear: up to a third of
+    the time of a training step. It changes the whole process, which a library must not do, and a program may.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no such function
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _run_command(name: str, argv: list[str], prog: str) -> int:
     command = _load(_module(name))
     parser = Parser(prog=prog, description=command.HELP)
     command.add_arguments(parser)
     args = parser.parse_strictly(argv)
     args.prog, args.argv = prog, argv
+    _keep_freed_memory()
     return command.run(args)
 
 

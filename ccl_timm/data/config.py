@@ -86,8 +86,8 @@ class LoaderConfig(AugmentConfig, DataConfig, title='loading'):
         None, COUNT, metavar='K', own=True, help='batches of B/K classes with K images each'
     )
     in_memory: str = option(
-        'auto', choices=('auto', 'on', 'off'), own=True, varies='budget',
-        help='keep images decoded in memory; auto: small data sets',
+        'auto', choices=('auto', 'on', 'disk', 'off'), own=True, varies='budget',
+        help='keep images decoded in memory (on) or in the cache on disk; auto: small data sets and photographs',
     )  # fmt: skip
     workers: int = option(4, WORKERS, '-j', metavar='N', varies='nothing', help='loader processes; 0 for none')
     pin_mem: bool = option(False, varies='nothing')

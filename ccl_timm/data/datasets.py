@@ -4,10 +4,10 @@ import functools
 import importlib.util
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import timm.data
@@ -28,6 +28,7 @@ from ccl_timm.data.files import (
     unreadable_if_it_fails,
 )
 from ccl_timm.data.fingerprint import Content, fingerprint
+from ccl_timm.data.photos import decode_resized
 from ccl_timm.errors import UserError, did_you_mean, user_errors
 
 __all__ = [
@@ -105,17 +106,26 @@ class ImageFiles(Dataset):
         return len(self.reader)
 
     def __getitem__(self, index: int):
+        image, target = self._decoded(index, decode_image)
+        image = Image.new(self.mode, (1, 1)) if image is None else image
+        return (self.transform(image) if self.transform else image), target
+
+    def resized(self, index: int, size_of: Callable[[tuple[int, int]], tuple[int, int]]) -> tuple[torch.Tensor, int]:
+        """An image (C, H, W) uint8 and its label; see :func:`ccl_timm.data.photos.decode_resized`."""
+        image, target = self._decoded(index, functools.partial(decode_resized, size_of=size_of))
+        return torch.zeros(len(self.mode), 1, 1, dtype=torch.uint8) if image is None else image, target
+
+    def _decoded(self, index: int, decode: Callable[[BinaryIO, str], Any]) -> tuple[Any, int]:
         try:
             with unreadable_if_it_fails():
                 file, target = self.reader[index][:2]
-                image = decode_image(file, self.mode)
+                return decode(file, self.mode), target
         except UnreadableImage as error:
             if not self.named[index]:
                 self.named[index] = True
                 name = self.reader.filename(index)
                 log_warning(f"'{name}' cannot be read, and is left out: {error}", by_any_process=True)
-            image, target = Image.new(self.mode, (1, 1)), -1
-        return (self.transform(image) if self.transform else image), target
+            return None, -1
 
 
 class _Subset(Dataset):

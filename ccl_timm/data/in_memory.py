@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ccl_timm.errors import UserError
 
-__all__ = ['Augment', 'InMemoryLoader', 'decode', 'random_crops', 'resized_crops']
+__all__ = ['Augment', 'InMemoryLoader', 'decode', 'random_boxes', 'random_crops', 'resized_crops']
 
 
 def decode(dataset: Dataset, transform: Callable, workers: int = 0) -> tuple[Tensor, Tensor] | None:
@@ -103,7 +103,8 @@ class Augment:
         else:
             x = _take(self.images, indices)
             if self.scale is not None:
-                boxes = _random_boxes(count, x.shape[-2:], self.scale, self.ratio)
+                height, width = (torch.full((count, 1), length) for length in x.shape[-2:])
+                boxes = random_boxes(height, width, self.scale, self.ratio)
                 x = resized_crops(x.float(), _copy_async(boxes, x.device), self.size)
         if self.vflip > 0:
             x = torch.where(_copy_async(torch.rand(count) < self.vflip, x.device).view(-1, 1, 1, 1), x.flip(-2), x)
@@ -139,22 +140,32 @@ def random_crops(images: Tensor, indices: Tensor, size: tuple[int, int]) -> Tens
     return windows[tuple(_copy_async(numbers, images.device) for numbers in (indices, top, left))]
 
 
-def _random_boxes(count: int, shape: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
-    """Boxes (count, 4) of top, left, height, width in whole pixels, drawn as timm's random resized crop draws them."""
-    height, width = shape
-    tries = 10
+def random_boxes(height: Tensor, width: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+    """Boxes drawn as timm's random resized crop draws them.
+
+    Args:
+        height: of each image (B, 1), in pixels.
+        width: likewise.
+        scale: range of the share of an image's area.
+        ratio: range of a box's ratio of width to height.
+
+    Returns:
+        (B, 4) top, left, height, width in whole pixels, as floating point numbers.
+    """
+    count, tries = len(height), 10
     area = height * width * torch.empty(count, tries).uniform_(*scale)
     aspect = torch.empty(count, tries).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first try that fits
-    w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
-    none = ~fits.any(1)  # then the largest central box of an allowed ratio
-    w = torch.where(none, min(width, round(height * ratio[1])), w)
-    h = torch.where(none, min(height, round(width / ratio[0])), h)
-    top, left = ((torch.rand(count) * (room + 1)).floor() for room in (height - h, width - w))
-    top, left = torch.where(none, (height - h) // 2, top), torch.where(none, (width - w) // 2, left)
-    return torch.stack([top, left, h, w], dim=1)
+    # without one, the largest central box of an allowed ratio
+    w = torch.where(fits.any(1, keepdim=True), w.gather(1, first), torch.minimum(width, (height * ratio[1]).round()))
+    h = torch.where(fits.any(1, keepdim=True), h.gather(1, first), torch.minimum(height, (width / ratio[0]).round()))
+    rooms = (height - h, width - w)
+    top, left = (
+        torch.where(fits.any(1, keepdim=True), (torch.rand(count, 1) * (room + 1)).floor(), room // 2) for room in rooms
+    )
+    return torch.cat([top, left, h, w], dim=1)
 
 
 def resized_crops(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -225,9 +236,9 @@ class InMemoryLoader:
         order = torch.tensor(list(self.sampler), dtype=torch.int64)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             indices = order[start : start + self.batch_size]
-            x = self.images(indices).to(self.device).to(torch.float32)
+            x = self.images(indices).to(self.device)
             if self.mean is not None:
-                x = x.sub_(self.mean).div_(self.std)
+                x = x.contiguous().to(torch.float32).sub_(self.mean).div_(self.std)
             target = self.labels[_copy_async(indices, self.device)]
             if self.random_erasing is not None:
                 x = self.random_erasing(x)

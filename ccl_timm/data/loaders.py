@@ -1,7 +1,7 @@
 """Loaders of the scripts: timm's, or one over images in memory; with pad-crop, Mixup and CutMix as the settings say."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import timm.data
 import torch
@@ -14,17 +14,17 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 
 from ccl_timm.console import log_info
+from ccl_timm.data import keeping
 from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import Replacing, Splits, targets_of
+from ccl_timm.data.image_cache import DecodedImages
 from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
+from ccl_timm.data.photos import RandomPhotos
 from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
 from ccl_timm.ops import rank, world_size
 
 __all__ = ['create_loader', 'evaluation_loader', 'loaders_in_memory', 'make_loaders', 'ordered_training_loader']
-
-_SMALL = 2**30  # bytes: data sets of up to this size go to memory by themselves
-_MARGIN = 1.15  # large photos are kept at this multiple of the input size, which leaves room for random crops
 
 
 def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):
@@ -42,14 +42,9 @@ def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callabl
     if pad_crop and kwargs.get('is_training') and not kwargs.get('no_aug'):
         size = tuple((kwargs.get('input_size') or args[0])[-2:])
         steps = dataset.transform.transforms
-        crop = [_resize(size), transforms.RandomCrop(size, padding=pad_crop)]
+        crop = [keeping.resize_for_pad_crop(size), transforms.RandomCrop(size, padding=pad_crop)]
         dataset.transform = transforms.Compose([*crop, *steps[1:]])  # timm's first step is its crop
     return loader
-
-
-def _resize(size: tuple[int, int]) -> transforms.Resize:
-    # as at evaluation: a square keeps what the image looks like, and its longer side hangs over
-    return transforms.Resize(size[0] if size[0] == size[1] else size)
 
 
 def make_loaders(
@@ -62,17 +57,18 @@ def make_loaders(
     """
     _check_channels(splits.train, data_config['input_size'][0])
     _check_sizes(config, min(data_config['input_size'][-2:]))
-    loader = _memory_loader(config, num_classes, device, data_config, splits)
-    in_memory = loader is not None
-    if not in_memory:
-        loader = _file_loader(config, num_classes, device, data_config, splits.train)
+    place, loader = 'memory', _memory_loader(config, num_classes, device, data_config, splits)
+    if loader is None:
+        place, loader = 'disk', _disk_loader(config, num_classes, device, data_config, splits.train)
+    if loader is None:
+        place, loader = 'files', _file_loader(config, num_classes, device, data_config, splits.train)
     _check_has_batches(loader, config, len(splits.train))
     if splits.validation is None:
         return loader, None
     preprocessing = {name: data_config[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
     preprocessing |= {'crop_mode': data_config['crop_mode']}
     preprocessing |= {'batch_size': config.validation_batch_size or config.batch_size}
-    return loader, evaluation_loader(splits.validation, preprocessing, device, config.workers, in_memory)
+    return loader, evaluation_loader(splits.validation, preprocessing, device, config.workers, place)
 
 
 def _check_has_batches(loader: Any, config: LoaderConfig, images: int) -> None:
@@ -97,7 +93,7 @@ def evaluation_loader(
     preprocessing: dict[str, Any],
     device: torch.device,
     workers: int,
-    in_memory: bool = False,
+    place: Literal['files', 'memory', 'disk'] = 'files',
 ) -> Any:
     """A loader of images in their order, preprocessed as timm does it; of an unreadable image the label is -1.
 
@@ -107,17 +103,24 @@ def evaluation_loader(
             ``crop_mode``.
         device: where batches are wanted.
         workers: processes that read.
-        in_memory: read all once, now.
+        place: where images are read from; in memory and on disk they are kept decoded, and all are read first.
     """
     distributed = world_size() > 1
     shared = {'num_workers': workers, 'device': device, 'distributed': distributed, 'persistent_workers': False}
     loader = create_loader(dataset, is_training=False, **preprocessing, **shared)
-    if not in_memory:
+    if place == 'files':
         return loader
-    images, labels = decode(dataset, dataset.transform, workers)
-    images, labels = images.to(device), labels.to(device)
+    if place == 'memory':
+        images, labels = decode(dataset, dataset.transform, workers)
+        images = images.to(device)
+    else:
+        cache = keeping.transformed_on_disk(dataset, dataset.transform, workers)
+        if cache is None:
+            return loader
+        images, labels = cache.stacked(), cache.labels[cache.readable]
     sampler = OrderedDistributedSampler(labels) if distributed else SequentialSampler(labels)
-    return _over(Augment(images, images.shape[-2:]), labels, sampler, preprocessing, device)
+    shared = (preprocessing['batch_size'], *_channels(preprocessing), device)
+    return InMemoryLoader(Augment(images, images.shape[-2:]), labels, sampler, *shared)
 
 
 def ordered_training_loader(
@@ -213,21 +216,25 @@ def _sampler(config: LoaderConfig, targets: list[int] | None) -> Sampler:
 def _memory_loader(
     config: LoaderConfig, num_classes: int, device: torch.device, data_config: dict[str, Any], splits: Splits
 ) -> InMemoryLoader | None:
-    """A loader over the training split in memory; None where it stays in its files, which a message explains."""
-    if config.in_memory == 'off':
+    """A loader over the training split in memory; None where that cannot or should not be.
+
+    Raises:
+        UserError: it cannot be, and the settings ask for it.
+    """
+    if config.in_memory not in ('auto', 'on'):
         return None
-    size = data_config['input_size'][-2:]
-    obstacle = _unsupported(config, splits.train) or (config.in_memory == 'auto' and _unfit(config, splits, size))
-    read = None
+    size = tuple(data_config['input_size'][-2:])
+    obstacle, decoded = keeping.obstacle_in_memory(config, splits, size), None
     if not obstacle:
-        read = decode(splits.train, _storing(config, data_config, splits.train), config.workers)
-        obstacle = None if read else 'its images are not of one size'
+        transform = keeping.transform_for_memory(config, size, data_config['interpolation'], splits.train)
+        decoded = decode(splits.train, transform, config.workers)
+        obstacle = None if decoded else 'its images are not of one size'
     if obstacle and config.in_memory == 'on':
         raise UserError(f'--in-memory on does not work here: {obstacle}; give --in-memory off.')
     if obstacle:
-        log_info(f'images are read by {config.workers} workers, not from memory: {obstacle}')
+        log_info(f'training images are not kept in memory: {obstacle}')
         return None
-    images, labels = read[0].to(device), read[1]
+    images, labels = decoded[0].to(device), decoded[1]
     crops = not (config.no_aug or config.pad_crop)
     augment = Augment(
         images,
@@ -239,75 +246,70 @@ def _memory_loader(
         vflip=0.0 if config.no_aug else config.vflip,
     )
     log_info(f'{len(labels)} training images in memory, {augment.images.numel() / 2**20:.0f} MiB')
-    preprocessing = {**data_config, 'batch_size': config.batch_size}
+    return _over_decoded(augment, labels, _channels(data_config), config, num_classes, device)
+
+
+def _disk_loader(
+    config: LoaderConfig, num_classes: int, device: torch.device, data_config: dict[str, Any], dataset: Dataset
+) -> Any | None:
+    """A loader over photographs that are kept decoded on disk; None where that cannot or should not be.
+
+    Raises:
+        UserError: it cannot be, and the settings ask for it.
+    """
+    if config.in_memory not in ('auto', 'disk'):
+        return None
+    size = tuple(data_config['input_size'][-2:])
+    obstacle, cache = keeping.obstacle_on_disk(config, dataset, size), None
+    if not obstacle and config.no_aug:
+        transform = keeping.no_aug_transform(size, data_config['interpolation'])
+        cache = keeping.transformed_on_disk(dataset, transform, config.workers)
+    elif not obstacle:
+        cache = keeping.photos_on_disk(config, dataset, size)
+    if cache is None and config.in_memory == 'disk':
+        raise UserError(f'--in-memory disk does not work here: {obstacle or "see above"}; give --in-memory off.')
+    if cache is None:
+        reason = f'; decoded ones are not kept on disk: {obstacle}' if obstacle else ''
+        log_info(f'images are read by {config.workers} workers{reason}')
+        return None
+    one_by_one = config.train_interpolation not in RandomPhotos.interpolations and not config.pad_crop
+    if not config.no_aug and (one_by_one or keeping.single_image_steps(config)):
+        return _file_loader(config, num_classes, device, data_config, DecodedImages(cache, targets_of(dataset)))
+    labels, channels = cache.labels[cache.readable], _channels(data_config)
+    if config.no_aug:
+        return _over_decoded(Augment(cache.stacked(), size), labels, channels, config, num_classes, device)
+    names = ('pad_crop', 'scale', 'ratio', 'hflip', 'vflip', 'workers')
+    options = {name: getattr(config, name) for name in names}
+    images = RandomPhotos(cache, size, *channels, interpolation=config.train_interpolation, **options)
+    return _over_decoded(images, labels, (None, None), config, num_classes, device)
+
+
+def _over_decoded(
+    images: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    channels: tuple[Any, Any],
+    config: LoaderConfig,
+    num_classes: int,
+    device: torch.device,
+) -> InMemoryLoader:
+    """A training loader over decoded images, with random erasing, Mixup and CutMix as the settings say."""
     erasing = None
     if config.reprob and not config.no_aug:
         erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=device)
+    options = {'drop_last': True, 'random_erasing': erasing, 'mixup': _mixing(config, num_classes, Mixup)}
     sampler = _sampler(config, labels.tolist())
-    mixup = _mixing(config, num_classes, Mixup)
-    return _over(augment, labels, sampler, preprocessing, device, drop_last=True, random_erasing=erasing, mixup=mixup)
+    return InMemoryLoader(images, labels, sampler, config.batch_size, *channels, device, **options)
 
 
-def _over(
-    images: Augment, labels: torch.Tensor, sampler: Sampler, preprocessing: dict[str, Any], device, **kwargs: Any
-) -> InMemoryLoader:
-    mean, std = (adapt_to_chs(preprocessing[name], preprocessing['input_size'][0]) for name in ('mean', 'std'))
-    return InMemoryLoader(images, labels, sampler, preprocessing['batch_size'], mean, std, device, **kwargs)
-
-
-def _unsupported(config: LoaderConfig, dataset: Dataset) -> str | None:
-    """Why the data cannot be augmented from memory."""
-    if isinstance(dataset, IterableDataset):
-        return 'the data set is a stream'
-    if config.no_aug:
-        return None
-    flags = ('aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
-    single = [f'--{name.replace("_", "-")}' for name in flags if getattr(config, name)]
-    if config.train_crop_mode not in (None, 'rrc') and not config.pad_crop:
-        single.append('--train-crop-mode')
-    return f'{", ".join(single)} work on one image at a time' if single else None
-
-
-def _unfit(config: LoaderConfig, splits: Splits, size: tuple[int, int]) -> str | None:
-    """Why the data should stay in its files: results would suffer, or it is large."""
-    width, height = _first(splits.train).size
-    if not (config.no_aug or config.pad_crop):
-        if config.train_interpolation != 'bilinear':
-            return f'--train-interpolation {config.train_interpolation} is not bilinear'
-        if height > size[0] or width > size[1]:
-            return f'its images ({width} x {height}) are larger than the input'
-    pixels = (size[0] + 2 * config.pad_crop) * (size[1] + 2 * config.pad_crop)
-    count = len(splits.train) * (2 if config.hflip and not config.no_aug else 1) + len(splits.validation or [])
-    needed = count * pixels * len(_first(splits.train).getbands())
-    return f'it would take {needed / 2**30:.1f} GiB' if needed > _SMALL else None
-
-
-def _storing(config: LoaderConfig, data_config: dict[str, Any], dataset: Dataset) -> Callable:
-    """How images are made ready for memory: what comes before the random steps of timm's transform."""
-    size = tuple(data_config['input_size'][-2:])
-    if config.no_aug:
-        steps = timm.data.create_transform(size, is_training=True, no_aug=True, use_prefetcher=True,
-                                           interpolation=data_config['interpolation']).transforms  # fmt: skip
-        return transforms.Compose(steps)
-    if config.pad_crop:
-        return transforms.Compose([_resize(size), transforms.PILToTensor()])
-    width, height = _first(dataset).size
-    if height <= size[0] and width <= size[1]:
-        return transforms.PILToTensor()
-    large = tuple(round(_MARGIN * length) for length in size)
-    log_info(f'images are kept at {large[1]} x {large[0]}, resized and centre cropped: random crops see less')
-    return transforms.Compose([transforms.Resize(max(large)), transforms.CenterCrop(large), transforms.PILToTensor()])
-
-
-def _first(dataset: Dataset) -> Any:
-    dataset.transform = None
-    return Replacing(dataset)[0][0]
+def _channels(preprocessing: dict[str, Any]) -> tuple[Any, Any]:
+    """Mean and standard deviation of each channel."""
+    return tuple(adapt_to_chs(preprocessing[name], preprocessing['input_size'][0]) for name in ('mean', 'std'))
 
 
 def _check_channels(dataset: Dataset, channels: int) -> None:
     if isinstance(dataset, IterableDataset):
         return
-    found = len(_first(dataset).getbands())
+    found = len(keeping.first_image(dataset).getbands())
     if found != channels:
         raise UserError(f'The images have {found} channels, the model takes {channels}: give --in-chans {found}.')
 

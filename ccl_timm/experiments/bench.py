@@ -1,9 +1,15 @@
 """Speed as ratios, each measured side by side in one run: losses, training steps, loaders."""
 
+import dataclasses
+import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler
 
 from ccl_timm import losses, models
+from ccl_timm.data.config import LoaderConfig
+from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
-from ccl_timm.data.loaders import create_loader
+from ccl_timm.data.loaders import create_loader, make_loaders
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
 
-__all__ = ['bench_cc', 'bench_loaders', 'bench_steps', 'ratios']
+__all__ = ['bench_cc', 'bench_loaders', 'bench_photos', 'bench_steps', 'ratios']
 
 
 def ratios(actions: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, tuple[float, float]]:
@@ -172,6 +180,54 @@ def bench_loaders(
     for row in rows:
         row['images_per_second'] = count // batch * batch / row['seconds']
     return rows
+
+
+def bench_photos(
+    count: int, size: int, batch: int, workers: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Images a second of random resized crops and flips of JPEG files of 704 x 480: timm's loader, then ours.
+
+    Args:
+        count: files.
+        size: height and width of the model's input.
+        batch: images a batch.
+        workers: timm's processes, and our threads.
+        rounds: epochs, as of :func:`ratios`.
+        device: where batches are wanted.
+    """
+    data_config = {'input_size': (3, size, size), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear'}
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, CCL_TIMM_CACHE=f'{folder}/cache'):
+        _write_photos(Path(folder, 'train', 'all'), count)
+        config = LoaderConfig(data_dir=folder, val_split='', color_jitter=0.0, batch_size=batch, workers=workers)
+
+        def loader(place: str) -> Any:
+            own = dataclasses.replace(config, in_memory=place)
+            return make_loaders(own, 1, device, data_config, create_splits(own, 3))[0]
+
+        def first_epoch() -> None:
+            shutil.rmtree(f'{folder}/cache')
+            _drain(loader('disk'))
+
+        theirs, later = loader('off'), loader('disk')
+        actions = {f"timm's loader, {workers} workers": lambda: _drain(theirs)}
+        actions |= {'first epoch, decoding': first_epoch, 'later epochs': lambda: _drain(later)}
+        rows = _rows(ratios(actions, rounds, device))
+    for row in rows:
+        row['images_per_second'] = count // batch * batch / row['seconds']
+    return rows
+
+
+def _write_photos(folder: Path, count: int) -> None:
+    """JPEG files of 704 x 480, cut at random out of the two photographs that scikit-learn has."""
+    from sklearn.datasets import load_sample_images  # takes a second: only when photographs are asked for
+
+    random = np.random.default_rng(0)
+    originals = [Image.fromarray(pixels).resize((1280, 854)) for pixels in load_sample_images().images]
+    folder.mkdir(parents=True)
+    for number in range(count):
+        left, top = random.integers(1280 - 704), random.integers(854 - 480)
+        photo = originals[number % 2].crop((left, top, left + 704, top + 480))
+        photo.save(folder / f'{number:05}.jpg', quality=90)
 
 
 def _drain(loader: Any) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from torchvision import transforms
 
 from ccl_timm.data.datasets import Digits
-from ccl_timm.data.in_memory import Augment, InMemoryLoader, _random_boxes, decode, random_crops, resized_crops
+from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode, random_boxes, random_crops, resized_crops
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 
@@ -40,7 +40,7 @@ def test_evaluation_is_timms_bit_for_bit(size):
     config = {'input_size': (3, 32, 32), 'mean': (0.48, 0.45, 0.4), 'std': (0.2, 0.21, 0.19), 'batch_size': 3}
     config |= {'interpolation': 'bicubic', 'crop_pct': 0.9, 'crop_mode': 'center'}
     theirs = timm.data.create_loader(Noise(*[size] * 7), is_training=False, num_workers=0, device=CPU, **config)
-    ours = evaluation_loader(Noise(*[size] * 7), config, CPU, workers=0, in_memory=True)
+    ours = evaluation_loader(Noise(*[size] * 7), config, CPU, workers=0, place='memory')
     assert len(ours) == len(theirs) == 3
     for (images, labels), (expected, expected_labels) in zip(ours, theirs, strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
@@ -102,7 +102,8 @@ def test_resized_crops_are_pillows_to_one_grey_level():
 
 def test_boxes_are_distributed_as_timms():
     torch.manual_seed(0)
-    boxes = _random_boxes(4000, (32, 32), (0.3, 1.0), (0.75, 4 / 3))
+    side = torch.full((4000, 1), 32)
+    boxes = random_boxes(side, side, (0.3, 1.0), (0.75, 4 / 3))
     transform = create_transform(32, is_training=True, scale=(0.3, 1.0), ratio=(0.75, 4 / 3)).transforms[0]
     blank = Image.new('L', (32, 32))
     theirs = torch.tensor([transform.get_params(blank, transform.scale, transform.ratio) for _ in range(4000)])
@@ -114,7 +115,7 @@ def test_boxes_are_distributed_as_timms():
 
 
 def test_boxes_of_an_impossible_ratio_are_central():
-    boxes = _random_boxes(3, (10, 40), (1.0, 1.0), (1.0, 1.0))
+    boxes = random_boxes(torch.full((3, 1), 10), torch.full((3, 1), 40), (1.0, 1.0), (1.0, 1.0))
     assert boxes.tolist() == [[0, 15, 10, 10]] * 3
 
 
