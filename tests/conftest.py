@@ -41,6 +41,7 @@ def nothing_outside_tmp(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ('HOME', 'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'MPLCONFIGDIR', 'TMPDIR'):
             patch.setenv(name, str(home))
+        patch.delenv('CCL_TIMM_CACHE', raising=False)
         patch.setenv('TORCHINDUCTOR_CACHE_DIR', str(home / 'inductor'))
         patch.setattr(tempfile, 'tempdir', str(home))
         yield home

@@ -114,6 +114,7 @@ def cheaper(argv):
     elif command in ('validate.py', 'features', 'index'):
         argv += ['--workers', '0']
     elif command == 'compare' and '--show' not in argv:
+        argv = [arg.replace('resnet34', 'test_resnet') for arg in argv]
         argv = [*argv[:2], '--dry-run', '--backbone', 'test_resnet', *argv[2:]]
     elif command == 'bench':
         argv = [arg.replace('resnet18', 'test_resnet') for arg in argv] + ['--rounds', '1']

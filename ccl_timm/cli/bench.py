@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 import timm
@@ -11,21 +12,25 @@ from ccl_timm import losses
 from ccl_timm.cli.common import add_loading
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import COUNT, Parser
-from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_photos, bench_steps
+from ccl_timm.errors import UserError
+from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_photos, bench_steps, bench_train
 from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['HELP', 'add_arguments', 'run']
 
 HELP = (
-    'Time losses, training steps and loaders against what they replace, in turn. A ratio is the time divided by that '
-    'of the first line.'
+    'Time losses, training steps, loading and whole runs against what they replace, in turn. A ratio is the time '
+    'divided by that of the first line.'
 )
+_WHAT = """\
+cc: CC-Loss and the paper's N x N form; steps: all losses and cross-entropy; loaders: images in memory and timm's
+loader; photos: JPEG files of 704 x 480, likewise; train: the built-in script and timm's train.py, whose arguments
+follow --"""
 
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    help = 'CC-Loss and its N x N form; training steps; loaders of small images, and of photographs'
-    add('what', choices=('cc', 'steps', 'loaders', 'photos'), help=help)
+    add('what', choices=('cc', 'steps', 'loaders', 'photos', 'train'), help=_WHAT)
     add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed, default 5')
     add('--json', action='store_true', help='print JSON')
     add_loading(parser, batch_size=128, workers=2)
@@ -36,6 +41,8 @@ def add_arguments(parser: Parser) -> None:
     add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
     add('--img-size', type=COUNT, default=None, metavar='N', help='steps, loaders, photos: default 32, 224 for photos')
     add('--images', type=COUNT, default=None, metavar='N', help='per epoch: default 20000 for loaders, 1024 for photos')
+    add('--script', metavar='FILE', help="train: timm's train.py")
+    parser.trailing = 'train_args'
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
         names = args.losses or losses.list_losses()
         sizes = (args.img_size or 32, args.batch_size, args.classes or 100, args.rounds)
         rows = bench_steps(args.backbone, names, *sizes, device)
+    elif args.what == 'train':
+        if not args.script or not os.path.isfile(args.script):
+            raise UserError("bench train needs timm's train.py: give its path with --script.")
+        rows = bench_train(args.script, args.train_args, args.rounds)
     else:
         photos = args.what == 'photos'
         sizes = (args.images or (1024 if photos else 20000), args.img_size or (224 if photos else 32))

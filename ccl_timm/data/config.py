@@ -87,7 +87,7 @@ class LoaderConfig(AugmentConfig, DataConfig, title='loading'):
     )
     in_memory: str = option(
         'auto', choices=('auto', 'on', 'disk', 'off'), own=True, varies='budget',
-        help='keep images decoded in memory (on) or in the cache on disk; auto: small data sets and photographs',
+        help='keep images decoded in memory (on) or in the cache on disk; auto: small data sets and image files',
     )  # fmt: skip
     workers: int = option(4, WORKERS, '-j', metavar='N', varies='nothing', help='loader processes; 0 for none')
     pin_mem: bool = option(False, varies='nothing')

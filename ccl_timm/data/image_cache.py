@@ -97,6 +97,8 @@ def cached_images(
 ) -> ImageCache | None:
     """Images from the cache, into which they are written first if need be; by the first process on each machine.
 
+    They are read anew, too, if not all could be read the last time: a file server may have been away.
+
     Args:
         read: takes a number below ``count``, returns an image (C, H, W) uint8 and its label; called by several threads.
         count: of images.
@@ -108,7 +110,8 @@ def cached_images(
     """
     key = hashlib.sha256(json.dumps([_FORMAT, count, facts], sort_keys=True).encode()).hexdigest()[:32]
     stem = cache_dir('images') / key
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and _opened(stem) is None:
+    found = _opened(stem)
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and (found is None or len(found.readable) < count):
         try:
             _build(stem, read, count, max(workers, 1))
         except OSError as error:

@@ -32,8 +32,7 @@ __all__ = [
 
 _SMALL = 2**30  # bytes: data sets of up to this size go to memory by themselves
 _MARGIN = 1.15  # in memory, large photos are kept at this multiple of the input size, which leaves room for crops
-_LARGEST = 32 * 2**30  # bytes: photographs of up to this size, decoded, go to disk by themselves
-_PHOTO = 1.5  # of the input size: images with shorter sides than that cost little to decode
+_LARGEST = 32 * 2**30  # bytes: image files of up to this size, decoded, go to disk by themselves
 _DETAIL = 2  # on disk, shorter sides are this multiple of the input size, so that most random crops shrink
 
 
@@ -124,8 +123,6 @@ def obstacle_on_disk(config: LoaderConfig, dataset: Dataset, size: tuple[int, in
     if not sizes:
         return 'no image can be read'
     automatic = config.in_memory == 'auto'
-    if automatic and statistics.median(min(found) for found in sizes) < _PHOTO * max(size):
-        return 'the images are small'
     kept = _kept_size(config, size)
     pixels = statistics.mean(height * width for height, width in map(kept, sizes))
     needed = len(dataset) * pixels * len(base_of(dataset)[0].mode)

@@ -1,9 +1,14 @@
 """Speed as ratios, each measured side by side in one run: losses, training steps, loaders."""
 
+import csv
 import dataclasses
+import functools
 import os
+import shlex
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,31 +27,35 @@ from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader, make_loaders
+from ccl_timm.errors import UserError
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
 
-__all__ = ['bench_cc', 'bench_loaders', 'bench_photos', 'bench_steps', 'ratios']
+__all__ = ['bench_cc', 'bench_loaders', 'bench_photos', 'bench_steps', 'bench_train', 'ratios']
 
 
-def ratios(actions: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, tuple[float, float]]:
+def ratios(
+    actions: dict[str, Callable[[], Any]], rounds: int, device: torch.device, untimed: int = 1
+) -> dict[str, tuple[float, float]]:
     """Time actions in turn, so that whatever else the machine does falls on all of them.
 
     Args:
         actions: what to time, by name; the first is what the others are compared with.
-        rounds: how often each is timed, after one untimed round.
+        rounds: how often each is timed.
         device: waited for before a clock is read.
+        untimed: rounds before those.
 
     Returns:
         For each the median seconds, and the median over the rounds of its time divided by the first one's.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
+    for number in range(untimed + rounds):
         for name, action in actions.items():
             _wait_for(device)
             started = time.perf_counter()
             action()
             _wait_for(device)
-            if number:
+            if number >= untimed:
                 seconds[name].append(time.perf_counter() - started)
     base = next(iter(seconds.values()))
     return {
@@ -228,6 +237,34 @@ def _write_photos(folder: Path, count: int) -> None:
         left, top = random.integers(1280 - 704), random.integers(854 - 480)
         photo = originals[number % 2].crop((left, top, left + 704, top + 480))
         photo.save(folder / f'{number:05}.jpg', quality=90)
+
+
+def bench_train(script: str, argv: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Whole training runs, start and end included: timm's script, then the built-in one, with the same arguments.
+
+    Args:
+        script: path of timm's train.py.
+        argv: for both: data, model, epochs and so on.
+        rounds: runs of each.
+
+    Raises:
+        UserError: a run fails.
+    """
+    programs = {"timm's train.py": [script], 'the built-in script': ['-m', 'ccl_timm', 'train']}
+    accuracies: dict[str, float] = {}
+
+    def train(name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, *programs[name], *argv, '--output', folder, '--experiment', 'bench']
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(f'{shlex.join(command)} failed: {done.stderr.strip()[-500:]}')
+            with open(Path(folder, 'bench', 'summary.csv'), newline='') as file:
+                accuracies[name] = float(list(csv.DictReader(file))[-1]['eval_top1'])
+
+    actions = {name: functools.partial(train, name) for name in programs}
+    rows = _rows(ratios(actions, rounds, torch.device('cpu'), untimed=0))
+    return [row | {'top1': accuracies[row['name']]} for row in rows]
 
 
 def _drain(loader: Any) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +97,36 @@ def compute_batches(
     """
     prepare = preprocessing(trained)
     trained.model.to(device).eval()
-    waiting = iter(paths)
-    while batch := list(itertools.islice(waiting, batch_size)):
-        names, images = [], []
-        for path in batch:
-            try:
-                images.append(prepare(path))
-                names.append(path)
-            except UnreadableImage as error:
-                unreadable.append((path, str(error)))
-        if not names:
+    for batch in _read_ahead(prepare, iter(paths), batch_size):
+        unreadable += [(path, str(image)) for path, image in batch if isinstance(image, UnreadableImage)]
+        readable = [(path, image) for path, image in batch if not isinstance(image, UnreadableImage)]
+        if not readable:
             continue
+        names, images = map(list, zip(*readable, strict=True))
         found = {name: numbers.float().cpu() for name, numbers in compute(torch.stack(images).to(device)).items()}
         for numbers in found.values():
             finite = numbers.isfinite().all(1).tolist()
             if not all(finite):
                 raise UserError(f"The model computes no finite numbers for '{names[finite.index(False)]}'.")
         yield names, found
+
+
+def _read_ahead(
+    prepare: Callable[[Path], Tensor], paths: Iterator[Path], batch_size: int
+) -> Iterator[list[tuple[Path, Tensor | UnreadableImage]]]:
+    """Batches of files with their images, or the reasons why they cannot be read; the next is read meanwhile."""
+
+    def attempt(path: Path) -> tuple[Path, Tensor | UnreadableImage]:
+        try:
+            return path, prepare(path)
+        except UnreadableImage as error:
+            return path, error
+
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(attempt, itertools.islice(paths, batch_size))
+        while batch := list(ahead):
+            ahead = pool.map(attempt, itertools.islice(paths, batch_size))
+            yield batch
 
 
 def temperature_of(trained: Trained) -> float:

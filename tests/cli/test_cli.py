@@ -1,5 +1,6 @@
 """Command lines that no other test runs."""
 
+import platform
 import subprocess
 import sys
 
@@ -100,3 +101,21 @@ def test_a_commands_process_has_the_public_names():
     call = 'import sys; sys.argv = ["ccl-timm"]; import ccl_timm; print(ccl_timm.Loss.__name__, ccl_timm.create_model)'
     done = subprocess.run([sys.executable, '-c', call], capture_output=True, text=True, check=True)
     assert done.stdout.startswith('Loss <function create_model')
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have no such setting')
+def test_commands_keep_the_memory_of_freed_tensors():
+    program = """
+import resource, sys
+from ccl_timm.cli.dispatch import main
+main(['losses'])
+import torch
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert int(done.stderr.split()[-1]) < 1000  # pages of 4 KiB, of 16,384

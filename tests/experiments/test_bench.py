@@ -1,6 +1,7 @@
 """The benchmark measures what it says; no test looks at a clock."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ CASES = {
     'cc': (['--samples', '64', '--width', '8', '--classes', '4'], 2),
     'steps': (['--losses', 'cc', 'pod', '--backbone', 'test_resnet', '-b', '4', '--classes', '4'], 3),
     'loaders': (['--images', '64', '-b', '16', '-j', '0'], 2),
+    'photos': (['--images', '6', '-b', '3', '-j', '1', '--img-size', '64'], 3),
 }
 
 
@@ -40,3 +42,32 @@ def test_command_prints_ratios(what, run_cli):
     if what == 'cc':
         assert rows[1]['kept_mib'] == pytest.approx(2 * rows[1]['kept_at_half_mib'], rel=0.3)
         assert rows[0]['kept_mib'] == pytest.approx(4 * rows[0]['kept_at_half_mib'], rel=0.3)
+
+
+# in the place of timm's train.py: takes the same arguments, writes the same file
+_SCRIPT = """
+import argparse, pathlib
+parser = argparse.ArgumentParser()
+for name in ('--output', '--experiment', '--model', '--epochs'):
+    parser.add_argument(name)
+args, _ = parser.parse_known_args()
+folder = pathlib.Path(args.output, args.experiment)
+folder.mkdir()
+(folder / 'summary.csv').write_text('epoch,eval_top1\\n0,50.0\\n1,75.0\\n')
+"""
+
+
+def test_whole_runs_have_the_same_arguments(run_cli, workdir):
+    Path('other.py').write_text(_SCRIPT)
+    shared = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-j', '0', '--img-size', '16']
+    command = ['ccl-timm', 'bench', 'train', '--script', 'other.py', '--rounds', '1', '--json', '--', *shared]
+    code, out, err = run_cli(*command, '--device', 'cpu')
+    assert code == 0, err
+    theirs, ours = json.loads(out)
+    assert theirs['top1'] == 75.0 and 0 < ours['top1'] < 75.0 and ours['ratio'] > theirs['ratio'] == 1.0
+    assert run_cli(*command, '--no-such-flag')[0] == 2
+
+
+def test_whole_runs_need_a_script(run_cli, workdir):
+    code, out, err = run_cli('ccl-timm', 'bench', 'train', '--script', 'none.py')
+    assert code == 2 and 'give its path with --script' in err

@@ -190,13 +190,14 @@ def test_register_variant_refuses(args, message):
 def test_on_demand_variants_load_from_a_folder(tmp_path):
     source = ccl_timm.create_model('test_resnet_pedcc', num_classes=4).eval()
     timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
-    for package in ('ccl_timm', 'timm'):
-        code = (
-            f"import ccl_timm, timm; m = {package}.create_model('local-dir:{tmp_path}', pretrained=True); "
-            "print(m.pretrained_cfg['architecture'], m.num_classes)"
-        )
-        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-        assert result.stdout.split() == ['test_resnet_pedcc', '4'], result.stderr
+    code = f"""
+import ccl_timm, timm
+for package in (timm, ccl_timm):
+    m = package.create_model('local-dir:{tmp_path}', pretrained=True)
+    print(m.pretrained_cfg['architecture'], m.num_classes)
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.split() == ['test_resnet_pedcc', '4'] * 2, result.stderr
     with pytest.raises(ccl_timm.UserError, match='holds no model of timm'):
         ccl_timm.create_model(f'local-dir:{tmp_path / "nothing"}')
 
@@ -236,7 +237,15 @@ def test_names_without_a_model_stay_unknown_to_timm(name):
     assert timm.list_models() == before
 
 
-@pytest.mark.parametrize('name', ['resnet18_cam', 'vgg16_cosine', 'densenet121_pedcc', 'vit_tiny_patch16_224_pedcc'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet18_cam',
+        'vgg16_cosine',
+        pytest.param('densenet121_pedcc', marks=pytest.mark.slow),
+        'vit_tiny_patch16_224_pedcc',
+    ],
+)
 def test_exported_program_is_equal(name):
     options = {**small(name), **({'img_size': 32} if name.startswith('vit') else {})}
     model = timm.create_model(name, num_classes=5, **options).eval()
@@ -309,7 +318,7 @@ def test_linear_head_has_a_narrow_layer_where_it_is_asked_for(tmp_path):
         ('vgg16_mc', {'small_input': True}),
         ('test_resnet_mc', {'output_stride': 16}),  # an AvgPool2dSame, whose kernel size is a tuple
         ('resnet18_cam', {'small_input': True}),
-        ('densenet121_cam', {'small_input': True}),
+        pytest.param('densenet121_cam', {'small_input': True}, marks=pytest.mark.slow),
         ('mobilenetv2_100_cam', {'small_input': True}),
     ],
 )

@@ -34,7 +34,7 @@ def summary(run):
 
 
 def test_the_literal_command_in_an_empty_folder(run_cli, workdir):
-    shorter = ['--epochs', '2', '--input-size', '1', '16', '16']
+    shorter = ['--epochs', '2', '--input-size', '1', '16', '16', '--train-fraction', '0.5']
     code, out, err = run_cli('timm', 'train.py', '--model', 'resnet18_cam', '--loss', 'cc', *shorter)
     assert code == 0, err
     assert 'no file train.py here: the built-in script' in err
