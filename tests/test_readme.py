@@ -104,6 +104,8 @@ def cheaper(argv):
     command = argv[1]
     if command == 'train' or any(Path(arg).name == 'train.py' for arg in argv):
         argv = [arg.replace('resnet18_', 'test_resnet_') for arg in argv]
+        if command == 'bench':
+            argv = [*argv[:3], '--rounds', '1', *argv[3:]]
         argv += ['--epochs', '1', '--batch-size', '8', '--workers', '0']
         if '--data-dir' in argv:
             argv += ['--img-size', '32']

@@ -13,7 +13,7 @@ from ccl_timm.cli.common import add_loading
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
-from ccl_timm.experiments.bench import bench_cc, bench_loaders, bench_photos, bench_steps, bench_train
+from ccl_timm.experiments.bench import bench_cc, bench_layouts, bench_loaders, bench_photos, bench_steps, bench_train
 from ccl_timm.training.evaluation import pick_device
 
 __all__ = ['HELP', 'add_arguments', 'run']
@@ -24,22 +24,22 @@ HELP = (
 )
 _WHAT = """\
 cc: CC-Loss and the paper's N x N form; steps: all losses and cross-entropy; loaders: images in memory and timm's
-loader; photos: JPEG files of 704 x 480, likewise; train: the built-in script and timm's train.py, whose arguments
-follow --"""
+loader; photos: JPEG files of 704 x 480, likewise; layouts: steps in each memory layout and precision; train: the
+built-in script and timm's train.py, whose arguments follow --"""
 
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add('what', choices=('cc', 'steps', 'loaders', 'photos', 'train'), help=_WHAT)
+    add('what', choices=('cc', 'steps', 'loaders', 'photos', 'layouts', 'train'), help=_WHAT)
     add('--rounds', type=COUNT, default=5, metavar='N', help='how often each is timed, default 5')
     add('--json', action='store_true', help='print JSON')
     add_loading(parser, batch_size=128, workers=2)
     add('--classes', type=COUNT, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
     add('--samples', type=COUNT, default=16384, metavar='N', help='cc: attention vectors, default 16384')
     add('--width', type=COUNT, default=512, metavar='D', help='cc: their length, default 512')
-    add('--backbone', default='resnet18', metavar='NAME', help='steps: timm architecture, default resnet18')
+    add('--backbone', default='resnet18', metavar='NAME', help='steps, layouts: timm architecture, default resnet18')
     add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
-    add('--img-size', type=COUNT, default=None, metavar='N', help='steps, loaders, photos: default 32, 224 for photos')
+    add('--img-size', type=COUNT, default=None, metavar='N', help='height and width, default 32, for photos 224')
     add('--images', type=COUNT, default=None, metavar='N', help='per epoch: default 20000 for loaders, 1024 for photos')
     add('--script', metavar='FILE', help="train: timm's train.py")
     parser.trailing = 'train_args'
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         names = args.losses or losses.list_losses()
         sizes = (args.img_size or 32, args.batch_size, args.classes or 100, args.rounds)
         rows = bench_steps(args.backbone, names, *sizes, device)
+    elif args.what == 'layouts':
+        rows = bench_layouts(args.backbone, args.img_size or 32, args.batch_size, args.classes or 100, device)
     elif args.what == 'train':
         if not args.script or not os.path.isfile(args.script):
             raise UserError("bench train needs timm's train.py: give its path with --script.")

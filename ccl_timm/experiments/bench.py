@@ -30,8 +30,10 @@ from ccl_timm.data.loaders import create_loader, make_loaders
 from ccl_timm.errors import UserError
 from ccl_timm.losses import channel_correlation
 from ccl_timm.task import create_task
+from ccl_timm.training.kernel_cropping import crop_kernels
+from ccl_timm.training.step_timing import time_choices
 
-__all__ = ['bench_cc', 'bench_loaders', 'bench_photos', 'bench_steps', 'bench_train', 'ratios']
+__all__ = ['bench_cc', 'bench_layouts', 'bench_loaders', 'bench_photos', 'bench_steps', 'bench_train', 'ratios']
 
 
 def ratios(
@@ -237,6 +239,28 @@ def _write_photos(folder: Path, count: int) -> None:
         left, top = random.integers(1280 - 704), random.integers(854 - 480)
         photo = originals[number % 2].crop((left, top, left + 704, top + 480))
         photo.save(folder / f'{number:05}.jpg', quality=90)
+
+
+def bench_layouts(model: str, size: int, batch: int, classes: int, device: torch.device) -> list[dict[str, Any]]:
+    """Training steps with cross-entropy in each memory layout and precision, as a long run times them at its start.
+
+    Args:
+        model: timm architecture, with or without a head.
+        size: height and width of the images.
+        batch: images a step.
+        classes: K.
+        device: where.
+    """
+    network = models.create_model(model, num_classes=classes)
+    if device.type == 'cpu':
+        crop_kernels(network)
+    dtypes = ['float32', 'bfloat16', *(['float16'] if device.type == 'cuda' else [])]
+    found = time_choices(create_task(network.to(device), 'ce'), (3, size, size), batch, dtypes)
+    base = next(iter(found.values()))
+    return [
+        {'name': f'{layout}, {dtype}', 'seconds': each, 'ratio': each / base, 'images_per_second': 1 / each}
+        for (layout, dtype), each in found.items()
+    ]
 
 
 def bench_train(script: str, argv: list[str], rounds: int) -> list[dict[str, Any]]:

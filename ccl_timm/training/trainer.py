@@ -51,6 +51,7 @@ from ccl_timm.training.setup import (
     loss_options,
     weight_options,
 )
+from ccl_timm.training.step_timing import LAYOUTS, fastest_layout
 
 __all__ = ['Trainer']
 
@@ -232,6 +233,9 @@ class Trainer:
             self.task.dry_run_forward(size, soft_classes=num_classes if config.mixes else 0)
         if config.batch_size == 1:
             _check_batch_of_one(config, model, size)
+        if self._may_time_steps():
+            memory_format = self._fastest_format(memory_format, size)
+            model.to(memory_format=memory_format)
         if config.freeze_backbone:
             check_freezable(model, self.task.loss.requires, config.model, config.loss)
             freeze_backbone(model)
@@ -246,6 +250,20 @@ class Trainer:
         names = self.splits.class_names
         rate = learning_rate(config)
         self.setup = Setup(num_classes, names, data_config, rate, memory_format, cropped)
+
+    def _may_time_steps(self) -> bool:
+        """Whether the memory layout is free to choose; steps of one process among several wait for the others."""
+        config = self.config
+        fixed = config.memory_format != 'auto' or config.channels_last or config.deterministic
+        return not fixed and not config.freeze_backbone and world_size() == 1 and hasattr(self.splits.train, '__len__')
+
+    def _fastest_format(self, before: torch.memory_format, size: tuple[int, int, int]) -> torch.memory_format:
+        config, names = self.config, {layout: name for name, layout in LAYOUTS.items()}
+        facts = {name: getattr(config, name) for name in ('model', 'model_kwargs', 'loss', 'loss_kwargs', 'batch_size')}
+        facts['checkpointing'] = config.grad_checkpointing
+        dtype = config.amp_dtype if config.amp else 'float32'
+        images = config.epochs * len(self.splits.train)
+        return LAYOUTS[fastest_layout(self.task, facts, size, images, dtype, names[before])]
 
     def _build_optimizer(self) -> None:
         """Optimizer and precision."""

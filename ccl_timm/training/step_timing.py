@@ -1,0 +1,165 @@
+"""Training steps timed in each memory layout and precision: the layout is chosen, the precision recommended."""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ccl_timm.console import log_info
+from ccl_timm.data.cache import cache_dir
+from ccl_timm.task import LossTask
+
+__all__ = ['LAYOUTS', 'Choice', 'fastest_layout', 'time_choices']
+
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+_LONG = 300  # seconds: of shorter runs the timing would take a large share
+_GAIN = 1.05  # smaller gains are within what a busy machine varies by
+_STEP = 0.25  # seconds that a timed step takes, or less
+_ROUNDS = 4  # the first does not count
+_HOPELESS = 3  # times the fastest: timed on a few images only
+
+
+class Choice(NamedTuple):
+    """How a training step is computed.
+
+    Attributes:
+        layout: of images and weights in memory, one of :data:`LAYOUTS`.
+        dtype: ``'float32'``, or that of mixed precision.
+    """
+
+    layout: str
+    dtype: str
+
+
+def time_choices(
+    task: LossTask,
+    size: tuple[int, int, int],
+    batch_size: int,
+    dtypes: Sequence[str] = ('float32', 'bfloat16'),
+    at_least: float = 0.0,
+) -> dict[Choice, float]:
+    """Seconds per image of a training step, forward and backward, by choice. The task stays as it is.
+
+    Args:
+        task: on its device, of one process.
+        size: channels, height and width of an image.
+        batch_size: largest number of images in a step; fewer are taken where a step takes long.
+        dtypes: to try.
+        at_least: if an image takes less than that many seconds, nothing more is timed.
+
+    Returns:
+        Empty if an image took less than ``at_least``.
+    """
+    device = next(task.parameters()).device
+    choices = [Choice(layout, dtype) for dtype in dtypes for layout in LAYOUTS]
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        task = copy.deepcopy(task)
+        task.get_trainable_module().train()
+        few = min(batch_size, 8)
+        each = min(_step(task, choices[0], few, size) for _ in range(2)) / few
+        if each < at_least:
+            return {}
+        # the first step of each prepares kernels; of some precisions it takes very long
+        found = {choice: min(_step(task, choice, few, size) for _ in range(2)) / few for choice in choices}
+        hopeful = [choice for choice in choices if found[choice] < _HOPELESS * min(found.values())]
+        count = max(min(batch_size, int(_STEP / each)), few)
+        rounds = [{choice: _step(task, choice, count, size) / count for choice in hopeful} for _ in range(_ROUNDS)]
+    return found | {choice: min(timed[choice] for timed in rounds[1:]) for choice in hopeful}
+
+
+def _step(task: LossTask, choice: Choice, count: int, size: tuple[int, int, int]) -> float:
+    """Seconds that one step takes."""
+    module, layout = task.get_trainable_module(), LAYOUTS[choice.layout]
+    device = next(module.parameters()).device
+    module.to(memory_format=layout)
+    images = torch.randn(count, *size, device=device).contiguous(memory_format=layout)
+    target = torch.arange(count, device=device) % task.get_eval_model().num_classes
+    _wait_for(device)
+    started = time.perf_counter()
+    with torch.autocast(device.type, dtype=getattr(torch, choice.dtype), enabled=choice.dtype != 'float32'):
+        loss = task(images, target)['loss']
+    loss.backward()
+    _wait_for(device)
+    module.zero_grad()
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != 'cpu':
+        torch.accelerator.synchronize()
+
+
+def fastest_layout(
+    task: LossTask, facts: dict[str, Any], size: tuple[int, int, int], images: int, dtype: str, before: str
+) -> str:
+    """The layout in which a run's steps are fastest; logs what was found, and what another precision would gain.
+
+    Timings are kept on this machine, so that later runs do the same.
+
+    Args:
+        task: of one process.
+        facts: what steps depend on; ``batch_size`` among them.
+        size: channels, height and width of an image.
+        images: that the run trains on, over all epochs; for a few nothing is timed.
+        dtype: of the run's precision.
+        before: the layout to keep unless another is clearly faster.
+    """
+    device = next(task.parameters()).device
+    if device.type not in ('cpu', 'cuda'):
+        return before
+    key = json.dumps([facts, size, dtype, _machine(device)], sort_keys=True, default=str)
+    path = cache_dir('steps') / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.json'
+    found = _read(path)
+    if not found:
+        dtypes = dict.fromkeys(['float32', 'bfloat16', dtype, *(['float16'] if device.type == 'cuda' else [])])
+        found = time_choices(task, size, facts['batch_size'], [*dtypes], at_least=_LONG / images)
+        if not found:
+            return before
+        _write(path, found)
+    seconds = {layout: found[Choice(layout, dtype)] for layout in LAYOUTS}
+    layout = min(seconds, key=seconds.__getitem__)
+    if seconds[before] < _GAIN * seconds[layout]:
+        layout = before
+    else:
+        ratio = seconds[before] / seconds[layout]
+        log_info(f'steps are {ratio:.2f} times as fast with --memory-format {layout}, which is chosen')
+    best = min(found, key=found.__getitem__)
+    if best.dtype != dtype and seconds[layout] >= _GAIN * found[best]:
+        flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'
+        log_info(f'steps would be {seconds[layout] / found[best]:.2f} times as fast {flags}')
+    return layout
+
+
+def _machine(device: torch.device) -> list[Any]:
+    """What a time depends on besides the step."""
+    if device.type == 'cuda':
+        return [torch.__version__, torch.cuda.get_device_name(device)]
+    name = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), name)
+    return [torch.__version__, name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+
+
+def _read(path: Path) -> dict[Choice, float]:
+    try:
+        return {Choice(*name.split()): float(seconds) for name, seconds in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, found: dict[Choice, float]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f'.{os.getpid()}')
+        temporary.write_text(json.dumps({' '.join(choice): seconds for choice, seconds in found.items()}))
+        os.replace(temporary, path)
+    except OSError:
+        return

@@ -1,0 +1,126 @@
+"""The memory layout of a long run is the fastest of those timed. Clocks are replaced: no test looks at one."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import ccl_timm
+from ccl_timm.training import step_timing
+from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_layout, time_choices
+
+SIZE = (3, 16, 16)
+
+
+@pytest.fixture
+def task():
+    return ccl_timm.create_task(ccl_timm.create_model('test_resnet_cam', num_classes=3), 'cc')
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Seconds of a step on one image, by choice; with the calls so far."""
+    monkeypatch.setenv('CCL_TIMM_CACHE', str(tmp_path))
+    seconds = {Choice(layout, dtype): 1.0 for layout in LAYOUTS for dtype in ('float32', 'bfloat16', 'float16')}
+    calls = []
+
+    def step(task, choice, count, size):
+        calls.append((choice, count))
+        return seconds[choice] * count
+
+    monkeypatch.setattr(step_timing, '_step', step)
+    return seconds, calls
+
+
+def fastest(task, dtype='float32', before='channels_last', batch_size=32, images=10**6):
+    return fastest_layout(task, {'batch_size': batch_size}, SIZE, images, dtype, before)
+
+
+def test_steps_are_timed_as_they_are_trained(task):
+    state, random = copy.deepcopy(task.state_dict()), torch.get_rng_state()
+    found = time_choices(task, SIZE, 4)
+    assert list(found) == [Choice(layout, dtype) for dtype in ('float32', 'bfloat16') for layout in LAYOUTS]
+    assert all(seconds > 0 for seconds in found.values())
+    assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
+    assert all(parameter.grad is None for parameter in task.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_fastest_is_chosen_and_kept(task, clock, capsys):
+    seconds, calls = clock
+    seconds[Choice('contiguous', 'float32')] = 0.5
+    assert fastest(task) == 'contiguous'
+    assert 'steps are 2.00 times as fast with --memory-format contiguous' in capsys.readouterr().err
+    made = len(calls)
+    assert fastest(task) == 'contiguous' and len(calls) == made
+    assert fastest(task, batch_size=16) == 'contiguous' and len(calls) > made
+
+
+def test_small_gains_change_nothing(task, clock, capsys):
+    seconds, _ = clock
+    seconds[Choice('contiguous', 'float32')] = 0.97
+    assert fastest(task) == 'channels_last' and not capsys.readouterr().err
+
+
+def test_another_precision_is_recommended_not_taken(task, clock, capsys):
+    seconds, _ = clock
+    seconds[Choice('channels_last', 'bfloat16')] = 0.4
+    assert fastest(task) == 'channels_last'
+    assert 'steps would be 2.50 times as fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    seconds[Choice('contiguous', 'float16')] = 5.0
+    assert fastest(task, dtype='float16') == 'channels_last'
+    assert 'fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    seconds[Choice('channels_last', 'bfloat16')] = 4.0
+    assert fastest(task, dtype='bfloat16') == 'contiguous'
+    assert '4.00 times as fast with --memory-format contiguous' in capsys.readouterr().err
+
+
+def test_without_mixed_precision_it_may_be_faster(task, clock, capsys):
+    seconds, _ = clock
+    for layout in LAYOUTS:
+        seconds[Choice(layout, 'float32')] = 0.5
+    fastest(task, dtype='bfloat16')
+    assert 'steps would be 2.00 times as fast without --amp' in capsys.readouterr().err
+
+
+def test_hopeless_choices_are_timed_on_few_images(task, clock):
+    seconds, calls = clock
+    for choice in seconds:
+        seconds[choice] = 1e-4 if choice.dtype == 'float32' else 1.0
+    fastest(task, images=10**8)
+    assert max(count for choice, count in calls if choice.dtype == 'bfloat16') == 8
+    assert max(count for choice, count in calls if choice.dtype == 'float32') == 32
+
+
+def test_short_runs_are_not_timed(task, clock, capsys):
+    seconds, calls = clock
+    assert fastest(task, images=100) == 'channels_last'
+    assert len(calls) == 2 and not capsys.readouterr().err
+
+
+def test_a_damaged_file_is_measured_again(task, clock, tmp_path):
+    fastest(task)
+    (path,) = (tmp_path / 'steps').glob('*.json')
+    path.write_text('{"contiguous": 1}')
+    assert fastest(task) == 'channels_last' and len(json.loads(path.read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    'argv, timed',
+    [
+        ([], True),
+        (['--memory-format', 'contiguous'], False),
+        (['--deterministic'], False),
+        (['--freeze-backbone'], False),
+    ],
+)
+def test_runs_time_what_is_free_to_choose(argv, timed, clock, folder, run_cli, workdir):
+    seconds, calls = clock
+    for choice in seconds:
+        seconds[choice] = 50.0 if choice.layout == 'contiguous' else 100.0
+    shared = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1']
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *shared, '--device', 'cpu', *argv)
+    assert code == 0, err
+    assert bool(calls) == ('which is chosen' in err) == timed
+    assert ('channels last' in err) == (argv == ['--deterministic'])
