@@ -173,7 +173,7 @@ def test_stock_script_is_stopped_before_it_trains_something_else(script, folder,
     assert not Path('output').exists()
 
 
-@pytest.mark.parametrize('builtin', [True, False])
+@pytest.mark.parametrize('builtin', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_args_yaml_of_every_run_stops_a_stock_script(builtin, folder, launch, run_cli):
     """Also of a run without a recipe, whose loss a stock script would leave out; our launcher repeats it."""
     if builtin:

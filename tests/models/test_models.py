@@ -23,8 +23,9 @@ def small(name):
 
 # every named model; by default large backbones with one head each, since all heads are tried on the smaller ones
 LARGE = ('densenet121', 'resnet50', 'swin', 'vgg16', 'vit_base', 'vit_small')
+TRIED = ('resnet50_cam', 'vgg16_cam', 'swin_base_patch4_window7_224_cam')  # of those, by default
 NAMED = [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LARGE) and not name.endswith('_cam') else [])
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(LARGE) and name not in TRIED else [])
     for name in sorted(MODELS)
 ]
 # what the backbone decides, whatever its head: checked with one head of each, and with every head of a ResNet-18
@@ -355,7 +356,10 @@ def export(folder, name, **options):
 
 
 @pytest.mark.parametrize('options', [{}, {'small_input': True}, {'in_chans': 1}], ids=str)
-@pytest.mark.parametrize('name', ['resnet18_cam', 'resnet18_cosine', 'resnet18_mc', 'vgg16_pedcc'])
+@pytest.mark.parametrize(
+    'name',
+    ['resnet18_cam', 'resnet18_cosine', 'resnet18_mc', pytest.param('vgg16_pedcc', marks=pytest.mark.slow)],
+)
 def test_features_of_a_trained_checkpoint_are_those_it_was_trained_to(name, options, tmp_path):
     source = export(tmp_path, name, **options)
     images = torch.randn(1, options.get('in_chans', 3), 64, 64)

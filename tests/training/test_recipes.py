@@ -81,8 +81,15 @@ def test_whole_table_passes_a_dry_run(name, run_cli):
     assert len(out.splitlines()) == len(tables.read_table(name).rows)
 
 
+# one of each kind; the others differ from them in settings that test_row_fits checks
+QUICK = ('cc_mnist', 'digits', 'finetune', 'pod_cifar10', 'probe')
+
+
 @pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', recipes.list_recipes())
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in recipes.list_recipes()],
+)
 def test_recipe_takes_steps(name, whole, few_images, tmp_path, workdir):
     argv = ['--config', name, '--num-classes', '3', '-b', '3', '-j', '0', '--epochs', '1']
     if name != 'digits':
