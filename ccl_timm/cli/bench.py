@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == 'train':
         if not args.script or not os.path.isfile(args.script):
             raise UserError("bench train needs timm's train.py: give its path with --script.")
-        rows = bench_train(args.script, args.train_args, args.rounds)
+        rows = bench_train(args.script, args.train_args, args.rounds, device)
     else:
         photos = args.what == 'photos'
         sizes = (args.images or (1024 if photos else 20000), args.img_size or (224 if photos else 32))

@@ -263,13 +263,14 @@ def bench_layouts(model: str, size: int, batch: int, classes: int, device: torch
     ]
 
 
-def bench_train(script: str, argv: list[str], rounds: int) -> list[dict[str, Any]]:
+def bench_train(script: str, argv: list[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """Whole training runs, start and end included: timm's script, then the built-in one, with the same arguments.
 
     Args:
         script: path of timm's train.py.
         argv: for both: data, model, epochs and so on.
         rounds: runs of each.
+        device: of both.
 
     Raises:
         UserError: a run fails.
@@ -279,7 +280,8 @@ def bench_train(script: str, argv: list[str], rounds: int) -> list[dict[str, Any
 
     def train(name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, *programs[name], *argv, '--output', folder, '--experiment', 'bench']
+            command = [sys.executable, *programs[name], '--device', str(device), *argv]
+            command += ['--output', folder, '--experiment', 'bench']
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UserError(f'{shlex.join(command)} failed: {done.stderr.strip()[-500:]}')
@@ -287,7 +289,7 @@ def bench_train(script: str, argv: list[str], rounds: int) -> list[dict[str, Any
                 accuracies[name] = float(list(csv.DictReader(file))[-1]['eval_top1'])
 
     actions = {name: functools.partial(train, name) for name in programs}
-    rows = _rows(ratios(actions, rounds, torch.device('cpu'), untimed=0))
+    rows = _rows(ratios(actions, rounds, device, untimed=0))
     return [row | {'top1': accuracies[row['name']]} for row in rows]
 
 

@@ -62,7 +62,7 @@ def test_whole_runs_have_the_same_arguments(run_cli, workdir):
     Path('other.py').write_text(_SCRIPT)
     shared = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-j', '0', '--img-size', '16']
     command = ['ccl-timm', 'bench', 'train', '--script', 'other.py', '--rounds', '1', '--json', '--', *shared]
-    code, out, err = run_cli(*command, '--device', 'cpu')
+    code, out, err = run_cli(*command)
     assert code == 0, err
     theirs, ours = json.loads(out)
     assert theirs['top1'] == 75.0 and 0 < ours['top1'] < 75.0 and ours['ratio'] > theirs['ratio'] == 1.0
