@@ -1,8 +1,10 @@
 """Training steps timed in each memory layout and precision: the layout is chosen, the precision recommended."""
 
 import copy
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from ccl_timm.console import log_info
 from ccl_timm.data.cache import cache_dir
@@ -43,6 +46,7 @@ def time_choices(
     size: tuple[int, int, int],
     batch_size: int,
     dtypes: Sequence[str] = ('float32', 'bfloat16'),
+    soft_targets: bool = False,
     at_least: float = 0.0,
 ) -> dict[Choice, float]:
     """Seconds per image of a training step, forward and backward, by choice. The task stays as it is.
@@ -52,6 +56,7 @@ def time_choices(
         size: channels, height and width of an image.
         batch_size: largest number of images in a step; fewer are taken where a step takes long.
         dtypes: to try.
+        soft_targets: give the loss probabilities of classes, as Mixup does.
         at_least: if an image takes less than that many seconds, nothing more is timed.
 
     Returns:
@@ -59,28 +64,39 @@ def time_choices(
     """
     device = next(task.parameters()).device
     choices = [Choice(layout, dtype) for dtype in dtypes for layout in LAYOUTS]
+    step = functools.partial(_attempt, size=size, soft_targets=soft_targets)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         task = copy.deepcopy(task)
         task.get_trainable_module().train()
         few = min(batch_size, 8)
-        each = min(_step(task, choices[0], few, size) for _ in range(2)) / few
+        each = min(step(task, choices[0], few) for _ in range(2)) / few
         if each < at_least:
             return {}
         # the first step of each prepares kernels; of some precisions it takes very long
-        found = {choice: min(_step(task, choice, few, size) for _ in range(2)) / few for choice in choices}
+        found = {choice: min(step(task, choice, few) for _ in range(2)) / few for choice in choices}
         hopeful = [choice for choice in choices if found[choice] < _HOPELESS * min(found.values())]
         count = max(min(batch_size, int(_STEP / each)), few)
-        rounds = [{choice: _step(task, choice, count, size) / count for choice in hopeful} for _ in range(_ROUNDS)]
+        rounds = [{choice: step(task, choice, count) / count for choice in hopeful} for _ in range(_ROUNDS)]
     return found | {choice: min(timed[choice] for timed in rounds[1:]) for choice in hopeful}
 
 
-def _step(task: LossTask, choice: Choice, count: int, size: tuple[int, int, int]) -> float:
+def _attempt(*args: Any, **options: Any) -> float:
+    """Seconds that one step takes; infinity for one that does not work, for want of memory or of an operation."""
+    try:
+        return _step(*args, **options)
+    except RuntimeError:
+        return math.inf
+
+
+def _step(task: LossTask, choice: Choice, count: int, size: tuple[int, int, int], soft_targets: bool) -> float:
     """Seconds that one step takes."""
     module, layout = task.get_trainable_module(), LAYOUTS[choice.layout]
     device = next(module.parameters()).device
     module.to(memory_format=layout)
     images = torch.randn(count, *size, device=device).contiguous(memory_format=layout)
-    target = torch.arange(count, device=device) % task.get_eval_model().num_classes
+    classes = task.get_eval_model().num_classes
+    target = torch.arange(count, device=device) % classes
+    target = functional.one_hot(target, classes).float() if soft_targets else target
     _wait_for(device)
     started = time.perf_counter()
     with torch.autocast(device.type, dtype=getattr(torch, choice.dtype), enabled=choice.dtype != 'float32'):
@@ -105,7 +121,7 @@ def fastest_layout(
 
     Args:
         task: of one process.
-        facts: what steps depend on; ``batch_size`` among them.
+        facts: what steps depend on; ``batch_size`` and ``soft_targets`` among them.
         size: channels, height and width of an image.
         images: that the run trains on, over all epochs; for a few nothing is timed.
         dtype: of the run's precision.
@@ -119,12 +135,14 @@ def fastest_layout(
     found = _read(path)
     if not found:
         dtypes = dict.fromkeys(['float32', 'bfloat16', dtype, *(['float16'] if device.type == 'cuda' else [])])
-        found = time_choices(task, size, facts['batch_size'], [*dtypes], at_least=_LONG / images)
+        found = time_choices(task, size, facts['batch_size'], [*dtypes], facts['soft_targets'], _LONG / images)
         if not found:
             return before
         _write(path, found)
     seconds = {layout: found[Choice(layout, dtype)] for layout in LAYOUTS}
     layout = min(seconds, key=seconds.__getitem__)
+    if math.isinf(seconds[layout]):
+        return before
     if seconds[before] < _GAIN * seconds[layout]:
         layout = before
     else:

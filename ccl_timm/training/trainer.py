@@ -260,7 +260,7 @@ class Trainer:
     def _fastest_format(self, before: torch.memory_format, size: tuple[int, int, int]) -> torch.memory_format:
         config, names = self.config, {layout: name for name, layout in LAYOUTS.items()}
         facts = {name: getattr(config, name) for name in ('model', 'model_kwargs', 'loss', 'loss_kwargs', 'batch_size')}
-        facts['checkpointing'] = config.grad_checkpointing
+        facts |= {'checkpointing': config.grad_checkpointing, 'soft_targets': config.mixes}
         dtype = config.amp_dtype if config.amp else 'float32'
         images = config.epochs * len(self.splits.train)
         return LAYOUTS[fastest_layout(self.task, facts, size, images, dtype, names[before])]

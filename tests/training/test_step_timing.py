@@ -25,7 +25,7 @@ def clock(monkeypatch, tmp_path):
     seconds = {Choice(layout, dtype): 1.0 for layout in LAYOUTS for dtype in ('float32', 'bfloat16', 'float16')}
     calls = []
 
-    def step(task, choice, count, size):
+    def step(task, choice, count, size, soft_targets):
         calls.append((choice, count))
         return seconds[choice] * count
 
@@ -34,7 +34,7 @@ def clock(monkeypatch, tmp_path):
 
 
 def fastest(task, dtype='float32', before='channels_last', batch_size=32, images=10**6):
-    return fastest_layout(task, {'batch_size': batch_size}, SIZE, images, dtype, before)
+    return fastest_layout(task, {'batch_size': batch_size, 'soft_targets': False}, SIZE, images, dtype, before)
 
 
 def test_steps_are_timed_as_they_are_trained(task):
@@ -91,6 +91,24 @@ def test_hopeless_choices_are_timed_on_few_images(task, clock):
     fastest(task, images=10**8)
     assert max(count for choice, count in calls if choice.dtype == 'bfloat16') == 8
     assert max(count for choice, count in calls if choice.dtype == 'float32') == 32
+
+
+def test_steps_that_do_not_work_are_not_chosen(task, clock, capsys, monkeypatch):
+    seconds, _ = clock
+    seconds[Choice('channels_last', 'float32')] = 2.0
+    working = step_timing._step
+
+    def step(task, choice, *args, **options):
+        if choice.layout == 'contiguous':
+            raise torch.OutOfMemoryError('out of memory')
+        return working(task, choice, *args, **options)
+
+    monkeypatch.setattr(step_timing, '_step', step)
+    assert fastest(task, batch_size=8) == 'channels_last'
+    assert 'steps would be 2.00 times as fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    for choice in seconds:
+        seconds[choice] = float('inf')
+    assert fastest(task, 'bfloat16', batch_size=16) == 'channels_last' and not capsys.readouterr().err
 
 
 def test_short_runs_are_not_timed(task, clock, capsys):
