@@ -157,7 +157,7 @@ def test_losses_and_their_heads_are_those_that_the_command_lists(run_cli):
 def test_two_commands_install():
     assert len(INSTALLS) == 2
     assert INSTALLS[0].endswith('timm train.py --model resnet18_cam --loss cc')
-    assert INSTALLS[1].endswith('pytest -n auto --dist loadscope')
+    assert INSTALLS[1].endswith('pytest -n auto --dist worksteal')
     assert INSTALLS[1] in (ROOT / '.ci' / 'run').read_text()
 
 

@@ -218,7 +218,14 @@ def test_compiled_equals_plain(model, batch):
     assert isinstance(compiled._bare(), ModelWithLoss)
 
 
-@pytest.mark.parametrize('name', [*list_losses(), 'ce'])
+# one of each kind by default: compiling takes seconds
+COMPILED = ('amsoftmax', 'cc', 'center', 'cot', 'pod')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=[] if name in COMPILED else [pytest.mark.slow]) for name in [*list_losses(), 'ce']],
+)
 def test_task_and_loss_are_one_graph_for_all_steps(name):
     head = loss_class(name).head or 'linear' if name in list_losses() else 'linear'
     task = ccl_timm.create_task(ccl_timm.create_model(f'test_resnet_{head}', num_classes=4), name).train()

@@ -100,7 +100,7 @@ def _step(task: LossTask, choice: Choice, count: int, size: tuple[int, int, int]
     _wait_for(device)
     started = time.perf_counter()
     with torch.autocast(device.type, dtype=getattr(torch, choice.dtype), enabled=choice.dtype != 'float32'):
-        loss = task(images, target)['loss']
+        loss = module(images, target)['loss']  # the task itself counts batches
     loss.backward()
     _wait_for(device)
     module.zero_grad()

@@ -84,6 +84,7 @@ def installed(tmp_path_factory):
     return folder, env
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_trains_beside_a_broken_one(installed, folder, tmp_path):
     _, env = installed
     code = 'import sys; from ccl_timm.cli import timm; sys.exit(timm())'

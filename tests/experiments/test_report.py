@@ -390,7 +390,13 @@ def test_report_refuses(argv, message, workdir, run_cli):
     assert code == 2 and message in err and Path('taken').read_text() == 'mine'
 
 
-@pytest.mark.parametrize('name', tables.list_tables())
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[] if name in ('cc-table1', 'pod-table4') else [pytest.mark.slow])
+        for name in tables.list_tables()
+    ],
+)
 def test_every_table_prints_its_own_rows_and_no_others(name, workdir, run_cli):
     """One run of each row finds that row again, whatever its folder is called."""
     table = tables.read_table(name)

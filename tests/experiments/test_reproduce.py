@@ -49,6 +49,7 @@ def values_in(out):
     return {name: cells for name, *cells in reversed(rows)}  # the first table, not that of the details
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_prints_the_same_table(small, started, monkeypatch):
     code, whole, err = small('--output', 'whole')
     assert code == 0, err

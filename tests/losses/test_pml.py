@@ -176,8 +176,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(run_cli, folder, wor
     assert torch.equal(*proxies)
 
 
+@pytest.mark.slow
 @needs_pml
-def test_is_compared_and_listed(run_cli, workdir):
+def test_is_compared(run_cli, workdir):
     argv = ['compare', '--config', 'digits', '--backbone', 'test_resnet', '--losses', 'pml:SupConLoss', '--trials', '1']
     argv += ['--seeds', '1', '--epochs', '1', '--jobs', '1', '--', '--img-size', '16', '--train-fraction', '0.2']
     code, out, err = run_cli('ccl-timm', *argv)
@@ -185,6 +186,10 @@ def test_is_compared_and_listed(run_cli, workdir):
     assert re.search(r'pml:SupConLoss +linear +\d', out) and re.search(
         r'pml:SupConLoss +linear .*weight=1 smoothing=0', out
     )
+
+
+@needs_pml
+def test_is_listed(run_cli):
     code, out, err = run_cli('ccl-timm', 'losses', '--pml')
     assert code == 0 and all(name in out for name in NAMES)
     code, out, err = run_cli('ccl-timm', 'losses', 'pml:ProxyAnchorLoss')
