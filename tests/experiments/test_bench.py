@@ -58,6 +58,7 @@ folder.mkdir()
 """
 
 
+@pytest.mark.slow
 def test_whole_runs_have_the_same_arguments(run_cli, workdir):
     Path('other.py').write_text(_SCRIPT)
     shared = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-j', '0', '--img-size', '16']
