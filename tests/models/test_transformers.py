@@ -51,6 +51,15 @@ def test_export_gives_the_same_logits_and_class_names(exported, head):
         assert torch.equal(features.pooler_output, ours.forward_head(feature_map, pre_logits=True))
 
 
+@pytest.mark.parametrize('head', HEADS)
+def test_a_copy_saved_by_transformers_loads_in_timm(exported, head, tmp_path):
+    _load(exported[head]).save_pretrained(tmp_path)
+    copy, before = (
+        timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict() for folder in (tmp_path, exported[head])
+    )
+    assert copy.keys() == before.keys() and all(torch.equal(copy[name], before[name]) for name in before)
+
+
 def test_export_predicts_in_a_pipeline(exported):
     image = Image.effect_noise((200, 200), 60).convert('RGB')
     found = transformers.pipeline('image-classification', model=str(exported['cam']))(image, top_k=5)
