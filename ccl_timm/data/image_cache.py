@@ -34,12 +34,18 @@ class ImageCache:
         pixels: (T,) uint8, all pixels, of each image in the order height, width, channels.
         shapes: (N, 3) int64, height, width and channels of each image.
         labels: (N,) int64; -1 for an image that could not be read.
+        stem: what the names of its files begin with; None for a cache that is in memory only.
     """
 
-    def __init__(self, pixels: np.ndarray, shapes: np.ndarray, labels: np.ndarray):
+    def __init__(self, pixels: np.ndarray, shapes: np.ndarray, labels: np.ndarray, stem: Path | None = None):
+        self.stem = stem
         self.pixels, self.shapes, self.labels = pixels, torch.from_numpy(shapes), torch.from_numpy(labels)
         self._ends = np.cumsum(shapes.prod(axis=1))
         self.readable = torch.nonzero(self.labels >= 0).squeeze(1)  # numbers of the images that could be read
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a process that is not forked opens the files itself, in the place of receiving all that they hold
+        return (_opened, (self.stem,)) if self.stem else super().__reduce_ex__(protocol)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,7 +146,7 @@ def _opened(stem: Path) -> ImageCache | None:
         mapped = np.memmap(pixels, np.uint8, 'c')
     except (OSError, ValueError, KeyError):
         return None
-    return ImageCache(mapped, shapes, labels) if len(mapped) == shapes.prod(axis=1).sum() else None
+    return ImageCache(mapped, shapes, labels, stem) if len(mapped) == shapes.prod(axis=1).sum() else None
 
 
 def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, threads: int) -> None:

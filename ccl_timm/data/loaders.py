@@ -267,7 +267,8 @@ def _disk_loader(
     elif not obstacle:
         cache = keeping.photos_on_disk(config, dataset, size)
     if cache is None and config.in_memory == 'disk':
-        raise UserError(f'--in-memory disk does not work here: {obstacle or "see above"}; give --in-memory off.')
+        reason = obstacle or 'the cache cannot be written'
+        raise UserError(f'--in-memory disk does not work here: {reason}; give --in-memory off.')
     if cache is None:
         reason = f'; decoded ones are not kept on disk: {obstacle}' if obstacle else ''
         log_info(f'images are read by {config.workers} workers{reason}')

@@ -146,11 +146,8 @@ class RandomPhotos:
         def draw(place: int) -> Tensor:
             image = self.cache[chosen[place]]
             window = image.new_zeros(len(image), *self.size)
-            (top, left), (bottom, right) = (
-                corners[place],
-                (a + b for a, b in zip(corners[place], self.size, strict=True)),
-            )
-            inside = image[:, max(top, 0) : bottom, max(left, 0) : right]
+            top, left = corners[place]
+            inside = image[:, max(top, 0) : top + self.size[0], max(left, 0) : left + self.size[1]]
             top, left = max(-top, 0), max(-left, 0)
             window[:, top : top + inside.shape[1], left : left + inside.shape[2]] = inside
             return window

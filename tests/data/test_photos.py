@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 from types import SimpleNamespace
 
@@ -190,6 +191,13 @@ def test_cache_is_written_once(cache_folder):
     assert len(os.listdir(cache_folder)) == 2
     cached_images(read_small, 100, {'data': 'b'}, workers=0)
     assert len(os.listdir(cache_folder)) == 4
+
+
+def test_another_process_opens_the_cache_itself(cache_folder):
+    cache = cached_images(read_small, 100, {}, workers=1)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 300 < cache.pixels.size
+    assert torch.equal(pickle.loads(sent)[57], cache[57])
 
 
 def test_a_damaged_cache_is_written_anew(cache_folder):
