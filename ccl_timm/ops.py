@@ -85,6 +85,15 @@ def world_size() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
+def on_all_processes(condition: bool) -> bool:
+    """Whether a condition holds on every process; each of them must call this."""
+    if world_size() == 1:
+        return condition
+    conditions: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(conditions, condition)  # of objects: NCCL reduces no tensor of the CPU
+    return all(conditions)
+
+
 def all_reduce_sum_no_grad(x: Tensor) -> Tensor:
     """Sum ``x`` over all processes, without autograd: for functions that write out their own gradient.
 

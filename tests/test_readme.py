@@ -129,6 +129,7 @@ def test_commands_are_as_users_type_them():
     """What makes them cheap belongs into this file."""
     commands = [line for text in TEXTS.values() for line in re.findall(r'^(?:ccl-)?timm .*', text, re.M)]
     assert len(commands) > 50
+    commands = [line for line in commands if ' bench train ' not in line]  # of two scripts: they train that long
     assert not [line for line in commands if re.search(r' -j | --workers | -b \d| --epochs ', line)]
 
 

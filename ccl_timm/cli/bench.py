@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 from typing import Any
 
 import timm
@@ -46,6 +47,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.train_args and args.what != 'train':
+        raise UserError(f'bench {args.what} trains with no script: leave out {shlex.join(args.train_args)} after --.')
     device = torch.device(pick_device(args.device))
     log_info(f'timm {timm.__version__}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads')
     if args.what == 'cc':

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ccl_timm.console import log_info
 from ccl_timm.data.cache import cache_dir
-from ccl_timm.ops import world_size
+from ccl_timm.ops import on_all_processes, world_size
 
 __all__ = ['DecodedImages', 'ImageCache', 'cached_images', 'free_space']
 
@@ -125,11 +125,7 @@ def cached_images(
     if world_size() > 1:
         torch.distributed.barrier()
     cache = _opened(stem)
-    if world_size() > 1:  # all of them use it, or none
-        everywhere = torch.tensor(int(cache is not None))
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        cache = cache if everywhere else None
-    return cache
+    return cache if on_all_processes(cache is not None) else None
 
 
 def _files(stem: Path) -> tuple[Path, Path]:

@@ -137,7 +137,7 @@ def _some_sizes(dataset: Dataset) -> list[tuple[int, int]]:
     """Height and width of up to 32 images."""
     base, indices = base_of(dataset)
     sizes = []
-    for place in range(0, len(dataset), max(1, len(dataset) // 32)):
+    for place in range(0, len(dataset), -(-len(dataset) // 32)):
         try:
             with unreadable_if_it_fails():
                 file = base.reader[place if indices is None else indices[place]][0]

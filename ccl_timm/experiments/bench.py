@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler
 
 from ccl_timm import losses, models
+from ccl_timm.console import log_info
 from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
@@ -282,6 +283,7 @@ def bench_train(script: str, argv: list[str], rounds: int, device: torch.device)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, *programs[name], '--device', str(device), *argv]
             command += ['--output', folder, '--experiment', 'bench']
+            log_info(f'{name} trains: {shlex.join(command)}')
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 raise UserError(f'{shlex.join(command)} failed: {done.stderr.strip()[-500:]}')

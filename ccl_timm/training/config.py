@@ -58,7 +58,7 @@ class ModelConfig(Options, title='model'):
     channels_last: bool = option(False, varies='budget', help='channels-last memory layout')
     memory_format: str = option(
         'auto', choices=('auto', 'channels_last', 'contiguous'), own=True, varies='budget',
-        help='of images; auto: known to be fast, in runs of over five minutes timed',
+        help='of images; auto: the one known to be faster; long runs time both',
     )  # fmt: skip
     torchcompile: str | None = option(
         None, nargs='?', const='inductor', metavar='BACKEND', varies='budget', help='compile model and loss'

@@ -27,7 +27,7 @@ from ccl_timm.data import loaders
 from ccl_timm.data.cache import cache_dir
 from ccl_timm.data.datasets import Splits, base_of, content_hash
 from ccl_timm.errors import UserError
-from ccl_timm.ops import rank, world_size
+from ccl_timm.ops import on_all_processes, rank, world_size
 from ccl_timm.task import read_head
 from ccl_timm.training.config import TrainConfig
 
@@ -203,10 +203,8 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         pass
     except (OSError, ValueError, safetensors.SafetensorError):
         log_info(f'{path} is damaged, and is written anew')
-    if world_size() > 1:  # all of them compute, or none
-        everywhere = torch.tensor(int(found is not None))
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        found = found if everywhere else None
+    if not on_all_processes(found is not None):  # all of them compute, or none
+        return None
     if found is not None:
         log_info(f'features of {len(found["labels"])} images read from {path}')
     return found

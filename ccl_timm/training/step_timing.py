@@ -18,6 +18,7 @@ from torch.nn import functional
 from ccl_timm.console import log_info
 from ccl_timm.data.cache import cache_dir
 from ccl_timm.task import LossTask
+from ccl_timm.training.run_dir import atomic_write
 
 __all__ = ['LAYOUTS', 'Choice', 'fastest_layout', 'time_choices']
 
@@ -176,8 +177,6 @@ def _read(path: Path) -> dict[Choice, float]:
 def _write(path: Path, found: dict[Choice, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f'.{os.getpid()}')
-        temporary.write_text(json.dumps({' '.join(choice): seconds for choice, seconds in found.items()}))
-        os.replace(temporary, path)
+        atomic_write(path, json.dumps({' '.join(choice): seconds for choice, seconds in found.items()}))
     except OSError:
         return

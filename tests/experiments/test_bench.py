@@ -69,6 +69,11 @@ def test_whole_runs_have_the_same_arguments(run_cli, workdir):
     assert theirs['top1'] == 75.0 and 0 < ours['top1'] < 75.0 and ours['ratio'] > theirs['ratio'] == 1.0
 
 
+def test_arguments_of_a_script_are_for_train_only(run_cli):
+    code, out, err = run_cli('ccl-timm', 'bench', 'cc', '--', '--model', 'resnet18')
+    assert code == 2 and 'leave out --model resnet18 after --' in err
+
+
 def test_whole_runs_need_a_script(run_cli, workdir):
     code, out, err = run_cli('ccl-timm', 'bench', 'train', '--script', 'none.py')
     assert code == 2 and 'give its path with --script' in err
