@@ -286,7 +286,7 @@ def bench_train(script: str, argv: list[str], rounds: int, device: torch.device)
             log_info(f'{name} trains: {shlex.join(command)}')
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if done.returncode:
-                raise UserError(f'{shlex.join(command)} failed: {done.stderr.strip()[-500:]}')
+                raise UserError(f'{name} failed: {(done.stderr.splitlines() or ["no reason given"])[-1]}')
             with open(Path(folder, 'bench', 'summary.csv'), newline='') as file:
                 accuracies[name] = float(list(csv.DictReader(file))[-1]['eval_top1'])
 

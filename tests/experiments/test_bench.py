@@ -74,6 +74,14 @@ def test_arguments_of_a_script_are_for_train_only(run_cli):
     assert code == 2 and 'leave out --model resnet18 after --' in err
 
 
+def test_a_script_that_fails_is_one_sentence(run_cli, workdir):
+    Path('other.py').write_text('raise ValueError("no such model")')
+    code, out, err = run_cli(
+        'ccl-timm', 'bench', 'train', '--script', 'other.py', '--device', 'cpu', '--', '--epochs', '1'
+    )
+    assert code == 2 and err.splitlines()[-1] == "error: timm's train.py failed: ValueError: no such model"
+
+
 def test_whole_runs_need_a_script(run_cli, workdir):
     code, out, err = run_cli('ccl-timm', 'bench', 'train', '--script', 'none.py')
     assert code == 2 and 'give its path with --script' in err
