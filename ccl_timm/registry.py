@@ -15,13 +15,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import Distribution
+from pathlib import Path
 from typing import Any
 
 from ccl_timm.errors import PluginLoadError, UserError
 
 __all__ = [
     'GROUPS', 'SWITCH', 'Entry', 'describe_error', 'find_plugins', 'load', 'load_all', 'names', 'our_names',
-    'plugin_names', 'refresh', 'state', 'used_plugins', 'version',
+    'plugin_names', 'refresh', 'resource_dir', 'state', 'used_plugins', 'version',
 ]  # fmt: skip
 
 # kind -> entry point group
@@ -104,6 +105,13 @@ def version() -> str:
     """
     our_names('loss')
     return importlib.metadata.version(_OURS)
+
+
+def resource_dir(name: str) -> Path:
+    """The path of a top-level folder: inside an installed package, as ``_<name>``, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / f'_{name}'
+    return installed if installed.is_dir() else package.parent / name
 
 
 def plugin_names(kind: str) -> list[str]:

@@ -13,7 +13,6 @@ from ccl_timm import registry
 from ccl_timm.heads import Head
 from ccl_timm.losses import Loss
 from ccl_timm.training import recipes
-from ccl_timm.training.recipes import resource_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +39,7 @@ def test_a_missing_installation_is_one_sentence(monkeypatch):
 def test_a_checkout_finds_its_recipes():
     assert recipes.recipe_folder() == ROOT / 'recipes'
     assert 'digits' in recipes.list_recipes()
-    assert (resource_dir('hub_cards') / 'template.md').is_file()
+    assert (registry.resource_dir('hub_cards') / 'template.md').is_file()
 
 
 def test_version_is_written_once():

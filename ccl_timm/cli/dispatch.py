@@ -26,8 +26,8 @@ from ccl_timm.errors import UserError, did_you_mean
 __all__ = ['COMMANDS', 'main', 'timm']
 
 COMMANDS = (
-    'train', 'validate', 'predict', 'index', 'embed', 'bench', 'export', 'push', 'card', 'run', 'data', 'losses',
-    'models', 'recipes', 'reproduce', 'compare', 'report', 'features', 'plugins', 'new-plugin',
+    'train', 'validate', 'predict', 'index', 'embed', 'bench', 'export', 'push', 'card', 'release', 'run', 'data',
+    'losses', 'models', 'recipes', 'reproduce', 'compare', 'report', 'features', 'plugins', 'new-plugin',
 )  # fmt: skip
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _BUILT_IN = {'train.py': 'train', 'validate.py': 'validate'}

@@ -20,9 +20,9 @@ from ccl_timm.experiments.statistics import show_printed
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.models.checkpoints import ORGANISATION
 from ccl_timm.models.hub_errors import check_repository_name
+from ccl_timm.registry import resource_dir
 from ccl_timm.training.config import TrainConfig, diff_settings
 from ccl_timm.training.provenance import origin_of_settings
-from ccl_timm.training.recipes import resource_dir
 
 __all__ = ['default_repository', 'is_unedited', 'render']
 

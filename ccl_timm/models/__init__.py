@@ -22,10 +22,12 @@ from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.heads import head_name, output_names
 from ccl_timm.models import on_demand, weights
 from ccl_timm.models.builder import build_variant, register_variant, variant_cfg
+from ccl_timm.models.fast_convnet import FastConvNet
 from ccl_timm.models.hub_errors import load_errors
 from ccl_timm.models.on_demand import split_variant
 
 __all__ = [
+    'FastConvNet',
     'MODELS',
     'build_variant',
     'create_for_input',
@@ -57,6 +59,7 @@ _BACKBONES = (
 _NAMED = [(backbone, head) for backbone in _BACKBONES for head in ('cam', 'cosine', 'pedcc')]
 _NAMED += [('resnet18', 'mc'), ('vgg16', 'mc'), ('resnet18', 'linear'), ('resnet50', 'linear'), ('vgg16', 'linear')]
 _NAMED += [('resnet18', 'mlp'), ('vgg16', 'mlp'), ('vgg16_bn', 'mlp')]
+_NAMED += [('fast_convnet', head) for head in ('cam', 'cosine', 'pedcc', 'linear', 'mlp')]
 
 MODELS = tuple(register_variant(backbone, head).__name__ for backbone, head in _NAMED)
 on_demand.install()
@@ -195,7 +198,7 @@ def known_to_timm(name: str) -> bool:
     if module == register_variant.__module__:
         backbone, _ = split_variant(name) or (name, '')
         module = model_entrypoint(backbone).__module__  # a plugin's backbone has to be loaded first
-    return module.startswith('timm.')
+    return module.startswith(('timm.', 'ccl_timm.'))
 
 
 def load_plugins() -> None:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import timm.models
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg
 
 from ccl_timm import registry
 from ccl_timm._compat import parse_model_cfg
 from ccl_timm.errors import UserError
+from ccl_timm.models.checkpoints import checkpoint_name
 from ccl_timm.models.hub_errors import check_repository_name, hub_errors
 
 __all__ = [
@@ -215,6 +216,13 @@ def read_hub_weights(location: str, cache_dir: str | None = None) -> dict[str, A
         try:
             return load_file(_fetch(location, WEIGHTS, cache_dir))
         except LocalEntryNotFoundError:
+            raise
+        except RepositoryNotFoundError as error:
+            if name := checkpoint_name(location):
+                raise UserError(
+                    f"'{name}' is not published yet: `ccl-timm release {name} --dry-run` trains it on your machine, "
+                    f"and ccl_timm.load('output/release/{name}') loads what that has trained."
+                ) from error
             raise
         except EntryNotFoundError as error:
             raise _no_safetensors(location) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from ccl_timm import losses
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.registry import resource_dir
 from ccl_timm.training.yaml_files import read_yaml
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     'list_recipes',
     'read_recipe',
     'recipe_folder',
-    'resource_dir',
     'split_options',
     'with_autoload',
 ]
@@ -28,13 +28,6 @@ __all__ = [
 AUTOLOAD = 'ccl_timm.autoload'
 # keys that describe a recipe and set nothing; 'config' and 'data' come with the args.yaml of a run
 DESCRIPTIVE = ('assumed', 'config', 'data')
-
-
-def resource_dir(name: str) -> Path:
-    """The path of a top-level folder: inside an installed package, as ``_<name>``, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / f'_{name}'
-    return installed if installed.is_dir() else package.parent / name
 
 
 def recipe_folder() -> Path:

@@ -25,7 +25,8 @@ import ccl_timm
 from ccl_timm import cli, models
 from ccl_timm.experiments.results import read_record
 from ccl_timm.hub import card, publish
-from ccl_timm.models import builder, checkpoints
+from ccl_timm.hub.release import read_release
+from ccl_timm.models import checkpoints
 from ccl_timm.training import recipes
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.run_dir import RunDir
@@ -343,35 +344,6 @@ def test_a_download_that_breaks_off_is_reported(pushed):
         ccl_timm.create_model(f'hf-hub:{REPO}', pretrained=True)
 
 
-def test_published_checkpoints_are_tags_and_others_are_not(pushed, run, monkeypatch):
-    assert not [name for name in timm.list_pretrained() if name.partition('.')[0].endswith(('_cam', '_pedcc', '_mc'))]
-    pushed.add('us/test_resnet_cam.cc_bees', pushed.files(REPO))
-    cfg = json.loads(pushed.files(REPO)['config.json'])['pretrained_cfg']
-    facts = {key: cfg[key] for key in ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
-    row = {**facts, 'model_args': {'reduction': 16}}
-    monkeypatch.setattr(checkpoints, 'ORGANISATION', 'us')
-    monkeypatch.setitem(checkpoints.PUBLISHED, 'test_resnet_cam.cc_bees', row)
-    try:
-        _register_again()
-        assert timm.list_pretrained('test_resnet_cam*') == ['test_resnet_cam.cc_bees']
-        model = ccl_timm.create_model('test_resnet_cam.cc_bees', pretrained=True).eval()
-        images = torch.randn(2, 3, 32, 32)
-        assert torch.equal(model(images), load_trained(run).model(images))
-        assert model._model_args['reduction'] == 16 and model.pretrained_cfg['mean'] == [0.4] * 3
-        assert ccl_timm.create_model('test_resnet_cam').num_classes == 1000  # the plain name stays the plain model
-    finally:
-        monkeypatch.undo()
-        _register_again()
-
-
-def _register_again():
-    if hasattr(builder, 'test_resnet_cam'):
-        del builder.test_resnet_cam
-        timm.models._registry._clear_model_entries('test_resnet_cam')
-        del timm.models._registry._model_entrypoints['test_resnet_cam']
-    models.register_variant('test_resnet', 'cam')
-
-
 def test_card_parses_back_to_its_results(run_cli, run, baseline):
     code, out, err = run_cli('ccl-timm', 'card', run, '--repo-id', REPO, '--baseline', baseline)
     assert code == 0, err
@@ -573,7 +545,8 @@ def test_card_is_written_with_what_it_is_written_from(run_cli, run, baseline, wo
 
 @pytest.mark.parametrize('folder', sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/config.json')))
 def test_our_cards_are_those_of_their_recorded_runs(folder):
-    text = rendered(folder, f'{checkpoints.ORGANISATION}/{folder.name}')
+    license = read_release(folder.name).license
+    text = rendered(folder, f'{checkpoints.ORGANISATION}/{folder.name}', license)
     assert text == (folder / 'README.md').read_text(encoding='utf-8')
 
 
@@ -583,7 +556,7 @@ def test_card_and_readme_cite_the_papers_alike():
     assert len(entries) == 2 and all('author = ' in entry and entry in template for entry in entries)
 
 
-def rendered(folder, repo_id):
+def rendered(folder, repo_id, license='apache-2.0'):
     """The card of what a folder has recorded."""
-    run, *baseline = read_record(folder / 'runs.jsonl')
-    return card.render(json.loads((folder / 'config.json').read_text()), run, repo_id, *baseline)
+    run, baseline = [*read_record(folder / 'runs.jsonl'), None][:2]
+    return card.render(json.loads((folder / 'config.json').read_text()), run, repo_id, baseline, license)
