@@ -80,7 +80,7 @@ def render(
     environment.filters['code'] = lambda text: Markdown(markdown_code(text))
     template = environment.from_string((resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8'))
     card = template.render(
-        card_data=Markdown(_front_matter(run.settings, measured, repo_id, license, origin).to_yaml()),
+        card_data=Markdown(_front_matter(config, run.settings, measured, repo_id, license, origin).to_yaml()),
         **_use(config, run.settings, repo_id),
         **_training(config, run, origin),
         **_results(run, measured, baseline and baseline.public()),
@@ -108,7 +108,7 @@ def default_repository(config: dict[str, Any], settings: dict[str, Any]) -> str:
     return f'{ORGANISATION}/{name}'[:_LONGEST_NAME].rstrip('_.')
 
 
-def _front_matter(settings, measured, repo_id, license, origin) -> ModelCardData:
+def _front_matter(config, settings, measured, repo_id, license, origin) -> ModelCardData:
     data, name = _data(settings), repo_id.rpartition('/')[2]
     results = [
         EvalResult(
@@ -128,7 +128,7 @@ def _front_matter(settings, measured, repo_id, license, origin) -> ModelCardData
         license=license,
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'ccl-timm'],
+        tags=['image-classification', 'timm', 'ccl-timm', *(['transformers'] if _in_transformers(config) else [])],
         datasets=[data.repository] if data.repository else None,
         metrics=['accuracy'],
         base_model=origin['name'].partition('@')[0] if origin['kind'] == 'hub' else None,
@@ -178,10 +178,18 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
         'image_mode': 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
         'class_names': config.get('label_names'),
         'version': needs['version'],
+        'cost': needs.get('cost'),
+        'repository': Markdown(repr(repo_id)),
+        'in_transformers': _in_transformers(config),
         'plugin_note': Markdown(f', and needs {needed}' if needed else ''),
         'head': variant and variant[1],
         'loss_reads': Markdown(_loss_reads(settings)),
     }
+
+
+def _in_transformers(config: dict[str, Any]) -> bool:
+    """Whether its pipeline takes the model, which makes every image one of three channels."""
+    return models.known_to_timm(config['architecture']) and config['pretrained_cfg']['input_size'][0] == 3
 
 
 def _loss_reads(settings: dict[str, Any]) -> str:

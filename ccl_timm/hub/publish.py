@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm.models
 import torch
 from huggingface_hub import HfApi, constants, get_session
+from safetensors.torch import save_file
 
 from ccl_timm import registry
 from ccl_timm._compat import save_config_for_hf
@@ -22,6 +22,7 @@ from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.results import Result, write_record
 from ccl_timm.hub import card
+from ccl_timm.models.cost import cost
 from ccl_timm.models.hub_errors import check_repository_name, push_errors
 from ccl_timm.training.checkpoints import Trained, check_outputs, load_trained
 from ccl_timm.training.privacy import without_private
@@ -70,11 +71,26 @@ def export(
 def _export_timm(trained: Trained, folder: Path) -> dict[str, Any]:
     """Write the weights and config.json, and return the content of that."""
     folder.mkdir(parents=True, exist_ok=True)
-    timm.models.save_for_hf(trained.model, str(folder), safe_serialization=True, **_description(trained))
-    return _clean_config(folder / 'config.json')
+    facts = {'format': 'pt', 'package': 'ccl-timm', 'version': registry.version(), 'architecture': trained.name}
+    if loss := trained.settings.get('loss'):
+        facts['loss'] = loss
+    save_file(trained.model.state_dict(), folder / 'model.safetensors', metadata=facts)
+    _sort_metadata(folder / 'model.safetensors')
+    return _write_config(trained, folder / 'config.json')
 
 
-def _clean_config(path: Path) -> dict[str, Any]:
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata, which safetensors writes in random order: one model is one file, which is not pushed twice."""
+    with path.open('r+b') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(length))
+
+
+def _write_config(trained: Trained, path: Path) -> dict[str, Any]:
+    save_config_for_hf(trained.model, str(path), **_description(trained))
     # model_args hold whatever the model was built with
     config = without_private(json.loads(path.read_text(encoding='utf-8')))
     config.get('model_args', {}).pop('num_classes', None)  # transformers adds its own, and the config has it anyway
@@ -89,6 +105,7 @@ def _description(trained: Trained) -> dict[str, Any]:
         'version': registry.version(),
         'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
+        'cost': cost(trained.model, trained.data_config['input_size'])._asdict(),
         **({'calibration': trained.calibration} if trained.calibration else {}),
     }
     return {
@@ -141,9 +158,7 @@ def load_run(source: str | os.PathLike, use_ema: bool = False) -> tuple[Trained,
 def model_config(trained: Trained) -> dict[str, Any]:
     """The content of the config.json that an export of the model has."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, 'config.json')
-        save_config_for_hf(trained.model, str(path), **_description(trained))
-        return _clean_config(path)
+        return _write_config(trained, Path(folder, 'config.json'))
 
 
 def write_card(

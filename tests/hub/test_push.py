@@ -86,6 +86,11 @@ def test_push_creates_a_repository_with_weights_config_card_settings_results(run
     config = json.loads(files['config.json'])
     assert config['architecture'] == 'test_resnet_cam' and config['label_names'] == ['ant', 'bee', 'cat']
     assert config['ccl_timm']['package'] == 'ccl-timm' and config['ccl_timm']['version'] == ccl_timm.__version__
+    metadata = json.loads(files['model.safetensors'][8:].split(b'}', 1)[0] + b'}}')['__metadata__']
+    assert (
+        metadata['loss'] == 'cc' and metadata['version'] == ccl_timm.__version__ and list(metadata) == sorted(metadata)
+    )
+    assert config['ccl_timm']['cost']['parameters'] == sum(p.numel() for p in load_trained(run).model.parameters())
     cfg = config['pretrained_cfg']
     assert cfg['input_size'] == [3, 32, 32] and cfg['mean'] == [0.4] * 3 and cfg['std'] == [0.2] * 3
     assert f'{online.url}/{REPO}/commit/' in out and 'model.safetensors' in err
@@ -521,8 +526,8 @@ def test_the_cards_code_runs(pushed, workdir):
     Image.new('RGB', (40, 40), 'red').save('image.png')
     text = pushed.files(REPO)['README.md'].decode()
     code = ''.join(re.findall(r'```python\n(.*?)```', text, re.S))
-    assert code.startswith('import ccl_timm\n')
-    exec(compile(code, 'README.md', 'exec'), found := {})
+    assert code.count('urlopen(address)') == 1
+    exec(compile(code.replace('urlopen(address)', "'image.png'"), 'README.md', 'exec'), found := {})
     assert found['outputs'].attention.shape == found['outputs'].features.shape == (1, 96)
     assert torch.allclose(found['outputs'].logits.softmax(1)[0], found['probabilities'])
     assert 'The loss `cc` reads `outputs.logits` and `outputs.attention`, not `pooled`.' in text

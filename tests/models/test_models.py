@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import ccl_timm
 from ccl_timm.heads import head_class, list_heads
 from ccl_timm.models import MODELS
+from ccl_timm.models.cost import cost
 from ccl_timm.testing import check_model, model_checks
 
 
@@ -391,3 +392,14 @@ def test_a_trained_backbone_takes_another_head_with_a_warning(old, new, tmp_path
     assert all(torch.equal(ours[key], theirs[key]) for key in kept)
     said = [str(warning.message) for warning in recwarn if 'starts anew' in str(warning.message)]
     assert len(said) == (0 if old == new else 1)
+
+
+@pytest.mark.parametrize(
+    ('name', 'macs', 'activations'),
+    [('resnet18', 1.82, 2.48), ('mobilenetv2_100', 0.31, 6.68), ('vit_tiny_patch16_224', 1.26, 5.97)],
+)
+def test_cost_is_that_of_timms_tables(name, macs, activations):
+    model = timm.create_model(name)
+    found = cost(model, (3, 224, 224))
+    assert model.training and found.parameters == sum(p.numel() for p in model.parameters())
+    assert abs(found.macs / 1e9 / macs - 1) < 0.04 and abs(found.activations / 1e6 - activations) < 0.01
