@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
@@ -30,11 +31,17 @@ from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader, make_loaders
 from ccl_timm.errors import UserError
 from ccl_timm.losses import channel_correlation
+from ccl_timm.models import create_model
 from ccl_timm.task import create_task
+from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.kernel_cropping import crop_kernels
+from ccl_timm.training.prediction import find_images, predict
 from ccl_timm.training.step_timing import time_choices
 
-__all__ = ['bench_cc', 'bench_layouts', 'bench_loaders', 'bench_photos', 'bench_steps', 'bench_train', 'ratios']
+__all__ = [
+    'bench_cc', 'bench_import', 'bench_layouts', 'bench_loaders', 'bench_photos', 'bench_predict', 'bench_steps',
+    'bench_train', 'ratios',
+]  # fmt: skip
 
 
 def ratios(
@@ -293,6 +300,58 @@ def bench_train(script: str, argv: list[str], rounds: int, device: torch.device)
     actions = {name: functools.partial(train, name) for name in programs}
     rows = _rows(ratios(actions, rounds, device, untimed=0))
     return [row | {'top1': accuracies[row['name']]} for row in rows]
+
+
+def bench_predict(
+    backbone: str, count: int, size: int, batch: int, workers: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Images a second of a model's classes of JPEG files of 704 x 480: a loop over timm's loader, then ours.
+
+    Args:
+        backbone: any model.
+        count: files.
+        size: height and width of the model's input.
+        batch: images a batch.
+        workers: timm's processes.
+        rounds: as of :func:`ratios`.
+        device: where the model computes.
+    """
+    data_config = {'input_size': (3, size, size), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic',
+                   'crop_pct': 0.875}  # fmt: skip
+    trained = Trained(backbone, create_model(backbone, num_classes=100).eval(), data_config, None, {})
+    with tempfile.TemporaryDirectory() as folder:
+        _write_photos(Path(folder, 'all'), count)
+        dataset = timm.data.create_dataset('', root=folder)
+        loader = timm.data.create_loader(
+            dataset, batch_size=batch, num_workers=workers, use_prefetcher=False, device=device, **data_config
+        )
+
+        @torch.inference_mode()
+        def theirs() -> None:
+            for images, _ in loader:
+                trained.model.to(device)(images.to(device)).softmax(-1).topk(5)
+
+        paths = find_images([folder])
+        ours = functools.partial(predict, trained, paths, batch_size=batch, device=str(device))
+        rows = _rows(ratios({f"timm's loader, {workers} workers": theirs, 'predict': ours}, rounds, device))
+    for row in rows:
+        row['images_per_second'] = count / row['seconds']
+    return rows
+
+
+def bench_import(rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Seconds of a new process for ``import timm``, ``import ccl_timm`` and ``ccl-timm --help``.
+
+    Args:
+        rounds: as of :func:`ratios`.
+        device: likewise.
+    """
+
+    def python(*args: str) -> Callable[[], Any]:
+        return functools.partial(subprocess.run, [sys.executable, *args], check=True, stdout=subprocess.DEVNULL)
+
+    actions = {name: python('-c', name) for name in ('import timm', 'import ccl_timm')}
+    return _rows(ratios({**actions, 'ccl-timm --help': python('-m', 'ccl_timm', '--help')}, rounds, device))
 
 
 def _drain(loader: Any) -> None:

@@ -29,6 +29,8 @@ CASES = {
     'steps': (['--losses', 'cc', 'pod', '--backbone', 'test_resnet', '-b', '4', '--classes', '4'], 3),
     'loaders': (['--images', '64', '-b', '16', '-j', '0'], 2),
     'layouts': (['--backbone', 'test_resnet_cam', '-b', '2', '--classes', '4'], 4),
+    'import': ([], 3),
+    'predict': (['--backbone', 'test_resnet_cam', '--images', '4', '-b', '2', '-j', '1', '--img-size', '64'], 2),
     'photos': (['--images', '6', '-b', '3', '-j', '1', '--img-size', '64'], 3),
 }
 
