@@ -34,13 +34,17 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def fast_convnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """2.0 M parameters, 0.12 G multiply-adds at 32 px; see :class:`FastConvNet`."""
+    """1.2 M parameters, 0.065 G multiply-adds at 32 px; see :class:`FastConvNet`."""
     features = {'out_indices': (0, 1, 2), 'flatten_sequential': True}
     return build_model_with_cfg(FastConvNet, 'fast_convnet', pretrained, feature_cfg=features, **kwargs)
 
 
 class FastConvNet(nn.Module):
     """A whitening stem, three blocks of two 3x3 convolutions, max-pooling, and a linear classifier.
+
+    The classifier reads an eighth of the pooled features: with small first logits, the network takes a learning rate
+    ten times as high, and learns faster. The convolutions start with torch's own weights, not with He's: those are
+    larger, and since a norm follows each, they would only change more slowly.
 
     Args:
         num_classes: K; 0 for the pooled features (N, widths[2]).
@@ -58,7 +62,7 @@ class FastConvNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = 'max',
         drop_rate: float = 0.0,
-        widths: tuple[int, int, int] = (64, 256, 256),
+        widths: tuple[int, int, int] = (64, 128, 256),
         device: Any = None,
         dtype: Any = None,
     ):
@@ -85,7 +89,7 @@ class FastConvNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """A feature map to logits (N, K), or with ``pre_logits`` to what the classifier reads."""
-        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        x = F.dropout(self.global_pool(x) / 8, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,20 +154,14 @@ def patch_basis(channels: int) -> Tensor:
 def _block(inputs: int, outputs: int, **factory: Any) -> nn.Sequential:
     """(N, inputs, H, W) to (N, outputs, H/2, W/2)."""
     return nn.Sequential(
-        _convolution(inputs, outputs, **factory),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **factory),
         nn.MaxPool2d(2),
         nn.BatchNorm2d(outputs, **factory),
         nn.GELU(),
-        _convolution(outputs, outputs, **factory),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False, **factory),
         nn.BatchNorm2d(outputs, **factory),
         nn.GELU(),
     )
-
-
-def _convolution(inputs: int, outputs: int, **factory: Any) -> nn.Conv2d:
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **factory)
-    nn.init.kaiming_normal_(convolution.weight, mode='fan_out', nonlinearity='relu')
-    return convolution
 
 
 def _linear(inputs: int, num_classes: int, **factory: Any) -> nn.Module:

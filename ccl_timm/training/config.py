@@ -307,4 +307,7 @@ def diff_settings(before: dict[str, Any], now: dict[str, Any], ignore: Collectio
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+    """A value as a YAML file gives it back: with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

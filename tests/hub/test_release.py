@@ -10,10 +10,12 @@ import yaml
 
 import ccl_timm
 from ccl_timm import models
+from ccl_timm.experiments.results import read_record
 from ccl_timm.hub import card, release
 from ccl_timm.models import builder, checkpoints
 from ccl_timm.registry import resource_dir
 from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.training.config import TrainConfig, diff_settings
 
 from ..conftest import TINY
 from ..fake_hub import FakeHub, take_for_the_hub
@@ -126,9 +128,9 @@ def test_release_lists_and_explains(run_cli, cards):
 @pytest.mark.parametrize('name', release.list_releases())
 def test_our_descriptions_are_those_of_the_recorded_runs(name):
     described = release.read_release(name)
-    own, *baseline = card.read_record(resource_dir('hub_cards') / name / 'runs.jsonl')
+    own, *baseline = read_record(resource_dir('hub_cards') / name / 'runs.jsonl')
     wanted = described.runs(own.settings['data_dir'], resource_dir('output'))
     for run, args in zip([own, *baseline], wanted.values(), strict=True):
-        config = release.TrainConfig.resolve(args, 'ccl-timm train')
-        assert not release.diff_settings(run.settings, config.settings())
+        config = TrainConfig.resolve(args, 'ccl-timm train')
+        assert not diff_settings(run.settings, config.settings())
     assert abs(own.best - described.top1) < 0.005 + described.tolerance

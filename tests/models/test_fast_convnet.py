@@ -44,13 +44,13 @@ def test_it_is_a_timm_model():
     images = torch.randn(2, 1, 28, 28)
     assert model(images).shape == (2, 5)
     features = model.forward_features(images)
-    assert torch.equal(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
+    assert torch.equal(model.forward_head(features, pre_logits=True), features.amax((2, 3)) / 8)
     model.reset_classifier(0, 'avg')
     model.eval()
-    assert torch.equal(model(images), model.forward_features(images).mean((2, 3)))
+    assert torch.equal(model(images), model.forward_features(images).mean((2, 3)) / 8)
     levels = timm.create_model('fast_convnet', features_only=True)
     maps = levels(torch.randn(2, 3, 32, 32))
-    assert [tuple(map.shape[1:]) for map in maps] == [(64, 15, 15), (256, 7, 7), (256, 3, 3)]
+    assert [tuple(map.shape[1:]) for map in maps] == [(64, 15, 15), (128, 7, 7), (256, 3, 3)]
     assert levels.feature_info.reduction() == [2, 4, 8]
 
 

@@ -9,7 +9,7 @@ import yaml
 from ccl_timm import UserError
 from ccl_timm.console.arguments import UPSTREAM_ONLY
 from ccl_timm.training import recipes
-from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.config import TrainConfig, diff_settings
 
 
 def write(workdir, text):
@@ -118,3 +118,9 @@ def test_flags_come_before_the_recipe_under_another_name(workdir):
     assert config.dataset == 'torch/mnist'
     config = TrainConfig.resolve([*write(workdir, 'img_size: 32\nin_chans: 3\n'), '--input-size', '1', '28', '28'])
     assert (config.input_size, config.in_chans, config.img_size) == ([1, 28, 28], None, None)
+
+
+def test_tuples_are_the_lists_that_a_yaml_file_gives_back():
+    before, now = {'model_kwargs': {'widths': [8, 16]}}, {'model_kwargs': {'widths': (8, 16)}}
+    assert diff_settings(before, now) == []
+    assert diff_settings(before, {'model_kwargs': {'widths': (8, 17)}})
