@@ -72,27 +72,10 @@ def add_arguments(parser: Parser) -> None:
     add('--classes', type=COUNT, default=None, metavar='K', help='default 1000 for cc, 100 for steps')
     add('--samples', type=COUNT, default=16384, metavar='N', help='cc: attention vectors, default 16384')
     add('--width', type=COUNT, default=512, metavar='D', help='cc: their length, default 512')
-    add(
-        '--backbone',
-        default='resnet18',
-        metavar='NAME',
-        help='steps, predict, layouts: default resnet18',
-    )
+    add('--backbone', default='resnet18', metavar='NAME', help='steps, predict, layouts: default resnet18')
     add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
-    add(
-        '--img-size',
-        type=COUNT,
-        default=None,
-        metavar='N',
-        help='height and width, default 32; photos, predict: 224',
-    )
-    add(
-        '--images',
-        type=COUNT,
-        default=None,
-        metavar='N',
-        help='loaders: default 20000; photos, predict: 1024',
-    )
+    add('--img-size', type=COUNT, default=None, metavar='N', help='height and width, default 32; photos, predict: 224')
+    add('--images', type=COUNT, default=None, metavar='N', help='loaders: default 20000; photos, predict: 1024')
     add('--script', metavar='FILE', help="train: timm's train.py")
     parser.trailing = 'train_args'
 

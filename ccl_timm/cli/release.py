@@ -5,7 +5,6 @@ import argparse
 from ccl_timm.console import table
 from ccl_timm.console.arguments import Parser
 from ccl_timm.hub.release import list_releases, read_release, release
-from ccl_timm.models.checkpoints import ORGANISATION
 
 __all__ = ['HELP', 'add_arguments', 'run']
 
@@ -34,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
     address = release(args.name, args.data_dir, args.trained, args.output, args.dry_run, args.private)
     if address:
         print(address)
-        print(f"load it: import ccl_timm; ccl_timm.create_model('{args.name}', pretrained=True)  # {ORGANISATION}")
+        print(f"load it: import ccl_timm; ccl_timm.create_model('{args.name}', pretrained=True)")
     return 0

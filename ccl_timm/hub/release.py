@@ -106,41 +106,51 @@ def release(
     """
     described, output = read_release(name), Path(output)
     wanted = described.runs(data_dir, output)
-    folders = [_finished_run(RunDir(output / experiment), args) for experiment, args in wanted.items() if not run]
-    own, *baseline = [Path(run)] if run else folders
     if run:
-        _check_settings(RunDir(own), TrainConfig.resolve(wanted[name], 'ccl-timm train'))
-    _check_accuracy(described, own)
-    options: dict[str, Any] = {'license': described.license, 'baseline': baseline[0] if baseline else None}
-    options['use_ema'] = bool(RunDir(own).settings().get('model_ema'))
+        folders = [_finished(RunDir(run), wanted[name])]
+    else:
+        folders = [_train(RunDir(output / experiment), args) for experiment, args in wanted.items()]
+    own, baseline = [*folders, None][:2]
+    use_ema = bool(RunDir(own).settings().get('model_ema'))
+    _check_accuracy(described, own, use_ema)
+    options: dict[str, Any] = {'use_ema': use_ema, 'baseline': baseline, 'license': described.license}
     repo_id, card = f'{ORGANISATION}/{name}', output / f'{name}.card'
-    if not card.exists():
+    if card.exists():
+        log_info(f'{card} is there already, and stays as it is')
+    else:
         write_card(own, repo_id=repo_id, output=card, **options)
     return push(own, repo_id, private=private, dry_run=dry_run, **options)
 
 
-def _finished_run(run: RunDir, args: list[str]) -> Path:
+def _train(run: RunDir, args: list[str]) -> Path:
     """Train, or go on with, what is not finished."""
-    config = TrainConfig.resolve(args, 'ccl-timm train')
     if run.exists():
-        _check_settings(run, config)
-        with contextlib.suppress(UserError):
-            Result.of(run).finished()
+        with contextlib.suppress(_Unfinished):
+            finished = _finished(run, args)
             log_info(f'{run.path}: trained already')
-            return run.path
-    return train(config, args)
+            return finished
+    return train(TrainConfig.resolve(args, 'ccl-timm train'), args)
 
 
-def _check_settings(run: RunDir, config: TrainConfig) -> None:
+class _Unfinished(UserError):
+    pass
+
+
+def _finished(run: RunDir, args: list[str]) -> Path:
+    """The folder of a run, which must have these settings and be finished."""
     try:
-        run.check_settings(config)
+        run.check_settings(TrainConfig.resolve(args, 'ccl-timm train'))
     except UserError as error:
         raise UserError(f'{str(error).partition(": give")[0]}: give another --output or --run.') from error
+    try:
+        Result.of(run).finished()
+    except UserError as error:
+        raise _Unfinished(str(error)) from error
+    return run.path
 
 
-def _check_accuracy(described: Release, run: Path) -> None:
+def _check_accuracy(described: Release, run: Path, use_ema: bool) -> None:
     """Measure the checkpoint and compare."""
-    use_ema = bool(RunDir(run).settings().get('model_ema'))
     top1 = load(run, use_ema).evaluate().metrics['top1']
     expected = f'{described.top1:.2f} expected, within {described.tolerance:g} points'
     if abs(top1 - described.top1) > described.tolerance:

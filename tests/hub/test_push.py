@@ -32,7 +32,7 @@ from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import TINY
-from ..fake_hub import FakeHub, Fault, short_patience, take_for_the_hub
+from ..fake_hub import Fault, short_patience
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
@@ -60,13 +60,6 @@ def run(folder, tmp_path_factory):
 def baseline(run, tmp_path_factory):
     """What a run with cross-entropy and another seed would record; a card reads no more of it."""
     return _with_settings(run, tmp_path_factory.mktemp('runs') / 'ce', loss='ce', seed=7)
-
-
-@pytest.fixture
-def online(monkeypatch, tmp_path):
-    """A stand-in Hub that this process, logged in as 'me', takes for the Hub."""
-    with FakeHub() as standin:
-        yield from take_for_the_hub(standin, monkeypatch, tmp_path / 'cache')
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Our checkpoints: from a description to a repository of the stand-in Hub, and back by their tag."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,15 +19,8 @@ from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig, diff_settings
 
 from ..conftest import TINY
-from ..fake_hub import FakeHub, take_for_the_hub
 
 NAME = 'test_resnet_cam.cc_bees'
-
-
-@pytest.fixture
-def online(monkeypatch, tmp_path):
-    with FakeHub() as standin:
-        yield from take_for_the_hub(standin, monkeypatch, tmp_path / 'cache')
 
 
 @pytest.fixture
@@ -103,6 +97,11 @@ def test_a_run_is_taken_in_the_place_of_training(run_cli, online, cards):
     assert run_cli('ccl-timm', *argv, 'wrong', '--seed', '3', '--lr', '0.9')[0] == 0
     code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/wrong')
     assert code == 2 and "'runs/wrong' holds a run of other settings (lr" in err and not online.requests
+    shutil.copytree('runs/right', 'runs/half')
+    summary = Path('runs/half/summary.csv')
+    summary.write_text(summary.read_text().splitlines()[0] + '\n')
+    code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/half')
+    assert code == 2 and "'runs/half' is half-written, 0 of 1 epochs" in err and not online.requests
     code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/right')
     assert code == 0 and not cards.run.exists()
     assert 'cross-entropy, same recipe | not run' in online.files(f'me/{NAME}')['README.md'].decode()
