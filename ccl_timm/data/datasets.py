@@ -246,6 +246,8 @@ def create_split(
     _check_name(config.dataset)
     if is_folder(config.dataset):
         _check_is_folder(config.data_dir)
+    elif config.dataset.startswith('torch/') and not config.data_dir:
+        raise UserError(f"'{config.dataset}' needs its folder: give --data-dir DIR.")
     _check_has_split(config, split, must_exist)
     _check_has_package(config)
     with user_errors(f"Split '{split}' of '{config.dataset or config.data_dir}' cannot be opened"):

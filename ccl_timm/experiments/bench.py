@@ -351,7 +351,8 @@ def bench_import(rounds: int, device: torch.device) -> list[dict[str, Any]]:
         return functools.partial(subprocess.run, [sys.executable, *args], check=True, stdout=subprocess.DEVNULL)
 
     actions = {name: python('-c', name) for name in ('import timm', 'import ccl_timm')}
-    return _rows(ratios({**actions, 'ccl-timm --help': python('-m', 'ccl_timm', '--help')}, rounds, device))
+    command = "import sys; sys.argv = ['ccl-timm', '--help']; from ccl_timm.cli import main; main()"  # as installed
+    return _rows(ratios({**actions, 'ccl-timm --help': python('-c', command)}, rounds, device))
 
 
 def _drain(loader: Any) -> None:

@@ -59,10 +59,7 @@ class Job:
         """
         if not self.run.exists():
             return None
-        try:
-            self.run.check_settings(self.config)
-        except UserError as error:
-            raise UserError(f'{str(error).partition(": give")[0]}: give another --output.') from error
+        self.run.check_settings(self.config, 'give another --output')
         result = Result.of(self.run)
         return result if is_done(result.rows, self.config.settings()) and result.curve else None
 

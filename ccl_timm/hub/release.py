@@ -138,10 +138,7 @@ class _Unfinished(UserError):
 
 def _finished(run: RunDir, args: list[str]) -> Path:
     """The folder of a run, which must have these settings and be finished."""
-    try:
-        run.check_settings(TrainConfig.resolve(args, 'ccl-timm train'))
-    except UserError as error:
-        raise UserError(f'{str(error).partition(": give")[0]}: give another --output or --run.') from error
+    run.check_settings(TrainConfig.resolve(args, 'ccl-timm train'), 'give another --output or --run')
     try:
         Result.of(run).finished()
     except UserError as error:

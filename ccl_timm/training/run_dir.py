@@ -122,14 +122,18 @@ class RunDir:
         names = ('args.yaml', 'summary.csv', 'environment.json')
         return any((self.path / name).exists() for name in names) or any(self.path.glob('*.pth.tar'))
 
-    def check_settings(self, config: TrainConfig) -> None:
-        """Raise a UserError unless the run has these settings, as far as they change what is computed."""
+    def check_settings(
+        self, config: TrainConfig, remedy: str = 'give the same settings to resume it, or another --experiment'
+    ) -> None:
+        """Raise a UserError unless the run has these settings, as far as they change what is computed.
+
+        Args:
+            config: the settings.
+            remedy: what a user can do otherwise.
+        """
         changed = diff_settings({'train_fraction': None, **self.settings()}, config.settings())
         if changed:
-            raise UserError(
-                f"'{self.path}' holds a run of other settings ({', '.join(changed[:3])}): give the same settings to "
-                'resume it, or another --experiment.'
-            )
+            raise UserError(f"'{self.path}' holds a run of other settings ({', '.join(changed[:3])}): {remedy}.")
 
     def check_data(self, class_names: list[str] | None, fingerprint: str, held_out: bool) -> list[str]:
         """Compare the run's data with that to resume it with.

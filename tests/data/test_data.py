@@ -117,6 +117,7 @@ def test_label_out_of_range(folder):
     [
         (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
         (['--dataset', 'digit'], "Unknown data set 'digit'; did you mean 'digits'?"),
+        (['--dataset', 'torch/mnist', '--data-dir', ''], "'torch/mnist' needs its folder: give --data-dir DIR."),
         (['--dataset', 'torch/nothing', '--data-dir', '.'], "Split 'train' of 'torch/nothing' cannot be opened"),
         (['--dataset', 'torch/mnist', '--data-dir', '.'], "Split 'train' of 'torch/mnist' cannot be opened"),
     ],

@@ -97,6 +97,8 @@ def test_a_run_is_taken_in_the_place_of_training(run_cli, online, cards):
     assert run_cli('ccl-timm', *argv, 'wrong', '--seed', '3', '--lr', '0.9')[0] == 0
     code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/wrong')
     assert code == 2 and "'runs/wrong' holds a run of other settings (lr" in err and not online.requests
+    code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'nowhere')
+    assert code == 2 and err.endswith("'nowhere' has no args.yaml: it is not the folder of a run.\n")
     shutil.copytree('runs/right', 'runs/half')
     summary = Path('runs/half/summary.csv')
     summary.write_text(summary.read_text().splitlines()[0] + '\n')
