@@ -44,7 +44,11 @@ def test_train_fit_export_and_load(folder, workdir):
     again = run.fit(epochs=2, experiment='b', lr=0.001)
     assert again.trained.settings['pretrained_path'].startswith('output/train/a/')
     assert (again.trained.settings['epochs'], again.trained.settings['batch_size']) == (2, 8)
-    assert {path.name for path in again.export('exported')} == {'model.safetensors', 'config.json'}
+    assert {path.name for path in again.export('exported')} == {
+        'model.safetensors',
+        'config.json',
+        'modeling_ccl_timm.py',
+    }
     image = next((folder / 'validation').rglob('*.png'))
     assert ccl_timm.load('exported').predict(image) == again.predict(image)
     with pytest.raises(ccl_timm.UserError, match="'exported' is no run"):

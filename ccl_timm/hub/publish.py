@@ -31,7 +31,8 @@ from ccl_timm.training.yaml_files import dump_yaml
 
 __all__ = ['export', 'load_run', 'model_config', 'push', 'write_card']
 
-EXPORT_FILES = {'timm': ('model.safetensors', 'config.json'), 'onnx': ('model.onnx',)}
+_REMOTE_CODE = Path(__file__).with_name('modeling_ccl_timm.py')
+EXPORT_FILES = {'timm': ('model.safetensors', 'config.json', _REMOTE_CODE.name), 'onnx': ('model.onnx',)}
 ANSWER_SECONDS = 120.0  # how long to wait for an answer of the Hub to a push
 
 
@@ -46,8 +47,8 @@ def export(
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm (``local-dir:FOLDER``) and transformers load; it
             holds mean, std, input size, crop and interpolation as trained, the class names, and which package and
-            plugins the architecture needs. ``'onnx'``: model.onnx with the same in its metadata, for batches of any
-            size.
+            plugins the architecture needs; and what transformers reads with ``trust_remote_code=True``. ``'onnx'``:
+            model.onnx with the same in its metadata, for batches of any size.
 
     Returns:
         The files written.
@@ -69,8 +70,9 @@ def export(
 
 
 def _export_timm(trained: Trained, folder: Path) -> dict[str, Any]:
-    """Write the weights and config.json, and return the content of that."""
+    """Write the weights, the code for transformers and config.json, and return the content of that."""
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
     facts = {'format': 'pt', 'package': 'ccl-timm', 'version': registry.version(), 'architecture': trained.name}
     if loss := trained.settings.get('loss'):
         facts['loss'] = loss
@@ -108,8 +110,12 @@ def _description(trained: Trained) -> dict[str, Any]:
         'cost': cost(trained.model, trained.data_config['input_size'])._asdict(),
         **({'calibration': trained.calibration} if trained.calibration else {}),
     }
+    remote = {
+        'AutoModel': f'{_REMOTE_CODE.stem}.TimmWrapperModel',
+        'AutoModelForImageClassification': f'{_REMOTE_CODE.stem}.TimmWrapperForImageClassification',
+    }
     return {
-        'model_config': {'label_names': trained.class_names, 'ccl_timm': needs},
+        'model_config': {'label_names': trained.class_names, 'ccl_timm': needs, 'auto_map': remote},
         'data_config': trained.data_config,
     }
 
@@ -223,7 +229,7 @@ def push(
 ) -> str:
     """Put a trained model on the Hub, in a repository that is made if there is none, in one commit.
 
-    Up go model.safetensors, config.json, args.yaml (without the folders of this machine), summary.csv,
+    Up go the files of :func:`export`, args.yaml (without the folders of this machine), summary.csv,
     extra_splits.csv if there is one, and README.md, the model card. A card that somebody edited stays. What is there
     already is not sent again.
 

@@ -35,7 +35,11 @@ def test_export_gives_the_same_logits_through_timm(trained, exported):
 
 
 def test_export_holds_what_it_was_trained_with(exported):
-    assert sorted(path.name for path in exported.iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(path.name for path in exported.iterdir()) == [
+        'config.json',
+        'model.safetensors',
+        'modeling_ccl_timm.py',
+    ]
     config = json.loads((exported / 'config.json').read_text())
     assert config['architecture'] == 'resnet18_cam' and config['label_names'] == ['ant', 'bee', 'cat']
     cfg = config['pretrained_cfg']

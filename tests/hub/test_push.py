@@ -35,7 +35,7 @@ from ..conftest import TINY
 from ..fake_hub import Fault, short_patience
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
+FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'modeling_ccl_timm.py', 'summary.csv']
 REPO = 'me/test_resnet_cam.cc_bees'
 
 

@@ -1,6 +1,9 @@
 """What export writes loads in Hugging Face's transformers, also with other classes. Nothing is downloaded."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -69,6 +72,40 @@ def test_export_predicts_in_a_pipeline(exported):
     assert {row['label']: row['score'] for row in found} == pytest.approx(
         dict(zip(NAMES, expected.tolist(), strict=True))
     )
+
+
+REMOTE = """
+import sys
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
+if sys.argv[2:]:  # a package that is to look as if it were not installed
+    class Finder:
+        def find_spec(name, path=None, target=None):
+            if name == sys.argv[2]:
+                raise ModuleNotFoundError(f'No module named {name!r}')
+    sys.meta_path.insert(0, Finder)
+folder, trust = sys.argv[1], {'trust_remote_code': True}
+model = AutoModelForImageClassification.from_pretrained(folder, **trust)
+made = AutoModel.from_pretrained(folder, **trust), model, model.timm_model.fc
+print(*(type(module).__name__ for module in made))
+print(pipeline('image-classification', folder, **trust).model.config.id2label)
+"""
+
+
+def _run_remote(*args, cache):
+    env = {**os.environ, 'HF_MODULES_CACHE': str(cache), 'TRANSFORMERS_VERBOSITY': 'error'}
+    return subprocess.run([sys.executable, '-c', REMOTE, *map(str, args)], capture_output=True, text=True, env=env)
+
+
+def test_export_loads_without_an_import_where_its_code_is_trusted(exported, tmp_path):
+    done = _run_remote(exported['cam'], cache=tmp_path)
+    kinds, labels = done.stdout.splitlines()
+    assert kinds == 'TimmWrapperModel TimmWrapperForImageClassification CAMHead'
+    assert labels == str(dict(enumerate(NAMES)))
+
+
+def test_trusted_code_names_the_package_that_it_needs(exported, tmp_path):
+    done = _run_remote(exported['cam'], 'ccl_timm', cache=tmp_path)
+    assert done.returncode and 'packages that were not found in your environment: ccl_timm' in done.stderr
 
 
 @pytest.mark.parametrize('head', HEADS)
