@@ -104,7 +104,7 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
         f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
         'is shown, one of the size named would have been, with a probability of 80%.', '',
-        *_measures(runs, _epochs_to_95(records), metric), '', *_settings(runs),
+        *_measures(runs, _epochs_to_95(records), metric), *_settings(runs),
     ])  # fmt: skip
 
 
@@ -150,12 +150,14 @@ def _row(line: Line, within: float) -> tuple[str, ...]:
 def _conclusion(lines: list[Line]) -> str:
     """What the table shows, in a sentence or two."""
     judged = [(_title(line.name), line.plain) for line in _best_first(lines) if line.plain is not None]
-    by = {kind: [name for name, found in judged if found.verdict == kind] for kind in ('better', 'worse', 'equal')}
+    kinds = ('better', 'worse', 'equal', 'identical')
+    by = {kind: [name for name, found in judged if found.verdict == kind] for kind in kinds}
     shown = [
         f'{kind} than cross-entropy on a linear head: {", ".join(by[kind])}' for kind in ('better', 'worse') if by[kind]
     ]
-    if by['equal']:
-        shown.append(f'as good: {", ".join(by["equal"])}')
+    for kind, label in (('equal', 'as good'), ('identical', 'identical')):
+        if by[kind]:
+            shown.append(f'{label}: {", ".join(by[kind])}')
     left = len(judged) - sum(map(len, by.values()))
     if left:
         others = '1 other' if left == 1 else f'{left} others'
@@ -179,9 +181,12 @@ def _measures(runs: _Runs, epochs: Mapping[str, int], metric: str) -> list[str]:
 
 
 def _settings(runs: _Runs) -> list[str]:
+    """What tuning chose; nothing without tuning."""
     rows = []
     for name, own in runs.items():
         head, loss = name.split(':', 1)
         params = next(iter(own.values()))['params']
-        rows.append((loss, head, ' '.join(f'{key}={value:.4g}' for key, value in params.items()) or "the recipe's"))
-    return ['Settings of the final runs:', table(rows, ('loss', 'head', 'settings'))]
+        rows.append((loss, head, ' '.join(f'{key}={value:.4g}' for key, value in params.items())))
+    if not any(settings for *_, settings in rows):
+        return []
+    return ['', 'Settings of the final runs:', table(rows, ('loss', 'head', 'settings'))]

@@ -267,6 +267,7 @@ def test_a_result_says_what_it_shows():
     near = {
         'linear:ce': base, 'cam:ce': base - 3 + random.normal(0, 0.1, 10), 'cam:cc': base + random.normal(0, 0.1, 10),
         'cosine:arcface': base + 2 + random.normal(0, 0.1, 10), 'linear:focal': base + np.linspace(-1, 1, 10),
+        'cosine:cm': base,
     }  # fmt: skip
     text = show_comparison(records_of(near))
     lines = {tuple(line.split()[:2]): line for line in text.split('Further')[0].splitlines()}
@@ -274,11 +275,13 @@ def test_a_result_says_what_it_shows():
     assert 'would have been' in lines['focal', 'linear'] and 'worse' in lines['ce', '(control)']
     assert (
         'Result: better than cross-entropy on a linear head: arcface on cosine; '
-        'worse than cross-entropy on a linear head: ce on cam; as good: cc on cam; no difference shown: 1 other.'
+        'worse than cross-entropy on a linear head: ce on cam; as good: cc on cam; identical: cm on cosine; '
+        'no difference shown: 1 other.'
     ) in text
+    assert 'Settings of the final runs' not in text  # nothing was tuned
     assert 'for the 5 tests of' in text.replace('\n', ' ')
     single = show_comparison(records_of({name: own[:1] for name, own in near.items()}))
-    assert single.count('one seed, no test') == 5 and 'better than' not in single
+    assert single.count('one seed, no test') == 6 and 'better than' not in single
 
 
 def test_epochs_until_a_curve_is_near_its_end():
