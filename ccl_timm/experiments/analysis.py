@@ -1,10 +1,15 @@
-"""Analyses of features, as in POD-Loss's paper: norms, eigenvalues, distances, and classifiers of features."""
+"""Analyses of features, as in POD-Loss's paper: norms, eigenvalues, distances, and classifiers of features.
+
+And of CC-Loss's attention: whether harder classes get more channels, as that paper's conclusion says.
+"""
 
 import numpy as np
+from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 __all__ = [
     'accuracy_by_norm',
+    'channels_by_accuracy',
     'class_centres',
     'class_distances',
     'cosine_accuracy',
@@ -26,6 +31,28 @@ def accuracy_by_norm(features: np.ndarray, correct: np.ndarray) -> tuple[float, 
     norms = np.linalg.norm(features, axis=1)
     below = norms < norms.mean()
     return tuple(100 * float(side.mean()) if side.size else float('nan') for side in (correct[below], correct[~below]))
+
+
+def channels_by_accuracy(attention: np.ndarray, labels: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """How many channels attention opens, and Spearman's rank correlation over classes of that with accuracy.
+
+    Open are those above 1/2 in the mean of a class [assumption: CC-Loss says that harder classes get more channels, not
+    how it counts them]. The correlation is negative if harder classes get more.
+
+    Args:
+        attention: (N, C), in (0, 1).
+        labels: (N,).
+        correct: (N,) bool, whether the model is right.
+
+    Returns:
+        Mean number over the classes, in [0, C], and the correlation, in [-1, 1], NaN if either is the same for all.
+    """
+    classes, means = class_centres(attention, labels)
+    channels = (means > 0.5).sum(1)
+    accuracies = np.array([correct[labels == k].mean() for k in classes])
+    varied = np.ptp(channels) > 0 and np.ptp(accuracies) > 0
+    rank = float(stats.spearmanr(channels, accuracies).statistic) if varied else float('nan')
+    return float(channels.mean()), rank
 
 
 def class_centres(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -167,6 +167,10 @@ def analyse(splits: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None
         }
         if vectors is not None and vectors.shape[1] == features.shape[1]:
             column['top-1 %, cosine with class vectors'] = f'{analysis.cosine_accuracy(features, labels, vectors):.2f}'
+        if 'attention' in own:
+            channels, rank = analysis.channels_by_accuracy(own['attention'], labels, correct)
+            column['channels open for a class, mean'] = f'{channels:.1f} of {own["attention"].shape[1]}'
+            column['rank correlation of these with top-1 of the class'] = f'{rank:.2f}'
         gaussian = analysis.gaussian_accuracy(known['features'], known['labels'], features, labels)
         columns.append({**column, 'top-1 %, Gaussian discriminant': f'{gaussian:.2f}'})
     return [(name, *(column[name] for column in columns)) for name in columns[0]]

@@ -40,6 +40,14 @@ def test_accuracy_by_norm_by_hand():
     assert np.isnan(below) and above == 50.0
 
 
+def test_channels_by_accuracy_by_hand():
+    attention = np.array([[0.9, 0.9, 0.1], [0.3, 0.9, 0.7], [0.2, 0.4, 0.8], [0.9, 0.9, 0.9]])
+    labels = np.array([0, 0, 4, 7])  # in their means, classes 0 and 7 open 2 and 3 channels, class 4 one
+    found = analysis.channels_by_accuracy(attention, labels, np.array([True, False, True, False]))
+    assert found == (2.0, pytest.approx(-1.0))
+    assert np.isnan(analysis.channels_by_accuracy(attention, labels, np.ones(4, bool))[1])
+
+
 def test_class_distances_by_hand():
     features = np.array([[0.0, 0], [0, 2], [3, 1], [3, 1], [3, 5]])
     labels = np.array([0, 0, 4, 4, 7])  # centres (0, 1), (3, 1), (3, 5), of classes with gaps between
@@ -224,6 +232,7 @@ def test_features_of_a_run(place_of_runs, run_cli):
         json.loads(best.split('--result')[1])['top1'], abs=0.01
     )
     assert set(rows) >= {'top-1 %, Gaussian discriminant', 'mean distance between class centres'}
+    assert rows['channels open for a class, mean'][1:3] == ['of', '96']
 
 
 def test_the_layer_that_the_paper_draws(place_of_runs, run_cli, folder, tmp_path):
