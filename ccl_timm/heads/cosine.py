@@ -39,8 +39,13 @@ class CosineHead(Head):
     For A-Softmax, AM-Softmax, ArcFace, CM, ICAL and FICAL.
 
     Args:
-        in_features: D, width of the features.
+        in_features: width of the pooled features.
         num_classes: K.
+        feature_dim: width D of an embedding before the cosines, a linear layer and batch norm, with which ArcFace's
+            networks end, too (arXiv 1801.07698); None for none. Pooled features follow a ReLU and have much in common,
+            and an angular margin costs least at an angle of 0, so that training can draw all classes to that common
+            direction (it did in one of our runs, see hub_cards/results). Batch norm takes it off, without a weight and
+            a bias of its own [our choice]. In training, it needs two images in a batch.
         scale: of the logits that the model returns. ``create_task`` puts that of the loss in its place; it is saved
             with the weights. Losses read the cosines, which have no scale.
         normalize_features: False for logits ``||f|| * cosine``, as A-Softmax, ICAL and FICAL train them. Classes come
@@ -56,6 +61,7 @@ class CosineHead(Head):
         self,
         in_features: int,
         num_classes: int,
+        feature_dim: int | None = None,
         scale: float = 30.0,
         normalize_features: bool = True,
         device=None,
@@ -64,30 +70,42 @@ class CosineHead(Head):
         super().__init__()
         self.in_features = in_features
         self.normalize_features = normalize_features
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        factory = {'device': device, 'dtype': dtype}
+        self.embedding: nn.Module = nn.Identity()
+        if feature_dim:
+            linear = nn.Linear(in_features, feature_dim, bias=False, **factory)
+            self.embedding = nn.Sequential(linear, nn.BatchNorm1d(feature_dim, affine=False, **factory))
+        self.weight = nn.Parameter(torch.empty(num_classes, feature_dim or in_features, **factory))
         self.initial_scale = float(scale)
         self.register_buffer('scale', torch.tensor(self.initial_scale, device=device))
-        nn.init.normal_(self.weight, std=in_features**-0.5)
+        self._init_weight()
 
     def reset(self, num_classes: int) -> None:
         """Replace the class vectors, keep the scale."""
-        self.weight = nn.Parameter(self.weight.new_empty(num_classes, self.in_features))
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        self.weight = nn.Parameter(self.weight.new_empty(num_classes, self.weight.shape[1]))
+        self._init_weight()
 
     def init_non_persistent_buffers(self) -> None:
         """Initialise the class vectors and the scale; transformers lets torch.nn.init pass over what it has loaded."""
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        self._init_weight()
         nn.init.constant_(self.scale, self.initial_scale)
 
+    def _init_weight(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
     def outputs(self, pooled: Tensor) -> HeadOutputs:
-        """Features (N, D) to logits (N, K), features (N, D), cosine (N, K), weight (K, D): unit class vectors."""
-        cosine, weight = cosine_logits(pooled, self.weight)
+        """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), weight (K, D).
+
+        The weight is the class vectors divided by their norm.
+        """
+        features = self.embedding(pooled)
+        cosine, weight = cosine_logits(features, self.weight)
         if self.normalize_features:
             logits = self.scale.to(cosine.dtype) * cosine
         else:
-            logits = torch.linalg.vector_norm(pooled.to(cosine.dtype), dim=1, keepdim=True) * cosine
-        return HeadOutputs(logits, pooled, cosine=cosine, weight=weight)
+            logits = torch.linalg.vector_norm(features.to(cosine.dtype), dim=1, keepdim=True) * cosine
+        return HeadOutputs(logits, features, cosine=cosine, weight=weight)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Features (N, D) to logits (N, K)."""
+        """Pooled features (N, in_features) to logits (N, K)."""
         return self.outputs(pooled).logits

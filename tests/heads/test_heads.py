@@ -35,6 +35,21 @@ def test_torchvision_extracts_features_of_every_head(name):
     assert torch.allclose(outputs['logits'], model(images), atol=1e-6)
 
 
+def test_the_embedding_of_the_cosine_head_takes_off_what_features_have_in_common():
+    torch.manual_seed(0)
+    head, pooled = head_class('cosine')(16, 5, feature_dim=8), torch.randn(64, 16) + 10
+    outputs = head.outputs(pooled)
+    assert torch.allclose(outputs.features.mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(outputs.features.std(0, correction=0), torch.ones(8), atol=1e-3)
+    expected = torch.cosine_similarity(outputs.features[:, None], head.weight, dim=-1)
+    assert torch.allclose(outputs.cosine, expected, atol=1e-6)
+    assert {name for name, _ in head.named_parameters()} == {'embedding.0.weight', 'weight'}
+    torch.fx.symbolic_trace(head.eval())
+    embedding = head.embedding
+    head.reset(7)
+    assert head.weight.shape == (7, 8) and head.embedding is embedding and head(pooled).shape == (64, 7)
+
+
 def test_attention_is_computed_in_float32_under_autocast():
     head, pooled = head_of('cam'), 0.01 * torch.randn(64, 16) + 1  # attention differs little between samples
     exact = head.outputs(pooled.bfloat16().float()).attention

