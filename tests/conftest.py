@@ -13,11 +13,14 @@ from PIL import Image
 
 from ccl_timm import cli
 from ccl_timm.experiments import reproduce
+from ccl_timm.training import step_timing
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach a network
-# beside others a process with several threads is many times slower, not faster
-os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
-torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+# Beside others a process with several threads is many times slower, not faster. Workers inherit what the process that
+# starts them has set.
+THREADS = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2
+os.environ['OMP_NUM_THREADS'] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 TINY = ['--model', 'test_resnet_cam', '--loss', 'cc', '--img-size', '32', '-b', '8', '-j', '0', '--epochs', '1']
 
@@ -45,6 +48,21 @@ def nothing_outside_tmp(tmp_path_factory):
         patch.setenv('TORCHINDUCTOR_CACHE_DIR', str(home / 'inductor'))
         patch.setattr(tempfile, 'tempdir', str(home))
         yield home
+
+
+@pytest.fixture(scope='session', autouse=True)
+def no_timed_steps():
+    """What a run computes does not depend on how busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_timing, 'time_choices', lambda *args, **kwargs: {})
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """No test leaves another number of threads to the next."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope='session')

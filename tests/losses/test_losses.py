@@ -35,10 +35,7 @@ ALL = list_losses()
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- every loss ------------------------------------------------------------------------------------------------------

@@ -131,10 +131,7 @@ REFUSED = {
 @pytest.fixture(autouse=True)
 def one_thread():
     """For images this small, sharing the work takes longer than the work, most of all on a busy machine."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train_a_step(backbone, head, side):

@@ -106,10 +106,7 @@ def test_killed_runs_end_as_those_that_were_not(kills, workdir, folder, run_cli)
     epochs = str(4 * kills + 4)
     argv = [*MODEL, '--data-dir', folder, '--epochs', epochs, '--experiment', 'whole']
     torch.set_num_threads(1)
-    try:
-        assert run_cli('timm', 'train.py', *argv)[0] == 0
-    finally:
-        torch.set_num_threads(2)
+    assert run_cli('timm', 'train.py', *argv)[0] == 0
     assert killed_and_resumed(folder, epochs, kills, seed=kills) >= kills // 2
     whole, cut = (Path('output/train') / name for name in ('whole', 'cut'))
     assert (whole / 'summary.csv').read_text() == (cut / 'summary.csv').read_text()
