@@ -36,7 +36,7 @@ from ccl_timm.task import create_task
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.kernel_cropping import crop_kernels
 from ccl_timm.training.prediction import find_images, predict
-from ccl_timm.training.step_timing import time_choices
+from ccl_timm.training.step_timing import list_dtypes, time_choices
 
 __all__ = [
     'bench_cc', 'bench_import', 'bench_layouts', 'bench_loaders', 'bench_photos', 'bench_predict', 'bench_steps',
@@ -262,8 +262,7 @@ def bench_layouts(model: str, size: int, batch: int, classes: int, device: torch
     network = models.create_model(model, num_classes=classes)
     if device.type == 'cpu':
         crop_kernels(network)
-    dtypes = ['float32', 'bfloat16', *(['float16'] if device.type == 'cuda' else [])]
-    found = time_choices(create_task(network.to(device), 'ce'), (3, size, size), batch, dtypes)
+    found = time_choices(create_task(network.to(device), 'ce'), (3, size, size), batch, list_dtypes(device))
     base = next(iter(found.values()))
     return [
         {'name': f'{layout}, {dtype}', 'seconds': each, 'ratio': each / base, 'images_per_second': 1 / each}

@@ -109,7 +109,10 @@ class OptimConfig(Options, title='optimizer and device'):
         None, nargs='+', metavar='MODULE', varies='nothing', help='modules to import first'
     )
     amp: bool = option(False, varies='budget', help='mixed precision')
-    amp_dtype: str = option('float16', choices=('float16', 'bfloat16'), varies='budget')
+    amp_dtype: str = option(
+        'float16', choices=('float16', 'bfloat16', 'auto'), varies='budget',
+        help='auto: the fastest of these and float32, timed before training',
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

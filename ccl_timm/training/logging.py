@@ -156,7 +156,7 @@ def _rows(trainer: 'Trainer') -> list[tuple[str, str, str]]:
         *_data_rows(trainer),
         ('input', 'x'.join(map(str, setup.data_config['input_size'])), size),
         ('device', str(trainer.device), 'device'),
-        ('precision', f'mixed {config.amp_dtype}' if config.amp else 'float32', 'amp'),
+        ('precision', 'float32' if setup.dtype == 'float32' else f'mixed {setup.dtype}', 'amp'),
         ('layout', layout, 'memory_format'),
         ('batch', f'{global_batch(config)} = {batch}', 'batch_size'),
         ('lr', f'{setup.lr:.4g}, {config.opt}, {config.sched}', 'lr' if config.lr is not None else 'lr_base'),

@@ -30,6 +30,7 @@ class Setup:
         data_config: timm's ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
         lr: the learning rate.
         memory_format: of images and model.
+        dtype: ``'float32'``, or that of mixed precision.
         cropped: number of convolutions whose kernels are cropped to small images.
     """
 
@@ -38,6 +39,7 @@ class Setup:
     data_config: dict[str, Any]
     lr: float
     memory_format: torch.memory_format
+    dtype: str
     cropped: int
 
     def recorded(self, config: TrainConfig) -> dict[str, Any]:

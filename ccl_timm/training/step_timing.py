@@ -1,4 +1,4 @@
-"""Training steps timed in each memory layout and precision: the layout is chosen, the precision recommended."""
+"""Training steps timed in each memory layout and precision: the fastest is chosen, as far as the run leaves it open."""
 
 import copy
 import functools
@@ -20,7 +20,7 @@ from ccl_timm.data.cache import cache_dir
 from ccl_timm.task import LossTask
 from ccl_timm.training.run_dir import atomic_write
 
-__all__ = ['LAYOUTS', 'Choice', 'fastest_layout', 'time_choices']
+__all__ = ['LAYOUTS', 'Choice', 'fastest_choice', 'list_dtypes', 'time_choices']
 
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 _LONG = 300  # seconds: of shorter runs the timing would take a large share
@@ -113,10 +113,16 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def fastest_layout(
-    task: LossTask, facts: dict[str, Any], size: tuple[int, int, int], images: int, dtype: str, before: str
-) -> str:
-    """The layout in which a run's steps are fastest; logs what was found, and what another precision would gain.
+def fastest_choice(
+    task: LossTask,
+    facts: dict[str, Any],
+    size: tuple[int, int, int],
+    images: int,
+    before: Choice,
+    layouts: Sequence[str] = tuple(LAYOUTS),
+    dtypes: Sequence[str] = (),
+) -> Choice:
+    """The fastest of the allowed choices; logs what was found, and what another precision would gain.
 
     Timings are kept on this machine, so that later runs do the same.
 
@@ -124,36 +130,51 @@ def fastest_layout(
         task: of one process.
         facts: what steps depend on; ``batch_size`` and ``soft_targets`` among them.
         size: channels, height and width of an image.
-        images: that the run trains on, over all epochs; for a few nothing is timed.
-        dtype: of the run's precision.
-        before: the layout to keep unless another is clearly faster.
+        images: that the run trains on, over all epochs; for a few nothing is timed unless the precision is free.
+        before: what to keep unless another choice is clearly faster.
+        layouts: allowed ones, that of ``before`` among them.
+        dtypes: allowed besides that of ``before``.
     """
     device = next(task.parameters()).device
     if device.type not in ('cpu', 'cuda'):
         return before
-    key = json.dumps([facts, size, dtype, _machine(device)], sort_keys=True, default=str)
+    key = json.dumps([facts, size, before.dtype, _machine(device)], sort_keys=True, default=str)
     path = cache_dir('steps') / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.json'
     found = _read(path)
     if not found:
-        dtypes = dict.fromkeys(['float32', 'bfloat16', dtype, *(['float16'] if device.type == 'cuda' else [])])
-        found = time_choices(task, size, facts['batch_size'], [*dtypes], facts['soft_targets'], _LONG / images)
+        tried = dict.fromkeys([*list_dtypes(device), before.dtype])
+        at_least = 0.0 if dtypes else _LONG / images
+        found = time_choices(task, size, facts['batch_size'], [*tried], facts['soft_targets'], at_least)
         if not found:
             return before
         _write(path, found)
-    seconds = {layout: found[Choice(layout, dtype)] for layout in LAYOUTS}
-    layout = min(seconds, key=seconds.__getitem__)
-    if math.isinf(seconds[layout]):
+    allowed = {
+        choice: seconds
+        for choice, seconds in found.items()
+        if choice.layout in layouts and choice.dtype in (before.dtype, *dtypes)
+    }
+    best = min(allowed, key=allowed.__getitem__)
+    if math.isinf(allowed[best]):
         return before
-    if seconds[before] < _GAIN * seconds[layout]:
-        layout = before
-    else:
-        ratio = seconds[before] / seconds[layout]
-        log_info(f'steps are {ratio:.2f} times as fast with --memory-format {layout}, which is chosen')
+    chosen = best if allowed[before] >= _GAIN * allowed[best] else before
+    if chosen != before:
+        _log_gain(allowed[before] / allowed[chosen], chosen, before)
     best = min(found, key=found.__getitem__)
-    if best.dtype != dtype and seconds[layout] >= _GAIN * found[best]:
+    if best.dtype not in (before.dtype, *dtypes) and found[chosen] >= _GAIN * found[best]:
         flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'
-        log_info(f'steps would be {seconds[layout] / found[best]:.2f} times as fast {flags}')
-    return layout
+        log_info(f'steps would be {found[chosen] / found[best]:.2f} times as fast {flags}')
+    return chosen
+
+
+def list_dtypes(device: torch.device) -> list[str]:
+    """Precisions to time on a device."""
+    return ['float32', 'bfloat16', *(['float16'] if device.type == 'cuda' else [])]
+
+
+def _log_gain(ratio: float, chosen: Choice, before: Choice) -> None:
+    parts = [f'--memory-format {chosen.layout}'] if chosen.layout != before.layout else []
+    parts += [chosen.dtype] if chosen.dtype != before.dtype else []
+    log_info(f'steps are {ratio:.2f} times as fast with {" and ".join(parts)}, which is chosen')
 
 
 def _machine(device: torch.device) -> list[Any]:

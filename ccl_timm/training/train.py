@@ -52,6 +52,7 @@ def _start_writing(trainer: Trainer, argv: list[str]) -> None:
     """Create or continue the run's folder, write what the run is made of, and start the saver."""
     settings, splits = trainer.setup.recorded(trainer.config), trainer.splits
     made_with = {**environment(argv, str(trainer.device), splits.fingerprint), 'origin': origin(settings)}
+    made_with['precision'] = trainer.setup.dtype
     trainer.run.begin(settings, made_with, splits.held_out, trainer.start_epoch)
     trainer.start_saver()
     trainer.logger.start_tracker(trainer.run.path, settings)

@@ -51,7 +51,7 @@ from ccl_timm.training.setup import (
     loss_options,
     weight_options,
 )
-from ccl_timm.training.step_timing import LAYOUTS, fastest_layout
+from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, list_dtypes
 
 __all__ = ['Trainer']
 
@@ -233,9 +233,8 @@ class Trainer:
             self.task.dry_run_forward(size, soft_classes=num_classes if config.mixes else 0)
         if config.batch_size == 1:
             _check_batch_of_one(config, model, size)
-        if self._may_time_steps():
-            memory_format = self._fastest_format(memory_format, size)
-            model.to(memory_format=memory_format)
+        memory_format, dtype = self._fastest(memory_format, size)
+        model.to(memory_format=memory_format)
         if config.freeze_backbone:
             check_freezable(model, self.task.loss.requires, config.model, config.loss)
             freeze_backbone(model)
@@ -249,21 +248,30 @@ class Trainer:
         self.loader, self.loader_eval = loaders
         names = self.splits.class_names
         rate = learning_rate(config)
-        self.setup = Setup(num_classes, names, data_config, rate, memory_format, cropped)
+        self.setup = Setup(num_classes, names, data_config, rate, memory_format, dtype, cropped)
 
-    def _may_time_steps(self) -> bool:
-        """Whether the memory layout is free to choose; steps of one process among several wait for the others."""
-        config = self.config
-        fixed = config.memory_format != 'auto' or config.channels_last or config.deterministic
-        return not fixed and not config.freeze_backbone and world_size() == 1 and hasattr(self.splits.train, '__len__')
-
-    def _fastest_format(self, before: torch.memory_format, size: tuple[int, int, int]) -> torch.memory_format:
+    def _fastest(
+        self, memory_format: torch.memory_format, size: tuple[int, int, int]
+    ) -> tuple[torch.memory_format, str]:
+        """Memory layout and precision: the given ones, and of those left open the fastest, if steps can be timed."""
         config, names = self.config, {layout: name for name, layout in LAYOUTS.items()}
+        open_dtypes = list_dtypes(self.device) if config.amp and config.amp_dtype == 'auto' else []
+        dtype = config.amp_dtype if config.amp and not open_dtypes else 'float32'
+        fixed = config.memory_format != 'auto' or config.channels_last or config.deterministic
+        # steps of one process among several wait for the others
+        can_time = not config.freeze_backbone and world_size() == 1 and hasattr(self.splits.train, '__len__')
+        if open_dtypes and not can_time:
+            raise UserError(
+                '--amp-dtype auto times steps of one process that trains on images: give float16 or bfloat16.'
+            )
+        if not can_time or (fixed and not open_dtypes):
+            return memory_format, dtype
         facts = {name: getattr(config, name) for name in ('model', 'model_kwargs', 'loss', 'loss_kwargs', 'batch_size')}
         facts |= {'checkpointing': config.grad_checkpointing, 'soft_targets': config.mixes}
-        dtype = config.amp_dtype if config.amp else 'float32'
-        images = config.epochs * len(self.splits.train)
-        return LAYOUTS[fastest_layout(self.task, facts, size, images, dtype, names[before])]
+        images, before = config.epochs * len(self.splits.train), Choice(names[memory_format], dtype)
+        layouts = [before.layout] if fixed else [*LAYOUTS]
+        chosen = fastest_choice(self.task, facts, size, images, before, layouts, open_dtypes)
+        return LAYOUTS[chosen.layout], chosen.dtype
 
     def _build_optimizer(self) -> None:
         """Optimizer and precision."""
@@ -274,8 +282,8 @@ class Trainer:
                 options = {'fused': True, **options}
             self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **options)
         self.autocast, self.scaler = contextlib.nullcontext, None
-        if config.amp:
-            dtype = getattr(torch, config.amp_dtype)
+        if self.setup.dtype != 'float32':
+            dtype = getattr(torch, self.setup.dtype)
             self.autocast = functools.partial(torch.autocast, self.device.type, dtype=dtype)
             if self.device.type == 'cuda' and dtype == torch.float16:
                 self.scaler = NativeScaler(device=self.device.type)

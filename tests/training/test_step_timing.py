@@ -1,4 +1,4 @@
-"""The memory layout of a long run is the fastest of those timed. Clocks are replaced: no test looks at one."""
+"""Layout and precision of a long run are the fastest of those timed. Clocks are replaced: no test looks at one."""
 
 import copy
 import json
@@ -8,7 +8,10 @@ import torch
 
 import ccl_timm
 from ccl_timm.training import step_timing
-from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_layout, time_choices
+from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, time_choices
+
+from ..conftest import TINY
 
 SIZE = (3, 16, 16)
 
@@ -30,11 +33,17 @@ def clock(monkeypatch, tmp_path):
         return seconds[choice] * count
 
     monkeypatch.setattr(step_timing, '_step', step)
+    monkeypatch.setattr(step_timing, 'time_choices', time_choices)  # which other tests do without
     return seconds, calls
 
 
-def fastest(task, dtype='float32', before='channels_last', batch_size=32, images=10**6):
-    return fastest_layout(task, {'batch_size': batch_size, 'soft_targets': False}, SIZE, images, dtype, before)
+def fastest_of(task, dtype='float32', batch_size=32, images=10**6, **allowed):
+    facts = {'batch_size': batch_size, 'soft_targets': False}
+    return fastest_choice(task, facts, SIZE, images, Choice('channels_last', dtype), **allowed)
+
+
+def fastest(task, *args, **options):
+    return fastest_of(task, *args, **options).layout
 
 
 def test_steps_are_timed_as_they_are_trained(task):
@@ -74,6 +83,17 @@ def test_another_precision_is_recommended_not_taken(task, clock, capsys):
     seconds[Choice('channels_last', 'bfloat16')] = 4.0
     assert fastest(task, dtype='bfloat16') == 'contiguous'
     assert '4.00 times as fast with --memory-format contiguous' in capsys.readouterr().err
+
+
+def test_a_precision_that_is_left_open_is_taken(task, clock, capsys):
+    seconds, _ = clock
+    seconds[Choice('contiguous', 'bfloat16')] = 0.4
+    assert fastest_of(task, dtypes=['float32', 'bfloat16']) == Choice('contiguous', 'bfloat16')
+    said = 'steps are 2.50 times as fast with --memory-format contiguous and bfloat16, which is chosen'
+    assert said in capsys.readouterr().err
+    only = fastest_of(task, layouts=['channels_last'], dtypes=['float32', 'bfloat16'])
+    assert only == Choice('channels_last', 'float32') and not capsys.readouterr().err
+    assert fastest_of(task, batch_size=8, images=1, dtypes=['float32', 'bfloat16']).dtype == 'bfloat16'  # a short run
 
 
 def test_without_mixed_precision_it_may_be_faster(task, clock, capsys):
@@ -142,3 +162,16 @@ def test_runs_time_what_is_free_to_choose(argv, timed, clock, folder, run_cli, w
     assert code == 0, err
     assert bool(calls) == ('which is chosen' in err) == timed
     assert ('channels last' in err) == (argv == ['--deterministic'])
+
+
+def test_a_run_takes_the_fastest_precision_and_records_it(clock, folder, run_cli, workdir):
+    seconds, _ = clock
+    for choice in seconds:
+        seconds[choice] = {'channels_last': 1.0, 'contiguous': 1.1}[choice.layout] * (1 + (choice.dtype == 'float32'))
+    argv = ['--amp', '--amp-dtype', 'auto', '--experiment', 'run']
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv)
+    assert code == 0, err
+    assert 'steps are 2.00 times as fast with bfloat16' in err and 'mixed bfloat16' in err
+    assert RunDir('output/train/run').environment()['precision'] == 'bfloat16'
+    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:3], '--freeze-backbone')
+    assert code == 2 and '--amp-dtype auto times steps of one process that trains on images' in err
