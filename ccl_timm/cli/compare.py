@@ -97,6 +97,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     return Comparison(
         chosen['backbone'], entries_of(chosen['losses']), (*shared, *args.train_args), Path(args.output),
         chosen['trials'], chosen['seeds'], args.tune_fraction, args.unseen, chosen['metric'],
+        table.get('head_options', {}),
     )  # fmt: skip
 
 

@@ -82,6 +82,7 @@ class Comparison:
         tune_fraction: share of the training split that tuning holds out.
         unseen: folder of classes to measure retrieval on; None for none.
         metric: what is compared, one of ``METRICS``.
+        head_options: options of heads by name, for every loss on them.
     """
 
     backbone: str
@@ -93,6 +94,7 @@ class Comparison:
     tune_fraction: float = 0.2
     unseen: str | None = None
     metric: str = 'top1'
+    head_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -103,11 +105,14 @@ class Comparison:
     def key(self) -> str:
         """Tells records of these settings from others."""
         settings = [self.backbone, *self.args, self.trials, self.tune_fraction, self.unseen, self.metric]
+        settings += [self.head_options] if self.head_options else []
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
     def argv(self, entry: Entry, params: dict[str, float]) -> list[str]:
         """Arguments of the training script for a loss with its settings."""
         settings: dict[str, Any] = {'model': f'{self.backbone}_{entry.head}', 'loss': entry.loss}
+        if own := self.head_options.get(entry.head):
+            settings['model_kwargs'] = {**TrainConfig.resolve(list(self.args)).model_kwargs, **own}
         options = dict(params)
         settings |= {name: options.pop(name) for name in ('lr', 'weight_decay', 'smoothing') if name in options}
         if options:
@@ -297,8 +302,9 @@ def _header(comparison: Comparison) -> dict[str, Any]:
     made = environment([], TrainConfig.resolve(list(comparison.args)).device, '')
     return {
         'key': comparison.key, 'backbone': comparison.backbone, 'args': list(comparison.args),
-        'tune_fraction': comparison.tune_fraction, 'trials': comparison.trials, 'metric': comparison.metric,
-        'unseen': comparison.unseen, 'versions': made['versions'], 'device': made['device'], 'started': made['started'],
+        'head_options': comparison.head_options, 'tune_fraction': comparison.tune_fraction,
+        'trials': comparison.trials, 'metric': comparison.metric, 'unseen': comparison.unseen,
+        'versions': made['versions'], 'device': made['device'], 'started': made['started'],
     }  # fmt: skip
 
 

@@ -65,6 +65,14 @@ def compare_runs(runs: _Runs, metric: str, within: float = EQUIVALENCE) -> list[
     ]
 
 
+def _backbone(header: Mapping[str, Any]) -> str:
+    """The backbone, and the options of heads, such as ``'resnet18, head cosine with feature_dim=512'``."""
+    parts = [header['backbone']]
+    for head, options in header.get('head_options', {}).items():
+        parts.append(f'head {head} with {" ".join(f"{name}={value}" for name, value in options.items())}')
+    return ', '.join(parts)
+
+
 def _same_head(name: str) -> str:
     """Cross-entropy on an entry's head; nothing for the linear one, which every entry is compared with anyway."""
     head = name.split(':', 1)[0]
@@ -98,7 +106,7 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
     columns = ('loss', 'head', f'{metric} %', 'seeds', 'minus ce, linear head', 'minus ce, same head')
     rows = [_row(line, within) for line in _best_first(lines)]
     return '\n'.join([
-        f'{header["backbone"]}, tuning runs for each loss: {header["trials"]}', '', table(rows, columns), '',
+        f'{_backbone(header)}, tuning runs for each loss: {header["trials"]}', '', table(rows, columns), '',
         _conclusion(lines), '',
         f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",

@@ -66,6 +66,8 @@ def list_benchmarks() -> list[str]:
 def read_benchmark(name: str) -> dict[str, Any]:
     """A comparison as data: ``backbone``, ``losses``, ``config``, ``trials``, ``seeds``, ``metric``, what to ``set``.
 
+    It may have ``head_options``: options of heads by name.
+
     Raises:
         UnknownNameError: there is none of that name.
     """

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,9 +227,16 @@ def test_benchmarks_have_all_losses_and_controls(name, run_cli, folder, workdir)
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0, err
     commands = dict(line.split(': timm train.py ') for line in out.splitlines())
-    assert {f'{head}:ce' for head in ('linear', 'cosine', 'mlp', 'cam', 'pedcc')} <= commands.keys()
-    assert {loss for _, loss in (entry.split(':') for entry in commands)} == {*list_losses(), 'ce'} - {'mc'}
+    embedding = 'embedding' in name  # of head cosine, for its losses only
+    expected = {loss for loss in list_losses() if not embedding or loss_class(loss).head == 'cosine'} | {'ce'}
+    assert {loss for _, loss in (entry.split(':') for entry in commands)} == expected - {'mc'}
+    heads = {'linear', 'cosine', 'mlp'} | (set() if embedding else {'cam', 'pedcc'})
+    assert {f'{head}:ce' for head in heads} <= commands.keys()
     assert all('--config probe' in command for command in commands.values())
+    for entry, command in commands.items():
+        own = TrainConfig.resolve(shlex.split(command)).model_kwargs
+        wide = {'feature_dim': 512} if embedding and entry.startswith('cosine:') else {}
+        assert own == {'pad_type': 'same', 'bn_eps': 0.001} | wide
 
 
 def records_of(values):
@@ -280,6 +288,10 @@ def test_a_result_says_what_it_shows():
     ) in text
     assert 'Settings of the final runs' not in text  # nothing was tuned
     assert 'for the 5 tests of' in text.replace('\n', ' ')
+    assert text.startswith('network, tuning runs')
+    header, *runs = records_of(near)
+    text = show_comparison([header | {'head_options': {'cosine': {'feature_dim': 8}}}, *runs])
+    assert text.startswith('network, head cosine with feature_dim=8, tuning runs')
     single = show_comparison(records_of({name: own[:1] for name, own in near.items()}))
     assert single.count('one seed, no test') == 6 and 'better than' not in single
 
