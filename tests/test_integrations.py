@@ -1,7 +1,11 @@
 """Epochs and steps in trainers that drive a task in another way than timm's scripts: stand-ins and the real ones."""
 
+import os
+import re
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -190,3 +194,22 @@ def test_lightning_trainer(tmp_path, accumulation):
 
     assert counts(train(EPOCHS)) == (EPOCHS - 1, EPOCHS * BATCHES // accumulation)
     assert counts(train(EPOCHS + 1, tmp_path / 'last.ckpt')) == (EPOCHS, (EPOCHS + 1) * BATCHES // accumulation)
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_processes(tmp_path):
+    """The README's example, started by torchrun: each process has half of the images, and both the same weights."""
+    pytest.importorskip('accelerate')
+    page = Path(ccl_timm.__file__).with_name('training') / 'README.md'
+    (code,) = (block for block in re.findall(r'```python\n(.*?)```', page.read_text(), re.S) if 'Accelerator' in block)
+    program = tmp_path / 'program.py'
+    program.write_text(
+        f'{code}\nweights = sum(parameter.sum().item() for parameter in task.parameters())\n'
+        'print(accelerator.num_processes, len(loader), weights)\n'
+    )
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(program)]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    one, two = ran.stdout.splitlines()
+    assert one == two and one.startswith('2 12 ')  # 1,442 images in batches of 64, two at a time

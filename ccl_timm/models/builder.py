@@ -151,6 +151,8 @@ def build_variant(
         return _build_backbone(backbone, stock, pretrained, cache_dir, size, {**kwargs, 'features_only': True})
 
     indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4))
+    if features_only and (wrapper := kwargs.pop('feature_cls', 'getter')) != 'getter':
+        raise UserError(f"feature_cls='{wrapper}' does not work with the feature maps of '{name}': leave it out.")
     own = None if kind == 'stock' else weights
     stock = None if own else weights
     model = _build_backbone(backbone, stock, pretrained and not own, cache_dir, {}, {**kwargs, 'num_classes': 0})

@@ -340,6 +340,14 @@ def test_default_cfg_of_mc_names_the_size_of_its_map(name):
     assert model.forward_features(torch.randn(1, *size)).shape[2:] == model.default_cfg['pool_size']
 
 
+@pytest.mark.parametrize('name, options', [('test_resnet_mc', {}), ('resnet18_cam', {'small_input': True})])
+def test_features_of_the_whole_model_are_those_of_timms_getter(name, options):
+    maps = timm.create_model(name, features_only=True, feature_cls='getter', **options)(torch.randn(1, 3, 64, 64))
+    assert len(maps) == 5
+    with pytest.raises(ccl_timm.UserError, match="feature_cls='hook' does not work with the feature maps of"):
+        timm.create_model(name, features_only=True, feature_cls='hook', **options)
+
+
 @pytest.mark.parametrize('backbone', ['test_byobnet', 'test_convnext', 'test_mambaout', 'test_resnet', 'test_vit'])
 def test_layers_can_be_pruned_together_with_the_head(backbone):
     model = ccl_timm.create_model(f'{backbone}_cam', num_classes=5).eval()
