@@ -22,6 +22,7 @@ __all__ = ['Line', 'compare_runs', 'draw_rows', 'epochs_to', 'show_comparison', 
 
 _Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
 _CONTROL = 'linear:ce'
+_CAVEAT = 'The intervals are over seeds, not over searches: another search may find other settings.'
 _MEASURES = {
     'top1': 'top-1 %', 'nll': 'NLL', 'ece': 'ECE %', 'recall_at_1': 'R@1 %', 'map_at_r': 'MAP@R %',
     'unseen_recall_at_1': 'unseen R@1 %', 'unseen_map_at_r': 'unseen MAP@R %', 'ms_per_step': 'ms a step',
@@ -111,7 +112,8 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
         f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
         f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
-        'is shown, one of the size named would have been, with a probability of 80%.', '',
+        'is shown, one of the size named would have been, with a probability of 80%.', 
+        *([_CAVEAT] if header['trials'] else []), '',
         *_measures(runs, _epochs_to_95(records), metric), *_settings(runs),
     ])  # fmt: skip
 

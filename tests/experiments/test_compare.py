@@ -286,12 +286,13 @@ def test_a_result_says_what_it_shows():
         'worse than cross-entropy on a linear head: ce on cam; as good: cc on cam; identical: cm on cosine; '
         'no difference shown: 1 other.'
     ) in text
-    assert 'Settings of the final runs' not in text  # nothing was tuned
+    assert 'Settings of the final runs' not in text and 'another search' not in text  # nothing was tuned
     assert 'for the 5 tests of' in text.replace('\n', ' ')
     assert text.startswith('network, tuning runs')
     header, *runs = records_of(near)
     text = show_comparison([header | {'head_options': {'cosine': {'feature_dim': 8}}}, *runs])
     assert text.startswith('network, head cosine with feature_dim=8, tuning runs')
+    assert 'another search' in show_comparison([header | {'trials': 3}, *runs])
     single = show_comparison(records_of({name: own[:1] for name, own in near.items()}))
     assert single.count('one seed, no test') == 6 and 'better than' not in single
 
