@@ -37,6 +37,8 @@ def add_arguments(parser: Parser) -> None:
     add('--backbone', metavar='NAME', help=f'a timm architecture, default {_DEFAULTS["backbone"]}')
     add('--config', metavar='RECIPE',
         help=f'settings that all runs share, default {_RECIPE}, with --freeze-backbone {_FROZEN_RECIPE}')  # fmt: skip
+    add('--embedding', type=COUNT, metavar='N',
+        help='width of an embedding before the cosines of head cosine: a margin needs features to change')  # fmt: skip
     add('--trials', type=integer(0, 10_000), metavar='N', help='tuning runs of each loss, default 0: none')
     add('--tune-fraction', type=SHARE, default=0.2, metavar='F', help='share held out for tuning, default 0.2')
     add('--metric', choices=METRICS, help='what is compared, default top1')
@@ -94,10 +96,11 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     shared += shared_args(args)
     if args.freeze_backbone and '--freeze-backbone' not in shared:
         shared.append('--freeze-backbone')
+    heads = {'cosine': {'feature_dim': args.embedding}} if args.embedding else table.get('head_options', {})
     return Comparison(
         chosen['backbone'], entries_of(chosen['losses']), (*shared, *args.train_args), Path(args.output),
         chosen['trials'], chosen['seeds'], args.tune_fraction, args.unseen, chosen['metric'],
-        table.get('head_options', {}),
+        heads,
     )  # fmt: skip
 
 

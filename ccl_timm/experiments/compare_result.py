@@ -112,7 +112,7 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
         f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
         f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
-        'is shown, one of the size named would have been, with a probability of 80%.', 
+        'is shown, one of the size named would have been, with a probability of 80%.',
         *([_CAVEAT] if header['trials'] else []), '',
         *_measures(runs, _epochs_to_95(records), metric), *_settings(runs),
     ])  # fmt: skip

@@ -239,6 +239,14 @@ def test_benchmarks_have_all_losses_and_controls(name, run_cli, folder, workdir)
         assert own == {'pad_type': 'same', 'bn_eps': 0.001} | wide
 
 
+def test_an_embedding_is_put_before_the_cosines_only(run_cli, folder, workdir):
+    argv = ['--losses', 'arcface', 'cc', '--backbone', 'test_resnet', '--embedding', '64', '--data-dir', folder]
+    code, out, err = run_cli('ccl-timm', 'compare', *argv, '--freeze-backbone', '--dry-run')
+    assert code == 0, err
+    wide = [line.split(':')[:2] for line in out.splitlines() if 'feature_dim=64' in line]
+    assert [(head, loss.split()[0]) for head, loss in wide] == [('cosine', 'ce'), ('cosine', 'arcface')]
+
+
 def records_of(values):
     """Records of final runs, from values by entry."""
     header = {'key': 'k', 'backbone': 'network', 'trials': 0, 'metric': 'top1'}
