@@ -51,17 +51,19 @@ def test_comparison_is_what_compare_shows(run_cli, monkeypatch):
 
 def test_what_we_learned_is_what_the_tables_say():
     learned, page = (PAGES[1].with_name(name).read_text(encoding='utf-8') for name in ('LEARNED.md', 'README.md'))
-    names = re.findall(r'\(README\.md#(\S+?)\)', learned)
     sections = {
         re.sub(r'[^a-z0-9 -]', '', part.split('\n')[0].lower()).replace(' ', '-'): part for part in page.split('\n## ')
     }
-    cells = [line.strip('| ').split(' | ') for line in learned.splitlines() if line.startswith('| `')]
-    assert len(cells) == 18 and all(len(row) == len(names) + 1 for row in cells)
-    for label, *verdicts in cells:
-        loss, head = label.replace('`', '').split(', ')
-        for name, verdict in zip(names, verdicts, strict=True):
-            (line,) = re.findall(rf'^{loss}(?: \(control\))? +{head} .*', sections[name], re.M)[:1] or ['']
-            assert verdict.replace('not shown', 'no difference shown') in line or (verdict, line) == ('not run', '')
+    tables = re.findall(r'^\| loss, head (.*)\n\|.*\n((?:\|.*\n)+)', learned, re.M)
+    assert [len(rows.splitlines()) for _, rows in tables] == [18, 8]
+    for header, rows in tables:
+        names = re.findall(r'\(README\.md#(\S+?)\)', header)
+        for label, *verdicts in (row.strip('| ').split(' | ') for row in rows.splitlines()):
+            loss, head = label.replace('`', '').split(', ')
+            for name, verdict in zip(names, verdicts, strict=True):
+                (line,) = re.findall(rf'^{loss}(?: \(control\))? +{head} .*', sections[name], re.M)[:1] or ['']
+                shown = verdict.replace('not shown', 'no difference shown')
+                assert shown in line or (verdict, line) == ('not run', '')
     intervals = re.findall(r'\[[+-][\d.]+, [+-][\d.]+\]', learned)
     assert len(intervals) > 40 and all(interval in page for interval in intervals)
     assert len(learned.split()) <= 1500
