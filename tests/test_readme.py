@@ -193,7 +193,15 @@ def test_results_in_the_readme_are_those_of_the_records(run_cli, monkeypatch):
         recorded = {tuple(line[:2]): dict(zip(header, [*line, '', ''], strict=False)) for line in lines}
         for row in read_rows(shown):
             assert row.items() <= recorded[row['loss'], row['head']].items()
-            assert row['minus ce, linear head'].split(']')[0] in PICTURE
+
+
+def test_the_picture_is_drawn_from_the_records(run_cli, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, printed, err = run_cli('ccl-timm', 'compare', '--show', 'hub_cards/results/benchmark-cars196.jsonl')
+    assert code == 0, err
+    rows = printed.split('\n\n')[1].splitlines()[1:]
+    intervals = [interval for row in rows for interval in re.findall(r'[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+', row)[:1]]
+    assert len(intervals) == 18 and all(interval in PICTURE for interval in intervals)
 
 
 def read_rows(text):
