@@ -35,7 +35,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('what', CASES)
+@pytest.mark.parametrize(
+    'what', [*[name for name in CASES if name != 'import'], pytest.param('import', marks=pytest.mark.slow)]
+)
 def test_command_prints_ratios(what, run_cli):
     argv, lines = CASES[what]
     code, out, err = run_cli('ccl-timm', 'bench', what, *argv, '--rounds', '1', '--json', '--device', 'cpu')

@@ -101,7 +101,7 @@ def killed_and_resumed(folder, epochs, kills, seed):
                 return hits
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_those_that_were_not(kills, workdir, folder, run_cli):
     epochs = str(4 * kills + 4)
     argv = [*MODEL, '--data-dir', folder, '--epochs', epochs, '--experiment', 'whole']
