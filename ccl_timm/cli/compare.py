@@ -99,8 +99,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     heads = {'cosine': {'feature_dim': args.embedding}} if args.embedding else table.get('head_options', {})
     return Comparison(
         chosen['backbone'], entries_of(chosen['losses']), (*shared, *args.train_args), Path(args.output),
-        chosen['trials'], chosen['seeds'], args.tune_fraction, args.unseen, chosen['metric'],
-        heads,
+        chosen['trials'], chosen['seeds'], args.tune_fraction, args.unseen, chosen['metric'], heads,
     )  # fmt: skip
 
 

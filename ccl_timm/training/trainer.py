@@ -260,9 +260,10 @@ class Trainer:
         fixed = config.memory_format != 'auto' or config.channels_last or config.deterministic
         # steps of one process among several wait for the others
         can_time = not config.freeze_backbone and world_size() == 1 and hasattr(self.splits.train, '__len__')
-        if open_dtypes and not can_time:
+        if open_dtypes and (config.deterministic or not can_time):
             raise UserError(
-                '--amp-dtype auto times steps of one process that trains on images: give float16 or bfloat16.'
+                '--amp-dtype auto times steps of one process that trains on images, without --deterministic: give '
+                'float16 or bfloat16.'
             )
         if not can_time or (fixed and not open_dtypes):
             return memory_format, dtype

@@ -173,5 +173,6 @@ def test_a_run_takes_the_fastest_precision_and_records_it(clock, folder, run_cli
     assert code == 0, err
     assert 'steps are 2.00 times as fast with bfloat16' in err and 'mixed bfloat16' in err
     assert RunDir('output/train/run').environment()['precision'] == 'bfloat16'
-    code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:3], '--freeze-backbone')
-    assert code == 2 and '--amp-dtype auto times steps of one process that trains on images' in err
+    for flag in ('--freeze-backbone', '--deterministic'):
+        code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:3], flag)
+        assert code == 2 and '--amp-dtype auto times steps of one process that trains on images' in err
