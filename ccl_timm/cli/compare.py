@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.estimate:
         run_comparison(comparison, jobs)
         _show(comparison.file, args, comparison.key)
+        log_info(f'the runs are in {comparison.file}; `ccl-timm compare --show {comparison.file}` prints this again')
     return 0
 
 

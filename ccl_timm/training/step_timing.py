@@ -159,6 +159,8 @@ def fastest_choice(
     chosen = best if allowed[before] >= _GAIN * allowed[best] else before
     if chosen != before:
         _log_gain(allowed[before] / allowed[chosen], chosen, before)
+    if dtypes and chosen.dtype == before.dtype:
+        log_info(f'steps were timed in {" and ".join(dtypes)}: none is clearly faster than {before.dtype}')
     best = min(found, key=found.__getitem__)
     if best.dtype not in (before.dtype, *dtypes) and found[chosen] >= _GAIN * found[best]:
         flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'

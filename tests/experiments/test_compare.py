@@ -206,6 +206,7 @@ def test_compare_as_a_user_runs_it(settings, run_cli, workdir):
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0, err
     assert out.startswith('test_resnet, tuning runs for each loss: 1') and '15/15  ' in err and 'Result: ' in out
+    assert 'the runs are in output/compare/compare.jsonl; `ccl-timm compare --show' in err
     rows = {tuple(line.split()[:3]) for line in out.splitlines()}
     assert {('ce', '(control)', 'mlp'), ('ce', '(control)', 'cam'), ('ce', '(control)', 'cosine')} <= rows
     code, again, err = run_cli('ccl-timm', 'compare', *argv)
