@@ -26,6 +26,7 @@ from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.experiments.trial import run_trial
 from ccl_timm.experiments.tuning import best_params, search_space, suggest
+from ccl_timm.heads import list_heads
 from ccl_timm.training.checks import check_config, check_fit
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.folder_lock import FolderLock
@@ -56,16 +57,22 @@ class Entry:
 def entries_of(names: list[str]) -> list[Entry]:
     """The losses by name, each on its head, below the controls: cross-entropy on all heads that occur.
 
-    A loss for any head gets the linear one.
+    Args:
+        names: a loss, or ``HEAD:LOSS``, such as ``'cosine:center'``. A loss for any head gets the linear one.
 
     Raises:
         UserError: there is no loss of a name.
     """
-    heads = {
-        name: 'linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear' for name in names
-    }
-    controls = [Entry(head, 'ce') for head in dict.fromkeys((*_CONTROLS, *heads.values()))]
-    return list(dict.fromkeys([*controls, *(Entry(head, name) for name, head in heads.items())]))
+    entries = [_entry(name) for name in names]
+    controls = [Entry(head, 'ce') for head in (*_CONTROLS, *(entry.head for entry in entries))]
+    return list(dict.fromkeys([*controls, *entries]))
+
+
+def _entry(name: str) -> Entry:
+    head, separator, loss = name.partition(':')
+    if separator and head in list_heads():
+        return Entry(head, loss)
+    return Entry('linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear', name)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UnknownNameError, UserError
 from ccl_timm.experiments import compare, tables, tuning
 from ccl_timm.experiments.compare import Comparison, entries_of, final_runs, read_records, run_comparison
 from ccl_timm.experiments.compare_result import compare_runs, epochs_to, show_comparison
@@ -76,6 +76,15 @@ def test_cross_entropy_is_trained_on_every_head():
     names = [entry.name for entry in entries_of(['focal', 'arcface', 'pod', 'ce', 'bce'])]
     controls = ['linear:ce', 'cosine:ce', 'mlp:ce', 'pedcc:ce']
     assert names == [*controls, 'linear:focal', 'cosine:arcface', 'pedcc:pod', 'linear:bce']
+
+
+def test_a_loss_is_put_on_the_head_that_is_named_before_it():
+    entries = entries_of(['cam:focal', 'cosine:pml:SupConLoss', 'pml:SupConLoss'])[4:]
+    assert [(entry.head, entry.loss) for entry in entries] == [
+        ('cam', 'focal'), ('cosine', 'pml:SupConLoss'), ('linear', 'pml:SupConLoss'),
+    ]  # fmt: skip
+    with pytest.raises(UnknownNameError, match="Unknown loss 'cma:focal'"):
+        entries_of(['cma:focal'])
 
 
 def test_every_loss_is_tuned_with_equal_effort_on_a_share_held_out_of_training(settings, trials):
@@ -228,9 +237,12 @@ def test_benchmarks_have_all_losses_and_controls(name, run_cli, folder, workdir)
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0, err
     commands = dict(line.split(': timm train.py ') for line in out.splitlines())
-    embedding = 'embedding' in name  # of head cosine, for its losses only
+    embedding = 'embedding' in name  # of head cosine, for its losses and others on it
     expected = {loss for loss in list_losses() if not embedding or loss_class(loss).head == 'cosine'} | {'ce'}
-    assert {loss for _, loss in (entry.split(':') for entry in commands)} == expected - {'mc'}
+    if embedding:
+        peers = ('ProxyAnchor', 'SupCon', 'MultiSimilarity', 'SubCenterArcFace')
+        expected |= {'center', *(f'pml:{peer}Loss' for peer in peers)}
+    assert {entry.split(':', 1)[1] for entry in commands} == expected - {'mc'}
     heads = {'linear', 'cosine', 'mlp'} | (set() if embedding else {'cam', 'pedcc'})
     assert {f'{head}:ce' for head in heads} <= commands.keys()
     assert all('--config probe' in command for command in commands.values())
