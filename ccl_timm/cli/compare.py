@@ -33,7 +33,8 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = f'{parser.prog} --data-dir DIR --losses A B [options] [-- arguments of the training script]'
     add = parser.add_argument
     add('--table', metavar='NAME', help='a packaged benchmark: losses, backbone, trials, seeds and settings')
-    add('--losses', nargs='+', metavar='NAME', help=f'default {" ".join(_DEFAULTS["losses"])}; HEAD:NAME for another head')
+    add('--losses', nargs='+', metavar='NAME',
+        help=f'default {" ".join(_DEFAULTS["losses"])}; HEAD:NAME for another head')  # fmt: skip
     add('--backbone', metavar='NAME', help=f'a timm architecture, default {_DEFAULTS["backbone"]}')
     add('--config', metavar='RECIPE',
         help=f'settings that all runs share, default {_RECIPE}, with --freeze-backbone {_FROZEN_RECIPE}')  # fmt: skip

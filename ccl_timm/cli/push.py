@@ -14,6 +14,7 @@ HELP = 'Put a trained model on the Hugging Face Hub: weights, config, card, sett
 def add_arguments(parser: Parser) -> None:
     add_card(parser, required=True)
     add = parser.add_argument
+    add('--examples', nargs='+', default=(), metavar='IMAGE', help='show these on its page; everybody can see them')
     add('--private', action='store_true', help='make a new repository private')
     add('--revision', default=None, metavar='BRANCH', help='default main; created if it does not exist')
     add('--replace-card', action='store_true', help='overwrite a card that was edited by hand, too')
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         use_ema=args.use_ema,
         baseline=args.baseline,
         license=args.license,
+        examples=args.examples,
         replace_card=args.replace_card,
         dry_run=args.dry_run,
     )

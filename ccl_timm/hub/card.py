@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,12 @@ def _finalize(value: Any) -> str:
 
 
 def render(
-    config: dict[str, Any], run: Result, repo_id: str, baseline: Result | None = None, license: str = 'apache-2.0'
+    config: dict[str, Any],
+    run: Result,
+    repo_id: str,
+    baseline: Result | None = None,
+    license: str = 'apache-2.0',
+    widget: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Write the model card of a checkpoint.
 
@@ -65,6 +71,7 @@ def render(
         repo_id: the repository that the card's code loads.
         baseline: a run of the same recipe with cross-entropy.
         license: of the weights.
+        widget: images of the repository and their classes, as :func:`ccl_timm.hub.examples.write_examples` gives them.
 
     Returns:
         The text, which ends in a mark that :func:`is_unedited` knows.
@@ -79,8 +86,11 @@ def render(
     environment = jinja2.Environment(finalize=_finalize, autoescape=False)  # not HTML
     environment.filters['code'] = lambda text: Markdown(markdown_code(text))
     template = environment.from_string((resource_dir('hub_cards') / 'template.md').read_text(encoding='utf-8'))
+    card_data = _front_matter(config, run.settings, measured, repo_id, license, origin)
+    if widget:
+        card_data['widget'] = list(widget)
     card = template.render(
-        card_data=Markdown(_front_matter(config, run.settings, measured, repo_id, license, origin).to_yaml()),
+        card_data=Markdown(card_data.to_yaml()),
         **_use(config, run.settings, repo_id),
         **_training(config, run, origin),
         **_results(run, measured, baseline and baseline.public()),

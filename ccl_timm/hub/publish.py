@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ccl_timm.console import log_info
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.results import Result, write_record
 from ccl_timm.hub import card
+from ccl_timm.hub.examples import write_examples
 from ccl_timm.models.cost import cost
 from ccl_timm.models.hub_errors import check_repository_name, push_errors
 from ccl_timm.training.checkpoints import Trained, check_outputs, load_trained
@@ -224,6 +225,7 @@ def push(
     use_ema: bool = False,
     baseline: str | os.PathLike | None = None,
     license: str = 'apache-2.0',
+    examples: Sequence[str | os.PathLike] = (),
     replace_card: bool = False,
     dry_run: bool = False,
 ) -> str:
@@ -241,6 +243,7 @@ def push(
         use_ema: the moving average instead of the weights.
         baseline: see :func:`ccl_timm.hub.card.render`.
         license: of the weights.
+        examples: image files to show on the model's page, with the classes that it finds; they go up, too.
         replace_card: write over an edited card, too.
         dry_run: list what would go up, and send nothing.
 
@@ -255,11 +258,12 @@ def push(
         folder = Path(name)
         trained, run = load_run(source, use_ema)
         config = _export_timm(trained, folder)
-        text = card.render(config, run, repo_id, _read_baseline(baseline), license)
+        widget = write_examples(trained, examples, folder)
+        text = card.render(config, run, repo_id, _read_baseline(baseline), license, widget)
         (folder / 'README.md').write_text(text, encoding='utf-8')
         _write_public_files(run.public(), folder)
-        for path in sorted(folder.iterdir()):
-            log_info(f'{path.name:>18}  {path.stat().st_size / 1e6:9.3f} MB')
+        for path in sorted(path for path in folder.rglob('*') if path.is_file()):
+            log_info(f'{path.relative_to(folder)!s:>18}  {path.stat().st_size / 1e6:9.3f} MB')
         if dry_run:
             log_info(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
             return ''

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,30 @@ def test_what_goes_up_names_no_folder_of_this_machine(pushed, folder, run):
     assert str(folder.parent) not in texts and str(run.parent) not in texts
     assert f'--data-dir {folder.name}' in texts
     assert yaml.safe_load(files['args.yaml'])['data_dir'] == folder.name
+
+
+def test_examples_go_up_without_their_metadata_and_are_shown_with_scores(run_cli, online, run, workdir):
+    photo, drawing = workdir / 'ant in a park.jpg', workdir / 'bee.png'
+    exif = Image.Exif()
+    exif[0x8825] = {1: 'N', 2: (52.0, 31.0, 12.0)}  # the place
+    Image.effect_noise((40, 50), 60).convert('RGB').save(photo, exif=exif)
+    Image.new('L', (33, 20), 90).save(drawing)
+    code, _, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO, '--examples', photo, drawing)
+    assert code == 0 and 'examples/1.png' in err, err
+    files = online.files(REPO)
+    assert files.keys() == {'.gitattributes', *FILES, 'examples/1.png', 'examples/2.png'}
+    widget = ModelCard(files['README.md'].decode()).data.widget
+    assert [(row['src'], row['example_title']) for row in widget] == [
+        ('examples/1.png', 'ant in a park'), ('examples/2.png', 'bee'),
+    ]  # fmt: skip
+    model = ccl_timm.load(run)
+    for row in widget:
+        shown = Image.open(BytesIO(files[row['src']]))
+        assert not shown.getexif() and shown.mode == 'RGB'
+        (best,) = model.predict(shown, topk=3)
+        assert row['output'] == [{'label': p['class'], 'score': round(p['probability'], 4)} for p in best]
+    code, _, err = run_cli('ccl-timm', 'push', run, '--repo-id', REPO, '--examples', photo, run / 'summary.csv')
+    assert code == 2 and err.startswith("error: The example '") and 'summary.csv' in err and 'not an image' in err
 
 
 def test_second_push_changes_nothing(run_cli, pushed, run):
