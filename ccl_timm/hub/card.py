@@ -189,6 +189,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
         'class_names': config.get('label_names'),
         'version': needs['version'],
         'cost': needs.get('cost'),
+        'calibration': needs.get('calibration'),
         'repository': Markdown(repr(repo_id)),
         'in_transformers': _in_transformers(config),
         'plugin_note': Markdown(f', and needs {needed}' if needed else ''),

@@ -499,6 +499,15 @@ def test_card_without_a_baseline_states_it(run_cli, run):
     assert '| cross-entropy, same recipe | not run |' in out and 'not stated |' in out
 
 
+def test_card_states_whether_probabilities_are_calibrated(run, workdir):
+    assert 'Probabilities are not calibrated.' in publish.write_card(run)
+    own = _with_settings(run, workdir / 'own')
+    fitted = ccl_timm.load(own).evaluate(fit_temperature=True).calibration
+    text = publish.write_card(own)
+    assert 'not calibrated' not in text and f'divided by {fitted["temperature"]:.4g}, the' in text
+    assert f'temperature fitted on {fitted["images"]} images ("validation" of ' in text
+
+
 def test_images_of_a_folder_are_called_by_its_name(run_cli, run, workdir):
     typed = _with_settings(run, workdir / 'typed', dataset='folder')
     assert run_cli('ccl-timm', 'card', typed)[1] == run_cli('ccl-timm', 'card', run)[1]
