@@ -23,6 +23,7 @@ def add_card(parser: Parser, required: bool) -> None:
     add('--repo-id', required=required, default=None, metavar='OWNER/NAME', help='the repository on the Hub')
     add('--baseline', default=None, metavar='RUN', help='the same recipe with --loss ce, for the card')
     add('--license', default='apache-2.0', metavar='NAME', help='of the weights, default apache-2.0')
+    add('--note', default='', metavar='TEXT', help='what else a reader of the card must know of the data')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         use_ema=args.use_ema,
         baseline=args.baseline,
         license=args.license,
+        note=args.note,
         output=args.output,
     )
     print(card, end='')

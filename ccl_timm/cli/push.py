@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         use_ema=args.use_ema,
         baseline=args.baseline,
         license=args.license,
+        note=args.note,
         examples=args.examples,
         replace_card=args.replace_card,
         dry_run=args.dry_run,

@@ -61,6 +61,7 @@ def render(
     repo_id: str,
     baseline: Result | None = None,
     license: str = 'apache-2.0',
+    note: str = '',
     widget: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Write the model card of a checkpoint.
@@ -71,6 +72,7 @@ def render(
         repo_id: the repository that the card's code loads.
         baseline: a run of the same recipe with cross-entropy.
         license: of the weights.
+        note: what else a reader must know of the data, as a sentence.
         widget: images of the repository and their classes, as :func:`ccl_timm.hub.examples.write_examples` gives them.
 
     Returns:
@@ -91,6 +93,7 @@ def render(
         card_data['widget'] = list(widget)
     card = template.render(
         card_data=Markdown(card_data.to_yaml()),
+        note=note,
         **_use(config, run.settings, repo_id),
         **_training(config, run, origin),
         **_results(run, measured, baseline and baseline.public()),
@@ -195,6 +198,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
         'plugin_note': Markdown(f', and needs {needed}' if needed else ''),
         'head': variant and variant[1],
         'loss_reads': Markdown(_loss_reads(settings)),
+        'paper': losses.loss_class(loss).paper if (loss := _loss(settings)) in losses.list_losses() else '',
     }
 
 

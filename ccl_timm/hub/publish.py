@@ -175,6 +175,7 @@ def write_card(
     use_ema: bool = False,
     baseline: str | os.PathLike | None = None,
     license: str = 'apache-2.0',
+    note: str = '',
     output: str | os.PathLike = '',
 ) -> str:
     """Write the card of a run's checkpoint, without a network.
@@ -185,6 +186,7 @@ def write_card(
         use_ema: the moving average instead of the weights.
         baseline: folder of a run of the same recipe with cross-entropy.
         license: of the weights.
+        note: what else a reader must know of the data, as a sentence.
         output: a new folder for README.md and what it is written from: config.json, and the run and its baseline in
             runs.jsonl.
 
@@ -201,7 +203,7 @@ def write_card(
     trained, run = load_run(source, use_ema)
     config, other = model_config(trained), _read_baseline(baseline)
     repo_id = repo_id or card.default_repository(config, run.public().settings)
-    text = card.render(config, run, repo_id, other, license)
+    text = card.render(config, run, repo_id, other, license, note)
     if output:
         folder = Path(output)
         folder.mkdir(parents=True)
@@ -225,6 +227,7 @@ def push(
     use_ema: bool = False,
     baseline: str | os.PathLike | None = None,
     license: str = 'apache-2.0',
+    note: str = '',
     examples: Sequence[str | os.PathLike] = (),
     replace_card: bool = False,
     dry_run: bool = False,
@@ -243,6 +246,7 @@ def push(
         use_ema: the moving average instead of the weights.
         baseline: see :func:`ccl_timm.hub.card.render`.
         license: of the weights.
+        note: what else a reader must know of the data, as a sentence.
         examples: image files to show on the model's page, with the classes that it finds; they go up, too.
         replace_card: write over an edited card, too.
         dry_run: list what would go up, and send nothing.
@@ -259,7 +263,7 @@ def push(
         trained, run = load_run(source, use_ema)
         config = _export_timm(trained, folder)
         widget = write_examples(trained, examples, folder)
-        text = card.render(config, run, repo_id, _read_baseline(baseline), license, widget)
+        text = card.render(config, run, repo_id, _read_baseline(baseline), license, note, widget)
         (folder / 'README.md').write_text(text, encoding='utf-8')
         _write_public_files(run.public(), folder)
         for path in sorted(path for path in folder.rglob('*') if path.is_file()):

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ccl_timm.training.yaml_files import read_yaml
 __all__ = ['Release', 'list_releases', 'read_release', 'release']
 
 _FILE = 'release.yaml'
+_PLACES = {'data_dir', 'pretrained_path'}  # of files, which somebody else's run has elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Release:
         top1: accuracy that it is expected to have on its run's validation split, in %.
         tolerance: by how many points another machine's may differ.
         license: of the weights.
+        note: what a reader of the card must know of the data, as a sentence.
         baseline: arguments that differ for the run of the same recipe with cross-entropy; empty for none.
     """
 
@@ -41,6 +44,7 @@ class Release:
     top1: float
     tolerance: float
     license: str = 'apache-2.0'
+    note: str = ''
     baseline: str = ''
 
     def runs(self, data_dir: str | None, output: Path) -> dict[str, list[str]]:
@@ -107,13 +111,18 @@ def release(
     described, output = read_release(name), Path(output)
     wanted = described.runs(data_dir, output)
     if run:
-        folders = [_finished(RunDir(run), wanted[name])]
+        folders = [_finished(RunDir(run), wanted[name], _PLACES)]
     else:
         folders = [_train(RunDir(output / experiment), args) for experiment, args in wanted.items()]
     own, baseline = [*folders, None][:2]
     use_ema = bool(RunDir(own).settings().get('model_ema'))
     _check_accuracy(described, own, use_ema)
-    options: dict[str, Any] = {'use_ema': use_ema, 'baseline': baseline, 'license': described.license}
+    options: dict[str, Any] = {
+        'use_ema': use_ema,
+        'baseline': baseline,
+        'license': described.license,
+        'note': described.note,
+    }
     repo_id, card = f'{ORGANISATION}/{name}', output / f'{name}.card'
     if card.exists():
         log_info(f'{card} is there already, and stays as it is')
@@ -136,9 +145,9 @@ class _Unfinished(UserError):
     pass
 
 
-def _finished(run: RunDir, args: list[str]) -> Path:
+def _finished(run: RunDir, args: list[str], ignore: Collection[str] = ()) -> Path:
     """The folder of a run, which must have these settings and be finished."""
-    run.check_settings(TrainConfig.resolve(args, 'ccl-timm train'), 'give another --output or --run')
+    run.check_settings(TrainConfig.resolve(args, 'ccl-timm train'), 'give another --output or --run', ignore)
     try:
         Result.of(run).finished()
     except UserError as error:

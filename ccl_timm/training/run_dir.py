@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -123,15 +123,19 @@ class RunDir:
         return any((self.path / name).exists() for name in names) or any(self.path.glob('*.pth.tar'))
 
     def check_settings(
-        self, config: TrainConfig, remedy: str = 'give the same settings to resume it, or another --experiment'
+        self,
+        config: TrainConfig,
+        remedy: str = 'give the same settings to resume it, or another --experiment',
+        ignore: Collection[str] = (),
     ) -> None:
         """Raise a UserError unless the run has these settings, as far as they change what is computed.
 
         Args:
             config: the settings.
             remedy: what a user can do otherwise.
+            ignore: settings that may differ all the same.
         """
-        changed = diff_settings({'train_fraction': None, **self.settings()}, config.settings())
+        changed = diff_settings({'train_fraction': None, **self.settings()}, config.settings(), ignore)
         if changed:
             raise UserError(f"'{self.path}' holds a run of other settings ({', '.join(changed[:3])}): {remedy}.")
 

@@ -104,7 +104,7 @@ def test_a_run_is_taken_in_the_place_of_training(run_cli, online, cards):
     summary.write_text(summary.read_text().splitlines()[0] + '\n')
     code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/half')
     assert code == 2 and "'runs/half' is half-written, 0 of 1 epochs" in err and not online.requests
-    code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', cards.data, '--run', 'runs/right')
+    code, out, err = run_cli('ccl-timm', 'release', NAME, '--data-dir', 'elsewhere', '--run', 'runs/right')
     assert code == 0 and not cards.run.exists()
     assert 'cross-entropy, same recipe | not run' in online.files(f'me/{NAME}')['README.md'].decode()
 
