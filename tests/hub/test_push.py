@@ -422,7 +422,7 @@ def test_card_is_for_a_repository(repo_id, run_cli, run):
 def test_default_repository_can_be_one(run_cli, run, workdir):
     named = _with_settings(run, workdir / 'named', data_dir='Größe/' + 120 * 'ä')
     code, out, err = run_cli('ccl-timm', 'card', named)
-    assert code == 0 and "create_model('hf-hub:ccl-timm/test_resnet_cam.cc'" in out, err
+    assert code == 0 and "name = 'hf-hub:ccl-timm/test_resnet_cam.cc'" in out, err
 
 
 def test_official_test_sets_are_called_test_and_by_their_repository(run_cli, run, workdir):
