@@ -14,7 +14,8 @@ HELP = 'Put a trained model on the Hugging Face Hub: weights, config, card, sett
 def add_arguments(parser: Parser) -> None:
     add_card(parser, required=True)
     add = parser.add_argument
-    add('--examples', nargs='+', default=(), metavar='IMAGE', help='show these on its page; everybody can see them')
+    add('--examples', nargs='+', default=(), metavar='IMAGE',
+        help='after RUN: images to show on its page, where everybody sees them')  # fmt: skip
     add('--private', action='store_true', help='make a new repository private')
     add('--revision', default=None, metavar='BRANCH', help='default main; created if it does not exist')
     add('--replace-card', action='store_true', help='overwrite a card that was edited by hand, too')

@@ -44,7 +44,7 @@ def write_examples(trained: Trained, files: Sequence[str | os.PathLike], folder:
     found, _ = predict(trained, written, topk=_SHOWN)
     return [
         {
-            'src': str(path.relative_to(folder)),
+            'src': path.relative_to(folder).as_posix(),
             'example_title': Path(file).stem,
             'output': [{'label': p['class'], 'score': round(p['probability'], 4)} for p in row['predictions']],
         }

@@ -267,7 +267,7 @@ def push(
         (folder / 'README.md').write_text(text, encoding='utf-8')
         _write_public_files(run.public(), folder)
         for path in sorted(path for path in folder.rglob('*') if path.is_file()):
-            log_info(f'{path.relative_to(folder)!s:>18}  {path.stat().st_size / 1e6:9.3f} MB')
+            log_info(f'{path.relative_to(folder)!s:>19}  {path.stat().st_size / 1e6:9.3f} MB')
         if dry_run:
             log_info(f"nothing was sent; without --dry-run this goes to '{repo_id}' at {constants.ENDPOINT}")
             return ''
