@@ -34,6 +34,7 @@ def clock(monkeypatch, tmp_path):
 
     monkeypatch.setattr(step_timing, '_step', step)
     monkeypatch.setattr(step_timing, 'time_choices', time_choices)  # which other tests do without
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     return seconds, calls
 
 
@@ -113,6 +114,12 @@ def test_hopeless_choices_are_timed_on_few_images(task, clock):
     fastest(task, images=10**8)
     assert max(count for choice, count in calls if choice.dtype == 'bfloat16') == 8
     assert max(count for choice, count in calls if choice.dtype == 'float32') == 32
+
+
+def test_precisions_that_a_processor_emulates_are_not_timed(task, clock, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    assert fastest(task) == 'channels_last' and {choice.dtype for choice, _ in clock[1]} == {'float32'}
+    assert step_timing.list_dtypes(torch.device('cuda')) == ['float32', 'bfloat16', 'float16']
 
 
 def test_steps_that_do_not_work_are_not_chosen(task, clock, capsys, monkeypatch):
