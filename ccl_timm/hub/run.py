@@ -19,6 +19,7 @@ from ccl_timm.training.evaluation import Evaluation, choose_data, pick_device
 from ccl_timm.training.gallery import Gallery, create_gallery
 from ccl_timm.training.prediction import head_outputs, preprocessing, rank, temperature_of
 from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.step_timing import likely_layout
 from ccl_timm.training.train import train as train_run
 from ccl_timm.training.validation import Measures, check_save_temperature, evaluate_split, save_temperature
 
@@ -215,6 +216,7 @@ class Run:
         prepare = preprocessing(self.trained)
         model, size = self.model.eval(), batch_size or len(several)
         for start in range(0, len(several), size):
-            batch = torch.stack([prepare(image) for image in several[start : start + size]]).to(self.device)
+            batch = torch.stack([prepare(image) for image in several[start : start + size]])
+            batch = batch.to(self.device, memory_format=likely_layout(self.model, self.device))
             with torch.inference_mode():
                 yield head_outputs(model, batch)

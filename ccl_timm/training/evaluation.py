@@ -16,6 +16,7 @@ from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 from ccl_timm.training.interrupts import WholeBatches
+from ccl_timm.training.step_timing import likely_layout
 
 __all__ = [
     'Evaluation', 'check_labels', 'choose_data', 'evaluate', 'loader_of', 'open_for', 'pick_device',
@@ -59,7 +60,7 @@ def evaluate(
     loader: Any,
     device: torch.device,
     autocast: Callable = contextlib.nullcontext,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format | None = None,
     label: str = 'validation',
     log_interval: int = 50,
 ) -> Evaluation:
@@ -71,7 +72,7 @@ def evaluate(
             label -1, which could not be read.
         device: the model's.
         autocast: makes the context of mixed precision.
-        memory_format: of the images.
+        memory_format: of the images; by default the one that is usually faster.
         label: name in front of the progress.
         log_interval: batches between progress lines.
 
@@ -79,6 +80,7 @@ def evaluate(
         UserError: no image can be read.
     """
     model.eval()
+    memory_format = memory_format or likely_layout(model, device)
     evaluator, confusion = ClassificationEvaluator(device), None
     left = evaluation_sample_limit(loader)  # of this process, without padding
     counts = torch.zeros(1, device=device)

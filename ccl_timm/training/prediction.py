@@ -18,6 +18,7 @@ from ccl_timm.heads import HeadOutputs
 from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.gallery import Gallery
+from ccl_timm.training.step_timing import likely_layout
 
 __all__ = ['compute_batches', 'find_images', 'head_outputs', 'predict', 'preprocessing', 'rank', 'temperature_of']
 
@@ -96,14 +97,15 @@ def compute_batches(
         UserError: numbers are not finite.
     """
     prepare = preprocessing(trained)
-    trained.model.to(device).eval()
+    memory_format = likely_layout(trained.model.to(device).eval(), torch.device(device))
     for batch in _read_ahead(prepare, iter(paths), batch_size):
         unreadable += [(path, str(image)) for path, image in batch if isinstance(image, UnreadableImage)]
         readable = [(path, image) for path, image in batch if not isinstance(image, UnreadableImage)]
         if not readable:
             continue
         names, images = map(list, zip(*readable, strict=True))
-        found = {name: numbers.float().cpu() for name, numbers in compute(torch.stack(images).to(device)).items()}
+        stacked = torch.stack(images).to(device, memory_format=memory_format)
+        found = {name: numbers.float().cpu() for name, numbers in compute(stacked).items()}
         for numbers in found.values():
             finite = numbers.isfinite().all(1).tolist()
             if not all(finite):

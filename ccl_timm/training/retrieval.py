@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ccl_timm.console import Progress
 from ccl_timm.task import read_head
+from ccl_timm.training.step_timing import likely_layout
 
 __all__ = ['extract_outputs']
 
@@ -31,6 +32,7 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
     found: dict[str, list[Tensor]] = {}
     seen = 0
     for images, target in Progress(loader, label, 50):
+        images = images.contiguous(memory_format=likely_layout(model, images.device))
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         head = model.get_classifier()
         outputs = read_head(head, pooled)._asdict()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ccl_timm.console import log_info
@@ -20,7 +21,7 @@ from ccl_timm.data.cache import cache_dir
 from ccl_timm.task import LossTask
 from ccl_timm.training.run_dir import atomic_write
 
-__all__ = ['LAYOUTS', 'Choice', 'fastest_choice', 'list_dtypes', 'time_choices']
+__all__ = ['LAYOUTS', 'Choice', 'fastest_choice', 'likely_layout', 'list_dtypes', 'time_choices']
 
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 _LONG = 300  # seconds: of shorter runs the timing would take a large share
@@ -166,6 +167,12 @@ def fastest_choice(
         flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'
         log_info(f'steps would be {found[chosen] / found[best]:.2f} times as fast {flags}')
     return chosen
+
+
+def likely_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """The layout that is usually faster, where none is timed: channels last for convolutions on a CPU."""
+    convolves = any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
+    return torch.channels_last if convolves and device.type == 'cpu' else torch.contiguous_format
 
 
 def list_dtypes(device: torch.device) -> list[str]:

@@ -51,7 +51,7 @@ from ccl_timm.training.setup import (
     loss_options,
     weight_options,
 )
-from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, list_dtypes
+from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, likely_layout, list_dtypes
 
 __all__ = ['Trainer']
 
@@ -450,10 +450,7 @@ def _check_batch_of_one(config: TrainConfig, model: torch.nn.Module, size: tuple
 
 
 def _memory_format(config: TrainConfig, device: torch.device, model: torch.nn.Module) -> torch.memory_format:
-    """Channels last where --channels-last says so, or where it is known to be faster: convolutions on a CPU."""
-    if config.memory_format == 'auto':
-        convolves = any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in model.modules())
-        fast = convolves and device.type == 'cpu'
-    else:
-        fast = config.memory_format == 'channels_last'
-    return torch.channels_last if fast or config.channels_last else torch.contiguous_format
+    """The layout that the flags ask for, or else the one that is usually faster."""
+    if config.channels_last:
+        return torch.channels_last
+    return likely_layout(model, device) if config.memory_format == 'auto' else LAYOUTS[config.memory_format]

@@ -9,7 +9,7 @@ import torch
 import ccl_timm
 from ccl_timm.training import step_timing
 from ccl_timm.training.run_dir import RunDir
-from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, time_choices
+from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, likely_layout, time_choices
 
 from ..conftest import TINY
 
@@ -185,3 +185,23 @@ def test_a_run_takes_the_fastest_precision_and_records_it(clock, folder, run_cli
     for flag in ('--freeze-backbone', '--deterministic'):
         code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:3], flag)
         assert code == 2 and '--amp-dtype auto times steps of one process that trains on images' in err
+
+
+@pytest.mark.parametrize('use', [
+    lambda run, image: run.evaluate(),
+    lambda run, image: run.evaluate(recall=True),
+    lambda run, image: run.predict(image),
+])  # fmt: skip
+def test_trained_models_compute_in_the_layout_that_is_usually_faster(use, trained, folder):
+    run, seen = ccl_timm.load(trained, device='cpu'), []
+    run.model.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    use(run, next(folder.rglob('*.png')))
+    assert seen and all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
+    weight = run.model.conv1.weight
+    assert weight.is_contiguous(), 'others save the model, which takes contiguous weights'
+
+
+def test_a_network_without_convolutions_keeps_its_layout():
+    model, cpu = ccl_timm.create_model('test_vit_cam', num_classes=3), torch.device('cpu')
+    assert likely_layout(model, cpu) == torch.contiguous_format
+    assert likely_layout(ccl_timm.create_model('test_resnet_cam', num_classes=3), cpu) == torch.channels_last
