@@ -8,6 +8,7 @@ import torch
 
 from ccl_timm.experiments.bench import paper_form, ratios
 from ccl_timm.losses import channel_correlation
+from ccl_timm.training.step_timing import list_dtypes
 
 
 def test_the_papers_form_is_what_ours_computes():
@@ -28,7 +29,7 @@ CASES = {
     'cc': (['--samples', '64', '--width', '8', '--classes', '4'], 2),
     'steps': (['--losses', 'cc', 'pod', '--backbone', 'test_resnet', '-b', '4', '--classes', '4'], 3),
     'loaders': (['--images', '64', '-b', '16', '-j', '0'], 2),
-    'layouts': (['--backbone', 'test_resnet_cam', '-b', '2', '--classes', '4'], 4),
+    'layouts': (['--backbone', 'test_resnet_cam', '-b', '2', '--classes', '4'], 2 * len(list_dtypes(torch.device('cpu')))),
     'import': ([], 3),
     'predict': (['--backbone', 'test_resnet_cam', '--images', '4', '-b', '2', '-j', '1', '--img-size', '64'], 2),
     'photos': (['--images', '6', '-b', '3', '-j', '1', '--img-size', '64'], 3),

@@ -242,7 +242,8 @@ def test_the_layer_that_the_paper_draws(place_of_runs, run_cli, folder, tmp_path
     images = torch.rand(8, 3, 16, 16)
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     found = retrieval.extract_outputs(model, [(images, torch.zeros(8, dtype=torch.long))], ['hidden', 'features'], '')
-    assert torch.equal(found['hidden'], model.get_classifier().hidden(pooled)) and found['hidden'].min() < 0
+    torch.testing.assert_close(found['hidden'], model.get_classifier().hidden(pooled))
+    assert found['hidden'].min() < 0
     code, out, err = run_cli('ccl-timm', 'features', run, '--layer', 'hidden', '-j', '0', '-o', tmp_path)
     assert code == 0 and (tmp_path / 'hidden.png').exists() and not (tmp_path / 'features.png').exists()
     assert 'cosine with class vectors' not in out, err
