@@ -25,11 +25,12 @@ def test_actions_take_turns():
     assert ''.join(calls) == 'ab' * 4 and found['a'][1] == 1.0 and set(found) == {'a', 'b'}
 
 
+LAYOUTS = 2 * len(list_dtypes(torch.device('cpu')))
 CASES = {
     'cc': (['--samples', '64', '--width', '8', '--classes', '4'], 2),
     'steps': (['--losses', 'cc', 'pod', '--backbone', 'test_resnet', '-b', '4', '--classes', '4'], 3),
     'loaders': (['--images', '64', '-b', '16', '-j', '0'], 2),
-    'layouts': (['--backbone', 'test_resnet_cam', '-b', '2', '--classes', '4'], 2 * len(list_dtypes(torch.device('cpu')))),
+    'layouts': (['--backbone', 'test_resnet_cam', '-b', '2', '--classes', '4'], LAYOUTS),
     'import': ([], 3),
     'predict': (['--backbone', 'test_resnet_cam', '--images', '4', '-b', '2', '-j', '1', '--img-size', '64'], 2),
     'photos': (['--images', '6', '-b', '3', '-j', '1', '--img-size', '64'], 3),
