@@ -215,8 +215,9 @@ class Run:
             raise UserError('There is no image to compute on.')
         prepare = preprocessing(self.trained)
         model, size = self.model.eval(), batch_size or len(several)
+        memory_format = likely_layout(model, self.device)
         for start in range(0, len(several), size):
             batch = torch.stack([prepare(image) for image in several[start : start + size]])
-            batch = batch.to(self.device, memory_format=likely_layout(self.model, self.device))
+            batch = batch.to(self.device, memory_format=memory_format)
             with torch.inference_mode():
                 yield head_outputs(model, batch)

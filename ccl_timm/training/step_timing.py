@@ -161,7 +161,8 @@ def fastest_choice(
     if chosen != before:
         _log_gain(allowed[before] / allowed[chosen], chosen, before)
     if dtypes and chosen.dtype == before.dtype:
-        log_info(f'steps were timed in {" and ".join(dtypes)}: none is clearly faster than {before.dtype}')
+        timed = f'steps were timed in {" and ".join(dtypes)}: none is clearly faster than {before.dtype}'
+        log_info(timed if len(dtypes) > 1 else f'{before.dtype} is taken: this processor is slower in other precisions')
     best = min(found, key=found.__getitem__)
     if best.dtype not in (before.dtype, *dtypes) and found[chosen] >= _GAIN * found[best]:
         flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'

@@ -8,6 +8,7 @@ import torch
 
 import ccl_timm
 from ccl_timm.training import step_timing
+from ccl_timm.training.prediction import predict
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, likely_layout, time_choices
 
@@ -116,9 +117,11 @@ def test_hopeless_choices_are_timed_on_few_images(task, clock):
     assert max(count for choice, count in calls if choice.dtype == 'float32') == 32
 
 
-def test_precisions_that_a_processor_emulates_are_not_timed(task, clock, monkeypatch):
+def test_precisions_that_a_processor_emulates_are_not_timed(task, clock, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
     assert fastest(task) == 'channels_last' and {choice.dtype for choice, _ in clock[1]} == {'float32'}
+    assert fastest_of(task, dtypes=step_timing.list_dtypes(torch.device('cpu'))).dtype == 'float32'
+    assert 'float32 is taken: this processor is slower in other precisions' in capsys.readouterr().err
     assert step_timing.list_dtypes(torch.device('cuda')) == ['float32', 'bfloat16', 'float16']
 
 
@@ -191,6 +194,7 @@ def test_a_run_takes_the_fastest_precision_and_records_it(clock, folder, run_cli
     lambda run, image: run.evaluate(),
     lambda run, image: run.evaluate(recall=True),
     lambda run, image: run.predict(image),
+    lambda run, image: predict(run.trained, [image]),
 ])  # fmt: skip
 def test_trained_models_compute_in_the_layout_that_is_usually_faster(use, trained, folder):
     run, seen = ccl_timm.load(trained, device='cpu'), []
