@@ -8,7 +8,7 @@ import torch
 from ccl_timm.cli.common import add_data, add_loading, add_output, add_source
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import Parser, integer
-from ccl_timm.experiments.features import analyse, describe, draw, draw_neighbours, split_outputs
+from ccl_timm.experiments.features import analyse, describe, draw, draw_neighbours, show_measures, split_outputs
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.evaluation import choose_data, open_for, pick_device
 from ccl_timm.training.run_dir import RunDir
@@ -17,7 +17,8 @@ __all__ = ['HELP', 'add_arguments', 'run']
 
 HELP = (
     "Draw a model's features, attention, confusion and nearest images. Features are drawn as they are if two wide, "
-    'else by t-SNE; distances, norms and what other classifiers make of the features are printed.'
+    'else by t-SNE; distances, norms and what other classifiers make of the features are printed, and kept for '
+    '`ccl-timm report`.'
 )
 
 
@@ -49,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     for path in drawn:
         log_info(f'written: {path}')
     weight = getattr(trained.model.get_classifier(), 'weight', None) if args.layer == 'features' else None
-    rows = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
-    print(table(rows, ('', *splits)))
+    found = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
+    print(table(show_measures([{name: [x] for name, x in own.items()} for own in found.values()]), ('', *splits)))
+    if trained.epoch is not None and args.layer == 'features' and not args.output:
+        path = RunDir.of(args.source).set_features({'split': last, 'epoch': trained.epoch, 'measures': found[last]})
+        log_info(f'written: {path}')
     return 0

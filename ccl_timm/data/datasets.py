@@ -295,8 +295,10 @@ def _check_name(dataset: str | None) -> None:
 
 
 def _check_is_folder(folder: str | None) -> None:
-    if not os.path.exists(folder or ''):
-        raise UserError(f"There is no data folder '{folder or ''}': give an existing one with --data-dir.")
+    if not folder:
+        raise UserError('There is no data folder: give one with --data-dir.')
+    if not os.path.exists(folder):
+        raise UserError(f"There is no data folder '{folder}': give an existing one with --data-dir.")
     if not os.path.isdir(folder):
         raise UserError(f"--data-dir '{folder}' is not a folder: unpack it into one, with a folder for each class.")
 

@@ -5,7 +5,7 @@ And of CC-Loss's attention: whether harder classes get more channels, as that pa
 
 import numpy as np
 from scipy import stats
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 
 __all__ = [
     'accuracy_by_norm',
@@ -112,18 +112,26 @@ def gaussian_accuracy(
         features: (N, D).
         labels: (N,).
     """
-    floor = 1e-6 * max(known_features.var(0).mean(), 1e-12) * np.eye(features.shape[1])
+    floor = 1e-6 * max(known_features.var(0).mean(), 1e-12)
     classes = np.unique(known_labels)
     scores = []
     for k in classes:
         own = known_features[known_labels == k].astype(np.float64)
-        covariance = ledoit_wolf(own)[0] + floor
-        scores.append(_log_density(features, own.mean(0), covariance) + np.log(len(own) / len(known_labels)))
+        scores.append(_log_density(features, own, floor) + np.log(len(own) / len(known_labels)))
     return 100 * float((classes[np.argmax(scores, axis=0)] == labels).mean())
 
 
-def _log_density(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """Logarithm (N,) of a Gaussian's density, but for what is the same for all Gaussians of D dimensions."""
-    lower = np.linalg.cholesky(covariance)
-    distances = np.linalg.solve(lower, (features - mean).T)
-    return -0.5 * (distances**2).sum(0) - np.log(np.diagonal(lower)).sum()
+def _log_density(features: np.ndarray, own: np.ndarray, floor: float) -> np.ndarray:
+    """Logarithm (N,) of the density of a class's Gaussian, but for what is the same for all Gaussians of D dimensions.
+
+    The shrunk covariance is a multiple of the identity, but for the few directions in which the class's images (M, D)
+    vary: nothing of D x D has to be decomposed.
+    """
+    shrinkage, mean = ledoit_wolf_shrinkage(own), own.mean(0)
+    _, sizes, directions = np.linalg.svd(own - mean, full_matrices=False)
+    rest = shrinkage * own.var(0).mean() + floor
+    variances = (1 - shrinkage) * sizes**2 / len(own) + rest
+    offsets = features - mean
+    along = (offsets @ directions.T) ** 2
+    distances = (along / variances).sum(1) + ((offsets**2).sum(1) - along.sum(1)) / rest
+    return -0.5 * (distances + np.log(variances).sum() + (len(mean) - len(sizes)) * np.log(rest))

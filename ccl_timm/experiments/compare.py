@@ -26,7 +26,7 @@ from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.experiments.trial import run_trial
 from ccl_timm.experiments.tuning import best_params, search_space, suggest
-from ccl_timm.heads import list_heads
+from ccl_timm.heads import head_class
 from ccl_timm.training.checks import check_config, check_fit
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.folder_lock import FolderLock
@@ -61,7 +61,7 @@ def entries_of(names: list[str]) -> list[Entry]:
         names: a loss, or ``HEAD:LOSS``, such as ``'cosine:center'``. A loss for any head gets the linear one.
 
     Raises:
-        UserError: there is no loss of a name.
+        UserError: there is no loss or no head of a name.
     """
     entries = [_entry(name) for name in names]
     controls = [Entry(head, 'ce') for head in (*_CONTROLS, *(entry.head for entry in entries))]
@@ -70,7 +70,10 @@ def entries_of(names: list[str]) -> list[Entry]:
 
 def _entry(name: str) -> Entry:
     head, separator, loss = name.partition(':')
-    if separator and head in list_heads():
+    if separator and not name.startswith(losses.PREFIX):
+        head_class(head)
+        if not loss:
+            raise UserError(f"'{name}' names no loss: give HEAD:LOSS, such as {head}:ce.")
         return Entry(head, loss)
     return Entry('linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear', name)
 

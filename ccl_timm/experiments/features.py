@@ -1,5 +1,8 @@
 """A trained model's features: pictures of them, and how well they separate classes without its classifier."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,23 @@ from ccl_timm.training import evaluation, retrieval
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.measures import nearest
 
-__all__ = ['analyse', 'describe', 'draw', 'draw_neighbours', 'split_outputs']
+__all__ = ['MEASURES', 'analyse', 'describe', 'draw', 'draw_neighbours', 'show_measures', 'split_outputs']
+
+# what is measured of features, and how it is printed
+MEASURES = {
+    'images': '.0f',
+    'mean distance to the class centre': '.4g',
+    'mean distance between class centres': '.4g',
+    'variance of eigenvalues within classes, unit features': '.3g',
+    'top-1 %, features shorter than the mean': '.2f',
+    'top-1 %, features longer than the mean': '.2f',
+    'top-1 %, the model': '.2f',
+    'top-1 %, cosine with class vectors': '.2f',
+    'top-1 %, Gaussian discriminant': '.2f',
+    'channels of attention': '.0f',
+    'channels open for a class, mean': '.1f',
+    'rank correlation of these with top-1 of the class': '.2f',
+}
 
 
 def split_outputs(
@@ -141,36 +160,50 @@ def _distances(split: str, own: dict[str, np.ndarray]) -> str:
     return f'{split}: mean distance to the class centre {intra:.3g}, between class centres {inter:.3g}'
 
 
-def analyse(splits: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None) -> list[tuple[str, ...]]:
-    """What the features of each split show, as rows of a table: a name, and a value for each split.
+def analyse(splits: dict[str, dict[str, np.ndarray]], vectors: np.ndarray | None) -> dict[str, dict[str, float]]:
+    """What the features of each split show: the :data:`MEASURES` that there are of it.
 
     Args:
         splits: as for :func:`draw`.
         vectors: the classifier's, one a class (K, D); None if it has none.
     """
-    known = splits['training']
-    columns: list[dict[str, Any]] = []
-    for own in splits.values():
+    known, found = splits['training'], {}
+    for split, own in splits.items():
         features, labels = own['features'], own['labels']
         correct = own['logits'].argmax(1) == labels
-        intra, inter = analysis.class_distances(features, labels)
-        eigenvalues = analysis.eigenvalue_variance(features, labels)
-        below, above = analysis.accuracy_by_norm(features, correct)
-        column = {
-            'images': f'{len(labels)}',
-            'mean distance to the class centre': f'{intra:.4g}',
-            'mean distance between class centres': f'{inter:.4g}',
-            'variance of eigenvalues within classes, unit features': f'{eigenvalues:.3g}',
-            'top-1 %, features shorter than the mean': f'{below:.2f}',
-            'top-1 %, features longer than the mean': f'{above:.2f}',
-            'top-1 %, the model': f'{100 * correct.mean():.2f}',
-        }
-        if vectors is not None and vectors.shape[1] == features.shape[1]:
-            column['top-1 %, cosine with class vectors'] = f'{analysis.cosine_accuracy(features, labels, vectors):.2f}'
+        gaussian = analysis.gaussian_accuracy(known['features'], known['labels'], features, labels)
+        values = [
+            len(labels),
+            *analysis.class_distances(features, labels),
+            analysis.eigenvalue_variance(features, labels),
+            *analysis.accuracy_by_norm(features, correct),
+            100 * float(correct.mean()),
+            analysis.cosine_accuracy(features, labels, vectors) if _fits(vectors, features) else math.nan,
+            gaussian,
+        ]
         if 'attention' in own:
             channels, rank = analysis.channels_by_accuracy(own['attention'], labels, correct)
-            column['channels open for a class, mean'] = f'{channels:.1f} of {own["attention"].shape[1]}'
-            column['rank correlation of these with top-1 of the class'] = f'{rank:.2f}'
-        gaussian = analysis.gaussian_accuracy(known['features'], known['labels'], features, labels)
-        columns.append({**column, 'top-1 %, Gaussian discriminant': f'{gaussian:.2f}'})
-    return [(name, *(column[name] for column in columns)) for name in columns[0]]
+            values += [own['attention'].shape[1], channels, rank]
+        found[split] = {name: x for name, x in zip(MEASURES, values, strict=False) if not math.isnan(x)}
+    return found
+
+
+def _fits(vectors: np.ndarray | None, features: np.ndarray) -> bool:
+    return vectors is not None and vectors.shape[1] == features.shape[1]
+
+
+def show_measures(columns: Sequence[dict[str, list[float]]]) -> list[tuple[str, ...]]:
+    """Rows of a table: the name of a measure that any column has, and its mean and standard deviation in each.
+
+    Args:
+        columns: the values of each measure, of a split or of several runs.
+    """
+    names = [name for name in MEASURES if any(name in own for own in columns)]
+    return [(name, *(_show(own.get(name), MEASURES[name]) for own in columns)) for name in names]
+
+
+def _show(values: list[float] | None, form: str) -> str:
+    if not values:
+        return '-'
+    spread = f' ± {format(statistics.stdev(values), form)}' if len({*values}) > 1 else ''
+    return format(statistics.fmean(values), form) + spread

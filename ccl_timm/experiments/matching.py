@@ -74,6 +74,17 @@ class Group:
         common = [split for split in measured[0] if all(split in own for own in measured)]
         return {split: [own[split] for own in measured] for split in common}
 
+    @property
+    def features(self) -> dict[str, dict[str, list[float]]]:
+        """Measures of the last epoch's features by split and name, of all runs that were measured on it."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for result in self.results:
+            measured = result.features
+            if measured and measured['epoch'] + 1 == result.epochs:
+                for name, value in measured['measures'].items():
+                    found.setdefault(measured['split'], {}).setdefault(name, []).append(value)
+        return found
+
 
 @dataclass(frozen=True)
 class MatchedRow:

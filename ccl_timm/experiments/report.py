@@ -7,6 +7,7 @@ from typing import Any
 from ccl_timm.console import show_share
 from ccl_timm.console.escape import terminal_text
 from ccl_timm.data.fingerprint import change
+from ccl_timm.experiments.features import show_measures
 from ccl_timm.experiments.matching import (
     Group,
     MatchedRow,
@@ -65,11 +66,11 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
         for settings, group in zip(match.distinguishing_settings or [''], match.groups or [None], strict=True):
             ours, theirs = _ours(group, everything, judged), _theirs(match, table, group)
             records.append({**named, 'settings': settings, **ours, **theirs})
-    sections = [_layout(table, matched)] + ([_details(records)] if groups else [])
-    papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
-    notes = [_LEGEND, *papers, *_note_of_tests(judged), *(f'Note: {note}' for note in table.notes)]
     labels = [f'{match.row.dataset}, top-1 %' for match in matched for _ in match.groups]
     names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
+    sections = [_layout(table, matched)] + ([_details(records), *_features(groups, names)] if groups else [])
+    papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
+    notes = [_LEGEND, *papers, *_note_of_tests(judged), *(f'Note: {note}' for note in table.notes)]
     curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
     return Report(table.title, sections, notes, records, curves, _pictures(groups), forests)
 
@@ -92,7 +93,9 @@ def plain_report(found: list[Result]) -> Report:
         *_note_of_tests(judged),
     ]
     curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
-    return Report('Runs', [_details(records)], notes, records, curves, _pictures(groups), forests)
+    return Report(
+        'Runs', [_details(records), *_features(groups, names)], notes, records, curves, _pictures(groups), forests
+    )
 
 
 def _ours(own: Group | None, groups: list[Group], judged: dict[int, Difference]) -> dict[str, Any]:
@@ -239,6 +242,18 @@ def _detail(record: dict[str, Any]) -> dict[str, str]:
         'best epoch': show_values(record['best_epoch']),
         'extra splits': ', '.join(f'{split} {show_values(values)}' for split, values in extra),
     }
+
+
+def _features(groups: list[Group], names: list[str]) -> list[Section]:
+    """For each split that features were measured on after the last epoch, a table with a column for each group."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for own, name in zip(groups, names, strict=True):
+        for split, measures in own.features.items():
+            found.setdefault(split, {})[name] = measures
+    return [
+        Section(f'Features of the {split} split, mean ± standard deviation', ('', *own), show_measures([*own.values()]))
+        for split, own in found.items()
+    ]
 
 
 def _against_other(record: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ class Result:
         rows: epochs, as :meth:`RunDir.rows` returns them.
         environment: command, versions and machine; empty if unknown.
         extra_splits: results on further splits, as :meth:`RunDir.extra_splits` returns them.
+        features: measures of the features, as :meth:`RunDir.features` returns them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Result:
     rows: list[dict[str, float]]
     environment: dict[str, Any]
     extra_splits: list[dict[str, Any]]
+    features: dict[str, Any]
 
     @classmethod
     def of(cls, run: RunDir) -> 'Result':
@@ -47,7 +49,7 @@ class Result:
         Raises:
             UserError: it is not the folder of a run, or a file in it is damaged.
         """
-        recorded = (run.settings(), run.rows(), run.environment(), run.extra_splits())
+        recorded = (run.settings(), run.rows(), run.environment(), run.extra_splits(), run.features())
         return cls(run.path.name, run.path.as_posix(), *recorded)
 
     @cached_property
@@ -250,7 +252,8 @@ def _line(run: Result, shared: dict[str, Any]) -> dict[str, Any]:
         'environment': {key: value for key, value in run.environment.items() if key not in shared['environment']},
         'curve': {key: [row.get(key) for row in run.rows] for key in columns},
     }
-    return {**line, 'extra_splits': run.extra_splits} if run.extra_splits else line
+    further = {'extra_splits': run.extra_splits, 'features': run.features}
+    return line | {key: value for key, value in further.items() if value}
 
 
 def _from_line(path: Path, line: dict[str, Any], shared: dict[str, Any]) -> Result:
@@ -258,4 +261,5 @@ def _from_line(path: Path, line: dict[str, Any], shared: dict[str, Any]) -> Resu
     rows = [{key: float(v) for key, v in zip(line['curve'], row, strict=True) if v is not None} for row in epochs]
     settings, environment = ({**shared[key], **line[key]} for key in ('settings', 'environment'))
     source = f'{path.as_posix()}: {line["name"]}'
-    return Result(line['name'], source, settings, rows, environment, line.get('extra_splits', []))
+    further = line.get('extra_splits', []), line.get('features', {})
+    return Result(line['name'], source, settings, rows, environment, *further)

@@ -41,7 +41,8 @@ class RunDir:
 
     ``args.yaml`` has the settings, ``summary.csv`` one row per epoch, ``environment.json`` command, versions and
     machine, ``extra_splits.csv`` accuracies on further splits, ``split.csv`` which images were held out,
-    ``calibration.json`` a temperature; timm's checkpoints are beside them. As a context manager it releases its lock.
+    ``calibration.json`` a temperature, ``features.json`` measures of the features; timm's checkpoints are beside them.
+    As a context manager it releases its lock.
 
     Args:
         path: of the folder.
@@ -310,6 +311,24 @@ class RunDir:
         rows = [_EXTRA_SPLIT, *([own[key] for key in _EXTRA_SPLIT] for own in [*known.values(), row])]
         atomic_write(self.path / 'extra_splits.csv', _csv(rows))
         return self.path / 'extra_splits.csv'
+
+    def features(self) -> dict[str, Any]:
+        """``split`` and ``epoch`` of which features were measured, and ``measures`` by name; empty if none were.
+
+        Raises:
+            UserError: features.json is damaged.
+        """
+        path = self.path / 'features.json'
+        content = _parsed(path, 'JSON', json.loads, {})
+        if content and not (isinstance(content, dict) and {'split', 'epoch', 'measures'} <= content.keys()):
+            raise UserError(f"'{path}' was not written by `ccl-timm features`: move it away.")
+        return content
+
+    def set_features(self, content: dict[str, Any]) -> Path:
+        """Write features.json, over that of an earlier call; see :meth:`features`. Returns its path."""
+        path = self.path / 'features.json'
+        atomic_write(path, json.dumps(content, indent=2) + '\n')
+        return path
 
     def calibration(self, epoch: int, ema: bool) -> dict[str, Any] | None:
         """The temperature fitted for a checkpoint, and on which data, from calibration.json; None if there is none.

@@ -116,6 +116,7 @@ def test_label_out_of_range(folder):
     'argv, message',
     [
         (['--data-dir', 'nowhere'], "no data folder 'nowhere'"),
+        (['--dataset', '', '--data-dir', ''], 'There is no data folder: give one with --data-dir.'),
         (['--dataset', 'digit'], "Unknown data set 'digit'; did you mean 'digits'?"),
         (['--dataset', 'torch/mnist', '--data-dir', ''], "'torch/mnist' needs its folder: give --data-dir DIR."),
         (['--dataset', 'torch/nothing', '--data-dir', '.'], "Split 'train' of 'torch/nothing' cannot be opened"),

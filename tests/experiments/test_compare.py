@@ -83,8 +83,10 @@ def test_a_loss_is_put_on_the_head_that_is_named_before_it():
     assert [(entry.head, entry.loss) for entry in entries] == [
         ('cam', 'focal'), ('cosine', 'pml:SupConLoss'), ('linear', 'pml:SupConLoss'),
     ]  # fmt: skip
-    with pytest.raises(UnknownNameError, match="Unknown loss 'cma:focal'"):
+    with pytest.raises(UnknownNameError, match="There is no head 'cma'; did you mean 'cam'"):
         entries_of(['cma:focal'])
+    with pytest.raises(UserError, match="'cam:' names no loss: give HEAD:LOSS, such as cam:ce"):
+        entries_of(['cam:'])
 
 
 def test_every_loss_is_tuned_with_equal_effort_on_a_share_held_out_of_training(settings, trials):
@@ -376,7 +378,7 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
         (['--losses', 'cc', 'acrface'], "Unknown loss 'acrface'; did you mean 'arcface'?"),
         (['--seeds', '0'], '--seeds: 0 must be at least 1'),
         (['--data-dir', 'nowhere'], "There is no data folder 'nowhere'"),
-        ([], 'give an existing one with --data-dir.'),
+        ([], 'There is no data folder: give one with --data-dir.'),
         (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
         (['--table', 'benchmark-cars'], "Unknown benchmark 'benchmark-cars'; did you mean 'benchmark-cars196'?"),
         (['--metric', 'unseen_recall_at_1', '--dry-run'], 'classes that are not trained: give --unseen DIR.'),

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
+from sklearn.covariance import ledoit_wolf
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -20,6 +22,7 @@ from ccl_timm.experiments.plots import draw_retrieval
 from ccl_timm.experiments.rendering import FORMATS, Report
 from ccl_timm.training import retrieval
 from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.training.run_dir import RunDir
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 TINY = ['--img-size', '16', '-b', '8', '-j', '0', '--epochs', '2', '--checkpoint-hist', '1']
@@ -85,6 +88,20 @@ def test_gaussian_accuracy_is_that_of_scikit_learns_discriminant():
     expected = 100 * theirs.score(features[rest], labels[rest])
     found = analysis.gaussian_accuracy(features[known], labels[known], features[rest], labels[rest])
     assert found == pytest.approx(expected, abs=0.5) and 60 < expected < 99
+
+
+def test_gaussian_accuracy_is_that_of_shrunk_covariances():
+    """With fewer images than dimensions; the covariances as a matrix, the densities of scipy."""
+    random = np.random.default_rng(0)
+    labels = np.repeat([3, 5, 9], (12, 20, 7))
+    known, features = (random.normal(size=(39, 30)) * (1 + labels[:, None]) + 0.3 * labels[:, None] for _ in range(2))
+    floor, scores = 1e-6 * known.var(0).mean() * np.eye(30), []
+    for k in (3, 5, 9):
+        own = known[labels == k]
+        gaussian = stats.multivariate_normal(own.mean(0), ledoit_wolf(own)[0] + floor)
+        scores.append(gaussian.logpdf(features) + np.log(len(own)))
+    expected = 100 * (np.array([3, 5, 9])[np.argmax(scores, 0)] == labels).mean()
+    assert analysis.gaussian_accuracy(known, labels, features, labels) == pytest.approx(expected) and 40 < expected < 99
 
 
 def test_gaussian_accuracy_stands_fewer_images_than_dimensions_and_dead_features():
@@ -224,7 +241,7 @@ def test_features_of_a_run(place_of_runs, run_cli):
     code, out, err = run_cli('ccl-timm', 'features', place_of_runs / 'runs' / 'cc0', '--workers', '0')
     assert code == 0, err
     drawn = {path.name for path in (place_of_runs / 'runs' / 'cc0' / 'pictures').iterdir()}
-    assert drawn == {'features.png', 'attention.png', 'confusion.png', 'retrieval.png'} and err.count('written: ') == 4
+    assert drawn == {'features.png', 'attention.png', 'confusion.png', 'retrieval.png'} and err.count('written: ') == 5
     rows = {line[:55].strip(): line[55:].split() for line in out.splitlines()}
     assert rows['images'] == ['24', '12']
     best = run_cli('timm', 'validate.py', place_of_runs / 'runs' / 'cc0', '--workers', '0')[1]
@@ -232,7 +249,32 @@ def test_features_of_a_run(place_of_runs, run_cli):
         json.loads(best.split('--result')[1])['top1'], abs=0.01
     )
     assert set(rows) >= {'top-1 %, Gaussian discriminant', 'mean distance between class centres'}
-    assert rows['channels open for a class, mean'][1:3] == ['of', '96']
+    assert rows['channels of attention'] == ['96', '96']
+
+
+def test_measures_of_features_are_in_reports_and_records(place_of_runs, run_cli, tmp_path):
+    """Of all runs of a group that have them, of the last epoch only, and not those of pictures elsewhere."""
+    runs = tmp_path / 'runs'
+    shutil.copytree(place_of_runs / 'runs', runs)
+    for name in ('cc0', 'cc1'):
+        (runs / name / 'features.json').unlink(missing_ok=True)
+        assert run_cli('ccl-timm', 'features', runs / name, '-j', '0', '-o', tmp_path / name)[0] == 0
+        assert not (runs / name / 'features.json').exists()
+        assert run_cli('ccl-timm', 'features', runs / name / 'last.pth.tar', '-j', '0')[0] == 0
+    measured = [RunDir(runs / name).features() for name in ('cc0', 'cc1')]
+    assert {(own['split'], own['epoch']) for own in measured} == {('validation', 1)}
+    centres = [own['measures']['mean distance between class centres'] for own in measured]
+    (line,) = re.findall(
+        r'\| mean distance between class centres +\| (.*?) +\|', run_cli('ccl-timm', 'report', runs)[1]
+    )
+    assert line == f'{np.mean(centres):.4g} ± {np.std(centres, ddof=1):.4g}'
+
+    assert run_cli('ccl-timm', 'report', runs, '--record', tmp_path / 'runs.jsonl')[0] == 0
+    assert line in run_cli('ccl-timm', 'report', tmp_path / 'runs.jsonl')[1]
+    RunDir(runs / 'cc0').set_features({**measured[0], 'epoch': 0})
+    assert line not in run_cli('ccl-timm', 'report', runs)[1]
+    (runs / 'cc0' / 'features.json').write_text('[1]')
+    assert "features.json' was not written by `ccl-timm features`" in run_cli('ccl-timm', 'report', runs)[2]
 
 
 def test_the_layer_that_the_paper_draws(place_of_runs, run_cli, folder, tmp_path):
