@@ -3,13 +3,17 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ccl_timm.cli.common import add_data, add_loading, add_output, add_source
 from ccl_timm.console import log_info, table
 from ccl_timm.console.arguments import Parser, integer
+from ccl_timm.data.config import DataConfig
+from ccl_timm.errors import UserError
 from ccl_timm.experiments.features import analyse, describe, draw, draw_neighbours, show_measures, split_outputs
-from ccl_timm.training.checkpoints import load_trained
+from ccl_timm.experiments.plots import draw_features, in_the_plane, save
+from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.evaluation import choose_data, open_for, pick_device
 from ccl_timm.training.run_dir import RunDir
 
@@ -23,7 +27,7 @@ HELP = (
 
 
 def add_arguments(parser: Parser) -> None:
-    add_source(parser)
+    add_source(parser, 'folder of a run or of an export, or a checkpoint file; of several, one picture', nargs='+')
     add_output(parser, 'DIR', 'where pictures go; default RUN/pictures, for `ccl-timm report`')
     add_data(parser)
     add_loading(parser)
@@ -35,11 +39,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(pick_device(args.device))
-    trained = load_trained(args.source, args.use_ema)
-    data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
-    splits = split_outputs(trained, data, args.split is not None, device, args.workers, args.layer)
-    folder = Path(args.output) if args.output else RunDir.of(args.source).path / 'pictures'
+    if len(args.source) > 1:
+        return _run_side_by_side(args)
+    source = args.source[0]
+    trained, data, splits = _outputs(args, source)
+    folder = Path(args.output) if args.output else RunDir.of(source).path / 'pictures'
     title, last = describe(trained), list(splits)[-1]
     drawn = draw(splits, trained.labels, title, folder, args.limit, args.layer, args.format)
     if args.layer == 'features':
@@ -53,6 +57,36 @@ def run(args: argparse.Namespace) -> int:
     found = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
     print(table(show_measures([{name: [x] for name, x in own.items()} for own in found.values()]), ('', *splits)))
     if trained.epoch is not None and args.layer == 'features' and not args.output:
-        path = RunDir.of(args.source).set_features({'split': last, 'epoch': trained.epoch, 'measures': found[last]})
+        path = RunDir.of(source).set_features({'split': last, 'epoch': trained.epoch, 'measures': found[last]})
         log_info(f'written: {path}')
+    return 0
+
+
+def _outputs(args: argparse.Namespace, source: str) -> tuple[Trained, DataConfig, dict[str, dict[str, np.ndarray]]]:
+    """A trained model, its data, and what it computes of both splits."""
+    device = torch.device(pick_device(args.device))
+    trained = load_trained(source, args.use_ema)
+    data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
+    return trained, data, split_outputs(trained, data, args.split is not None, device, args.workers, args.layer)
+
+
+def _run_side_by_side(args: argparse.Namespace) -> int:
+    """Draw the validation split's features of several models in one picture, a panel each, named as its folder."""
+    if not args.output:
+        raise UserError('A picture of several runs belongs to none of them: give its folder with --output DIR.')
+    panels, classes, how = {}, None, ''
+    for source in args.source:
+        trained, data, splits = _outputs(args, source)
+        if classes not in (None, trained.labels):
+            raise UserError(f"'{source}' has other classes than '{args.source[0]}': one picture needs the same.")
+        classes, own, name = trained.labels, splits[data.val_split], RunDir.of(source).path.name
+        if name in panels:
+            raise UserError(f"Two runs are in folders called '{name}', which are the names of the panels: rename one.")
+        points, how = in_the_plane({name: (own['features'], own['labels'])}, args.limit)
+        panels |= points
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{args.layer}.{args.format}'
+    save(draw_features(panels, classes, f'{args.layer} of the {data.val_split} split', how, shared=False), path)
+    log_info(f'written: {path}')
     return 0

@@ -68,45 +68,56 @@ def _colours(count: int) -> list:
 
 
 def draw_features(
-    splits: dict[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], title: str, caption: str
+    panels: dict[str, tuple[np.ndarray, np.ndarray]],
+    names: Sequence[str],
+    title: str,
+    caption: str,
+    shared: bool = True,
 ) -> Any:
-    """Points in the plane, coloured by class, with the classes' centres; one panel per split, all of the same scale.
+    """Points in the plane, coloured by class, with the classes' centres; one panel per split or run, three in a row.
 
     Classes are named in a legend beside the panels. Up to 60 have a colour and marker of their own; of more, some look
     alike, and there is no legend.
 
     Args:
-        splits: for each split its points (N, 2) and labels (N,).
+        panels: for each split or run its points (N, 2) and labels (N,).
         names: of the classes, by label.
         title: above.
         caption: below.
+        shared: whether all panels have the same scale.
     """
     styles = _styles()
-    shown = sorted({int(k) for _, labels in splits.values() for k in labels}) if len(names) <= len(styles) else []
+    shown = sorted({int(k) for _, labels in panels.values() for k in labels}) if len(names) <= len(styles) else []
     columns = -(-len(shown) // 30)
     legend_width = columns * (0.5 + 0.08 * max((len(_label(names[k])) for k in shown), default=0))
-    width = 6 * len(splits)
-    figure = _matplotlib().figure.Figure(figsize=(width + legend_width, 7), layout='constrained')
-    axes = figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0]
-    centre_of = {}
-    for axis, (split, (points, labels)) in zip(axes, splits.items(), strict=True):
+    in_row = min(len(panels), 3)
+    rows, width = -(-len(panels) // in_row), 6 * in_row
+    figure = _matplotlib().figure.Figure(figsize=(width + legend_width, 6 * rows + 1), layout='constrained')
+    axes = figure.subplots(rows, in_row, sharex=shared, sharey=shared, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    centre_of, everything = {}, np.concatenate([points for points, _ in panels.values()])
+    for axis, (panel, (points, labels)) in zip(axes, panels.items(), strict=False):
         for k, centre in zip(*class_centres(points, labels), strict=True):
             style = styles[k % len(styles)]
             axis.scatter(*points[labels == k].T, s=10, alpha=0.6, linewidths=0, **style)
             centre_of[k] = axis.scatter(*centre, s=60, edgecolors='black', zorder=3, **style)
-        axis.set_title(f'{_label(split)}, {len(points)} images')
+        axis.set_title(f'{_label(panel)}, {len(points)} images')
         axis.set_aspect('equal')
+        _square(axis, everything if shared else points)
     if shown:
         handles, labels = [centre_of[k] for k in shown], [_label(names[k]) for k in shown]
         figure.legend(handles, labels, loc='outside right upper', ncols=columns, fontsize=9)
-    everything = np.concatenate([points for points, _ in splits.values()])
-    middle = (everything.min(0) + everything.max(0)) / 2
-    reach = 0.53 * (everything.max(0) - everything.min(0)).max() or 1.0
-    axes[0].set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
     middle_of_panels = 0.5 * width / (width + legend_width)
     figure.suptitle(_wrapped(title, width), x=middle_of_panels)
     figure.supxlabel(caption, x=middle_of_panels, fontsize=9)
     return figure
+
+
+def _square(axis: Any, points: np.ndarray) -> None:
+    middle = (points.min(0) + points.max(0)) / 2
+    reach = 0.53 * (points.max(0) - points.min(0)).max() or 1.0
+    axis.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach))
 
 
 def _styles() -> list[dict[str, Any]]:

@@ -136,6 +136,8 @@ def test_pictures_show_what_they_are_given():
         [own.get_offsets()[0] for own in first.collections[1::2]], analysis.class_centres(points, labels)[1]
     )
     assert first.get_title().startswith('training, ') and second.get_title().startswith('test, ')
+    many = plots.draw_features({str(n): (n * points, labels) for n in range(1, 5)}, names, '', '', shared=False)
+    assert len(many.axes) == 4 and len({axis.get_xlim() for axis in many.axes}) == 4  # two rows, without empty panels
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names  # beside the panels, not over points
 
     attention = np.array([[0.1, 0.9, 0.2], [0.3, 0.7, 0.2], [0.8, 0.1, 0.1], [0.2, 0.1, 0.6]])
@@ -314,6 +316,28 @@ def test_features_two_wide_in_another_folder(place_of_runs, run_cli):
         'retrieval.svg',
     }  # no attention
     assert not (place_of_runs / 'runs' / 'flat' / 'pictures').exists()
+
+
+def test_several_runs_are_drawn_side_by_side(place_of_runs, run_cli, tmp_path, monkeypatch):
+    runs, drawn = place_of_runs / 'runs', []
+    monkeypatch.setattr('ccl_timm.cli.features.save', lambda figure, path: drawn.append((figure, path)))
+    argv = ['ccl-timm', 'features', runs / 'flat', runs / 'cc0', '-j', '0']
+    code, out, err = run_cli(*argv, '-o', tmp_path / 'new')
+    assert code == 0 and f'written: {tmp_path / "new" / "features.png"}' in err
+    ((figure, path),) = drawn
+    assert path == tmp_path / 'new' / 'features.png' and out == ''
+    first, second = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ['flat, 12 images', 'cc0, 12 images']
+    assert first.get_xlim() != second.get_xlim()  # each of its own scale
+
+    code, out, err = run_cli(*argv)
+    assert code == 2 and 'belongs to none of them: give its folder with --output DIR' in err
+    code, out, err = run_cli(*argv[:4], runs / 'cc0' / 'last.pth.tar', *argv[4:], '-o', tmp_path)
+    assert code == 2 and "Two runs are in folders called 'cc0'" in err and len(drawn) == 1
+    own = ['--config', 'digits', '--model', 'test_resnet_cam', '--train-fraction', '0.05', *TINY, '--epochs', '1']
+    assert run_cli('timm', 'train.py', *own, '--output', tmp_path, '--experiment', 'other')[0] == 0
+    code, out, err = run_cli('ccl-timm', 'features', runs / 'cc0', tmp_path / 'other', '-j', '0', '-o', tmp_path)
+    assert code == 2 and f"'{tmp_path / 'other'}' has other classes than" in err
 
 
 def test_without_matplotlib_it_is_one_sentence(place_of_runs, run_cli, monkeypatch):
