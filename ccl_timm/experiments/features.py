@@ -205,5 +205,6 @@ def show_measures(columns: Sequence[dict[str, list[float]]]) -> list[tuple[str, 
 def _show(values: list[float] | None, form: str) -> str:
     if not values:
         return '-'
-    spread = f' ± {format(statistics.stdev(values), form)}' if len({*values}) > 1 else ''
+    digits = form if form.endswith('f') else '.2g'
+    spread = f' ± {format(statistics.stdev(values), digits)}' if len({*values}) > 1 else ''
     return format(statistics.fmean(values), form) + spread

@@ -272,14 +272,17 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
 
     Of several, those on the same head, else those with features of the same width, of these those with a linear head.
+    Cross-entropy itself has the runs with a linear head, and with that none.
     """
     own = group.settings
-    if own['loss'] == 'ce':
+    control = own['loss'] == 'ce'
+    if control and head_of(own) == 'linear':
         return None
     found = [
         other
         for other in groups
         if other.settings['loss'] == 'ce'
+        and not (control and head_of(other.settings) != 'linear')
         and _backbone(other.settings) == _backbone(own)
         and not diff_settings(other.settings, own, _IGNORED_IN_BASELINE)
     ]

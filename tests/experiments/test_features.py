@@ -269,7 +269,7 @@ def test_measures_of_features_are_in_reports_and_records(place_of_runs, run_cli,
     (line,) = re.findall(
         r'\| mean distance between class centres +\| (.*?) +\|', run_cli('ccl-timm', 'report', runs)[1]
     )
-    assert line == f'{np.mean(centres):.4g} ± {np.std(centres, ddof=1):.4g}'
+    assert line == f'{np.mean(centres):.4g} ± {np.std(centres, ddof=1):.2g}'
 
     assert run_cli('ccl-timm', 'report', runs, '--record', tmp_path / 'runs.jsonl')[0] == 0
     assert line in run_cli('ccl-timm', 'report', tmp_path / 'runs.jsonl')[1]

@@ -309,7 +309,7 @@ def test_baseline_is_on_the_same_head_or_the_linear_one_of_that_backbone(workdir
         folder = write_run(name, ('--config', 'digits', '--model', model, '--loss', loss), [1])
         groups.append(matching.Group((results.Result.of(RunDir(folder)),)))
     found = [matching.baseline_of(group, groups) for group in groups]
-    assert found == [None, None, None, groups[0], groups[1]]
+    assert found == [groups[1], None, None, groups[0], groups[1]]
     assert matching.baseline_of(groups[3], groups[1:]) is groups[1]
 
 
@@ -320,6 +320,7 @@ def test_baseline_has_features_as_wide_and_the_same_stem(workdir):
         ('linear', 'ce', 'feature_dim=2'),
         ('linear', 'ce', 'small_input=True'),
         ('cam', 'cc'),
+        ('cosine', 'ce', 'scale=9.0'),
         ('cam', 'cc', 'hidden_features=2'),
         ('pedcc', 'pod', 'feature_dim=64'),
         ('cam', 'cc', 'small_input=True'),
@@ -332,6 +333,7 @@ def test_baseline_has_features_as_wide_and_the_same_stem(workdir):
     found = {name: matching.baseline_of(group, list(groups.values())) for name, group in groups.items()}
     assert {name: own.results[0].name for name, own in found.items() if own} == {
         'cc': 'ce',
+        'ce-scale=9.0': 'ce',
         'cc-hidden_features=2': 'ce-feature_dim=2',
         'pod-feature_dim=64': 'ce',
         'cc-small_input=True': 'ce-small_input=True',

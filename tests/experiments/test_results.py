@@ -66,7 +66,7 @@ def test_what_we_learned_is_what_the_tables_say():
                 assert shown in line or (verdict, line) == ('not run', '')
     intervals = re.findall(r'\[[+-][\d.]+, [+-][\d.]+\]', learned)
     assert len(intervals) > 40 and all(interval in page for interval in intervals)
-    assert len(re.sub(r'^\|.*', '', learned, flags=re.M).split()) <= 1000  # one page, beside the two tables
+    assert len(re.sub(r'^\|.*', '', learned, flags=re.M).split()) <= 1100  # one page, beside the two tables
 
 
 def test_every_record_is_in_a_table():
@@ -76,7 +76,7 @@ def test_every_record_is_in_a_table():
 
 
 def test_a_record_has_how_it_was_made_and_nothing_of_the_machine():
-    assert len(RUNS) == 40 and sum(path.is_file() for path in (ROOT / 'hub_cards').rglob('*')) <= 50
+    assert len(RUNS) == 46 and sum(path.is_file() for path in (ROOT / 'hub_cards').rglob('*')) <= 50
     for run in RUNS:
         assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= run.environment.keys(), run.source
         assert isinstance(run.seed, int) and f'--seed {run.seed}' in run.environment['command'], run.source
