@@ -172,9 +172,9 @@ def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
     if not tests:
         return []
     return [
-        'Against our ce: difference to cross-entropy on the same head where that was run, else on the linear one, as for '
-        'cross-entropy itself (in brackets), with its 95% interval, paired by seed where both have the same seeds. Better or worse: t-test, '
-        f"p < {LEVEL} after Holm's correction for the "
+        'Against our ce: difference to cross-entropy on the same head where that was run, else on the linear one, as '
+        'for cross-entropy itself (in brackets), with its 95% interval, paired by seed where both have the same seeds. '
+        f"Better or worse: t-test, p < {LEVEL} after Holm's correction for the "
         f'{"one test" if tests == 1 else f"{tests} tests"} that all of these runs allow. Equal: within {EQUIVALENCE} '
         'points, by two one-sided tests, corrected alike. "X would have been": the smallest difference that this '
         'number of seeds shows with a probability of 80%.'
