@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if len(args.source) > 1:
         return _run_side_by_side(args)
     source = args.source[0]
-    trained, data, splits = _outputs(args, source)
+    trained = load_trained(source, args.use_ema)
+    data, splits = _outputs(args, trained)
     folder = Path(args.output) if args.output else RunDir.of(source).path / 'pictures'
     title, last = describe(trained), list(splits)[-1]
     drawn = draw(splits, trained.labels, title, folder, args.limit, args.layer, args.format)
@@ -62,31 +63,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _outputs(args: argparse.Namespace, source: str) -> tuple[Trained, DataConfig, dict[str, dict[str, np.ndarray]]]:
-    """A trained model, its data, and what it computes of both splits."""
+def _outputs(args: argparse.Namespace, trained: Trained) -> tuple[DataConfig, dict[str, dict[str, np.ndarray]]]:
+    """The data of a trained model, and what it computes of both splits."""
     device = torch.device(pick_device(args.device))
-    trained = load_trained(source, args.use_ema)
     data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
-    return trained, data, split_outputs(trained, data, args.split is not None, device, args.workers, args.layer)
+    return data, split_outputs(trained, data, args.split is not None, device, args.workers, args.layer)
 
 
 def _run_side_by_side(args: argparse.Namespace) -> int:
     """Draw the validation split's features of several models in one picture, a panel each, named as its folder."""
     if not args.output:
         raise UserError('A picture of several runs belongs to none of them: give its folder with --output DIR.')
-    panels, classes, how = {}, None, ''
-    for source in args.source:
-        trained, data, splits = _outputs(args, source)
+    names = [RunDir.of(source).path.name for source in args.source]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"Two runs are in folders called '{twice}', which are the names of the panels: rename one.")
+    panels, classes, caption, split = {}, None, '', ''
+    for source, name in zip(args.source, names, strict=True):
+        trained = load_trained(source, args.use_ema)
         if classes not in (None, trained.labels):
             raise UserError(f"'{source}' has other classes than '{args.source[0]}': one picture needs the same.")
-        classes, own, name = trained.labels, splits[data.val_split], RunDir.of(source).path.name
-        if name in panels:
-            raise UserError(f"Two runs are in folders called '{name}', which are the names of the panels: rename one.")
-        points, how = in_the_plane({name: (own['features'], own['labels'])}, args.limit)
+        data, splits = _outputs(args, trained)
+        classes, split = trained.labels, data.val_split
+        points, caption = in_the_plane({name: (splits[split]['features'], splits[split]['labels'])}, args.limit)
         panels |= points
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{args.layer}.{args.format}'
-    save(draw_features(panels, classes, f'{args.layer} of the {data.val_split} split', how, shared=False), path)
+    save(draw_features(panels, classes, f'{args.layer} of the {split} split', caption, shared=False), path)
     log_info(f'written: {path}')
     return 0
