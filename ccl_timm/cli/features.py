@@ -16,6 +16,7 @@ from ccl_timm.experiments.plots import draw_features, in_the_plane, save
 from ccl_timm.training.checkpoints import Trained, load_trained
 from ccl_timm.training.evaluation import choose_data, open_for, pick_device
 from ccl_timm.training.run_dir import RunDir
+from ccl_timm.training.validation import hint_at_last_epoch
 
 __all__ = ['HELP', 'add_arguments', 'run']
 
@@ -57,9 +58,12 @@ def run(args: argparse.Namespace) -> int:
     weight = getattr(trained.model.get_classifier(), 'weight', None) if args.layer == 'features' else None
     found = analyse(splits, None if weight is None else weight.detach().flatten(1).cpu().double().numpy())
     print(table(show_measures([{name: [x] for name, x in own.items()} for own in found.values()]), ('', *splits)))
-    if trained.epoch is not None and args.layer == 'features' and not args.output:
-        path = RunDir.of(source).set_features({'split': last, 'epoch': trained.epoch, 'measures': found[last]})
+    other = args.output or args.data_dir or args.dataset
+    if trained.epoch is not None and args.layer == 'features' and not other:
+        run = RunDir.of(source)
+        path = run.set_features({'split': last, 'epoch': trained.epoch, 'measures': found[last]})
         log_info(f'written: {path}')
+        hint_at_last_epoch(run, trained.epoch)
     return 0
 
 

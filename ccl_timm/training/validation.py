@@ -18,7 +18,15 @@ from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.evaluation import Evaluation, check_labels, evaluate, loader_of, open_for
 from ccl_timm.training.run_dir import RunDir
 
-__all__ = ['Measures', 'check_save', 'check_save_temperature', 'evaluate_split', 'save_split', 'save_temperature']
+__all__ = [
+    'Measures',
+    'check_save',
+    'check_save_temperature',
+    'evaluate_split',
+    'hint_at_last_epoch',
+    'save_split',
+    'save_temperature',
+]
 
 
 @dataclass(frozen=True)
@@ -231,8 +239,13 @@ def save_split(source: str | os.PathLike, trained: Trained, split: str, found: E
     measured = {name: found.metrics[name] for name in ('top1', 'top5', 'loss')}
     path = run.add_extra_split({'split': split, 'epoch': trained.epoch, 'images': found.images, **measured})
     log_info(f'written: {path}, of epoch {trained.epoch + 1}')
+    hint_at_last_epoch(run, trained.epoch)
+
+
+def hint_at_last_epoch(run: RunDir, epoch: int) -> None:
+    """Log that reports show results of the last epoch only, if those of another were kept."""
     rows = run.rows()
-    if rows and trained.epoch != rows[-1]['epoch']:
+    if rows and epoch != rows[-1]['epoch']:
         log_info(f"reports show results of a run's last epoch: {run.path / 'last.pth.tar'}")
 
 

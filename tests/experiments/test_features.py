@@ -254,15 +254,18 @@ def test_features_of_a_run(place_of_runs, run_cli):
     assert rows['channels of attention'] == ['96', '96']
 
 
-def test_measures_of_features_are_in_reports_and_records(place_of_runs, run_cli, tmp_path):
+def test_measures_of_features_are_in_reports_and_records(place_of_runs, run_cli, folder, tmp_path):
     """Of all runs of a group that have them, of the last epoch only, and not those of pictures elsewhere."""
     runs = tmp_path / 'runs'
     shutil.copytree(place_of_runs / 'runs', runs)
     for name in ('cc0', 'cc1'):
         (runs / name / 'features.json').unlink(missing_ok=True)
-        assert run_cli('ccl-timm', 'features', runs / name, '-j', '0', '-o', tmp_path / name)[0] == 0
-        assert not (runs / name / 'features.json').exists()
-        assert run_cli('ccl-timm', 'features', runs / name / 'last.pth.tar', '-j', '0')[0] == 0
+        argv = ['ccl-timm', 'features', runs / name / 'last.pth.tar', '-j', '0']
+        if name == 'cc0':
+            for other in (['-o', tmp_path / name], ['--data-dir', folder]):
+                assert run_cli(*argv, *other)[0] == 0
+                assert not (runs / name / 'features.json').exists()
+        assert run_cli(*argv)[0] == 0
     measured = [RunDir(runs / name).features() for name in ('cc0', 'cc1')]
     assert {(own['split'], own['epoch']) for own in measured} == {('validation', 1)}
     centres = [own['measures']['mean distance between class centres'] for own in measured]
