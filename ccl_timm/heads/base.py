@@ -64,6 +64,9 @@ class Head(nn.Module):
         module that has it. It knows by itself how to initialise torch's own layers.
         """
 
+    def caution(self) -> str | None:
+        """What speaks against the weights that training has reached, as a sentence; None if nothing does."""
+
     def feature_stage(self) -> nn.Module | None:
         """A new module that the model is to run at the end of its feature map, shaped by the classes; None for none.
 

@@ -8,6 +8,8 @@ from ccl_timm.ops import l2_normalize, outside_autocast
 
 __all__ = ['CosineHead', 'cosine_logits']
 
+_ONE_DIRECTION = 0.9  # mean cosine of class vectors that have collapsed
+
 torch.fx.wrap('cosine_logits')  # one node of a traced graph: it asks for dtype and device
 
 
@@ -93,6 +95,17 @@ class CosineHead(Head):
     def _init_weight(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
+    def caution(self) -> str | None:
+        """That all class vectors point in nearly one direction, and what keeps them apart."""
+        cosine = _mean_cosine(self.weight.detach())
+        if cosine < _ONE_DIRECTION:
+            return None
+        return (
+            f'the class vectors point in nearly one direction, with a mean cosine of {cosine:.2f} to each other. An '
+            'angular margin (arcface, cm) costs least there, so that the loss falls without telling classes apart: '
+            'a lower --lr, a smaller margin or --loss amsoftmax keeps them apart.'
+        )
+
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), cosine (N, K), weight (K, D).
 
@@ -109,3 +122,10 @@ class CosineHead(Head):
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features (N, in_features) to logits (N, K)."""
         return self.outputs(pooled).logits
+
+
+def _mean_cosine(vectors: Tensor) -> float:
+    """Mean cosine of all pairs of rows (K, D); 0 for a single row."""
+    count = len(vectors)
+    total = l2_normalize(vectors.float()).sum(0).square().sum()  # of all K x K cosines
+    return float((total - count) / max(count * (count - 1), 1))

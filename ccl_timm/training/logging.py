@@ -13,6 +13,7 @@ from ccl_timm import losses
 from ccl_timm.console import Progress, is_primary, log_info, log_warning, show_duration, show_share
 from ccl_timm.console.escape import shell_text
 from ccl_timm.data.in_memory import InMemoryLoader
+from ccl_timm.heads import Head
 from ccl_timm.ops import world_size
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.setup import global_batch, loss_options
@@ -41,7 +42,7 @@ class RunLogger:
         self.config = config
         self._tracker: Tracker | None = None
         self._has_eta = False
-        self._warned_zero_terms = False
+        self._warned_zero_terms = self._warned_of_head = False
         self._warm: tuple[float, float] = (0.0, 0.0)  # time and seconds waited for images after the warm-up
 
     def on_start(self, trainer: 'Trainer') -> None:
@@ -84,6 +85,7 @@ class RunLogger:
         validation = f'  top-1 {eval_metrics["top1"]:.2f}%  val loss {eval_metrics["loss"]:.4g}' if eval_metrics else ''
         loss = f'loss {train_metrics["loss"]:.4g}{shown}'
         log_info(f'epoch {epoch + 1}/{trainer.epochs}  {loss}{validation}  {seconds:.1f} s')
+        self._warn_of_head(trainer)
 
     def track(self, epoch: int, metrics: dict[str, dict[str, float] | None]) -> None:
         """Send the metrics of an epoch to the tracker."""
@@ -130,6 +132,13 @@ class RunLogger:
                 if isinstance(loss, losses.CCLoss):  # the one whose term needs pairs
                     reason = ': no two images of one class met. A larger --batch-size or --samples-per-class 2 helps.'
                 log_warning(f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches{reason}")
+
+    def _warn_of_head(self, trainer: 'Trainer') -> None:
+        """Pass on, once, what the head has to say against the weights that it has got."""
+        head = trainer.task.get_eval_model().get_classifier()
+        if not self._warned_of_head and isinstance(head, Head) and (caution := head.caution()):
+            self._warned_of_head = True
+            log_warning(caution)
 
     def _log_eta(self, trainer: 'Trainer', seconds_per_step: float, waiting: float) -> None:
         """When training will be done; and a warning if a large share of each step is spent waiting for images."""

@@ -50,6 +50,17 @@ def test_the_embedding_of_the_cosine_head_takes_off_what_features_have_in_common
     assert head.weight.shape == (7, 8) and head.embedding is embedding and head(pooled).shape == (64, 7)
 
 
+def test_class_vectors_of_one_direction_are_warned_of():
+    head = head_of('cosine')
+    assert head.caution() is None
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, 16) + 0.2 * torch.randn(5, 16))
+    cosines = torch.cosine_similarity(head.weight.detach()[:, None], head.weight.detach(), dim=-1)
+    assert (mean := float((cosines.sum() - 5) / 20)) > 0.9
+    assert f'point in nearly one direction, with a mean cosine of {mean:.2f} to each other' in head.caution()
+    assert head_class('cosine')(16, 1).caution() is None
+
+
 def test_attention_is_computed_in_float32_under_autocast():
     head, pooled = head_of('cam'), 0.01 * torch.randn(64, 16) + 1  # attention differs little between samples
     exact = head.outputs(pooled.bfloat16().float()).attention

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from ccl_timm.heads import CosineHead
 from ccl_timm.losses import list_losses, loss_class
 from ccl_timm.training.checkpoint_files import read_checkpoint
 from ccl_timm.training.config import TrainConfig
@@ -179,6 +180,13 @@ def test_batches_without_a_pair_of_one_class_are_warned_of(run_cli, workdir):
     code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--epochs', '2')
     assert code == 0, err
     assert err.count("warning: loss term 'cc' was zero in 100% of this epoch's batches") == 1
+
+
+def test_what_a_head_has_to_say_is_passed_on_once(tiny, monkeypatch):
+    monkeypatch.setattr(CosineHead, 'caution', lambda self: 'the class vectors point in nearly one direction')
+    code, out, err = tiny('--model', 'resnet18_cosine', '--loss', 'arcface', '--epochs', '2')
+    assert code == 0, err
+    assert err.count('warning: the class vectors point in nearly one direction') == 1
 
 
 def test_finishing_time_is_logged(run_cli, workdir):
