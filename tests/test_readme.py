@@ -124,7 +124,7 @@ def cheaper(argv):
         if '--data-dir' in argv:
             argv += ['--img-size', '32']
         if 'finetune' in argv:  # from ImageNet weights
-            argv += ['--model', 'test_resnet_cam', '--pretrained-path', 'imagenet.safetensors']
+            argv += ['--model', 'test_resnet_pedcc', '--pretrained-path', 'imagenet.safetensors']
         if 'probe' in argv or '--freeze-backbone' in argv:
             argv += ['--pretrained-path', 'imagenet.safetensors', '--model', 'test_resnet_cam']
     elif command in ('validate.py', 'features', 'index'):
