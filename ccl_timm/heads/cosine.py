@@ -102,7 +102,7 @@ class CosineHead(Head):
             return None
         return (
             f'the class vectors point in nearly one direction, with a mean cosine of {cosine:.2f} to each other. An '
-            'angular margin (arcface, cm) costs least there, so that the loss falls without telling classes apart: '
+            'angular margin (arcface, cm) costs least there, so that the loss can fall without telling classes apart: '
             'a lower --lr, a smaller margin or --loss amsoftmax keeps them apart.'
         )
 
