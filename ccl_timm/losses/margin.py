@@ -224,9 +224,9 @@ class ArcFaceLoss(_ScaledMarginLoss):
 
     Cautions: scale 64 was tuned for more than 10,000 faces; ``options_for`` has smaller values for fewer classes
     [assumption]. The POD-Loss paper does not state the values of its comparison. The margin costs least at an angle of
-    0 to the class vector, so that at a high learning rate all class vectors may come to one direction, which lowers the
-    loss without telling classes apart; a margin subtracted from the cosine, as AM-Softmax has it, costs the same at
-    every angle. ``CosineHead.caution`` says when it has happened.
+    0 to the class vector, so that at a high learning rate all class vectors may come to one direction, which can
+    lower the loss without telling classes apart; a margin subtracted from the cosine, as AM-Softmax has it, costs the
+    same at every angle. ``CosineHead.caution`` says when it has happened.
 
     Raises:
         UserError: an option out of range.
