@@ -22,6 +22,7 @@ from ccl_timm.experiments.results import Result
 from ccl_timm.experiments.tables import Row, Table, run_name
 from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
+from ccl_timm.training.interrupts import stopped_by_signals
 from ccl_timm.training.run_dir import RunDir, is_done
 
 __all__ = ['Job', 'Plan', 'final_results', 'plan_of', 'run_plan', 'show_results']
@@ -155,7 +156,8 @@ def _run(job: Job) -> bool:
     log_info()
     log_info(f'{name}: {shlex.join(job.command)}')
     command = [sys.executable, '-m', 'ccl_timm', *job.command[1:]]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    with stopped_by_signals():  # without, SIGTERM would end this process alone, and the job would go on
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         log_warning(f'{name} failed with code {code}; its messages are above')
     return code == 0

@@ -1,5 +1,6 @@
 """reproduce: what it runs, skips, resumes, times, prints and refuses. Runs are made in this process."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,19 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(small, monkeypatch):
     assert code == 1 and 'own-tiny-ce-seed0 failed with code 2' in err
     assert values_in(out)['tiny:ce'] == ['not run', '90.50']
     assert '(n=1' in values_in(out)['tiny:cc'][0]
+
+
+def test_a_signal_ends_the_job_and_all_that_follow(small, monkeypatch):
+    """subprocess.run kills its process if an exception comes out of it."""
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        assert callable(signal.getsignal(signal.SIGTERM)), 'it would kill this process'
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(reproduce.subprocess, 'run', run)
+    assert small()[0] == 143 and len(commands) == 1
 
 
 def test_run_of_another_process_is_left_alone(small):
