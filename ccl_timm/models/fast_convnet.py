@@ -54,6 +54,9 @@ class FastConvNet(nn.Module):
         widths: channels of the three blocks.
         device: of the parameters.
         dtype: likewise.
+
+    Raises:
+        ValueError: not three widths.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class FastConvNet(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
+        if len(widths) != 3:
+            raise ValueError(f'widths={tuple(widths)}: give three, one for each block, such as (64, 128, 256)')
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = widths[-1]
         self.grad_checkpointing = False

@@ -60,3 +60,8 @@ def test_widths():
     model = ccl_timm.create_model('fast_convnet_cam', num_classes=4, widths=(8, 16, 24))
     assert isinstance(model, FastConvNet) and model.head_hidden_size == 24
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_two_widths_are_refused():
+    with pytest.raises(ValueError, match=r'widths=\(64, 256\): give three'):
+        timm.create_model('fast_convnet', widths=(64, 256))
