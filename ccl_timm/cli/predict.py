@@ -28,6 +28,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--topk', type=COUNT, default=1, metavar='N', help='classes per image, default 1')
     text = 'divide the logits by the temperature that `validate --fit-temperature` has fitted'
     parser.add_argument('--calibrated', action='store_true', help=text)
+    text = 'test-time augmentation: average the logits over each image and its mirror image'
+    parser.add_argument('--tta', action='store_true', help=text)
     text = 'answer with the classes of this file of `ccl-timm index`, by the nearest features'
     parser.add_argument('--gallery', default='', metavar='FILE', help=text)
     text = "cosine below which an image is unknown to the gallery, default the gallery's"
@@ -38,11 +40,13 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.gallery and args.calibrated:
         raise UserError('A gallery gives cosines, not probabilities: leave out --gallery or --calibrated.')
+    if args.tta and (args.gallery or args.calibrated):
+        raise UserError('--tta averages logits, which a gallery has not, and no temperature was fitted to: leave it out.')
     if args.threshold is not None and not args.gallery:
         raise UserError('--threshold is that of a --gallery.')
     paths = find_images(args.images)
     trained, gallery = load_trained(args.source, args.use_ema), Gallery.load(args.gallery) if args.gallery else None
-    device, how = pick_device(args.device), (args.calibrated, gallery, args.threshold)
+    device, how = pick_device(args.device), (args.calibrated, gallery, args.threshold, args.tta)
     results, unreadable = predict(trained, paths, args.topk, args.batch_size, device, *how)
     _write(results, args.format, 'similarity' if gallery else 'probability')
     for path, reason in unreadable:

@@ -46,6 +46,8 @@ def add_arguments(parser: Parser) -> None:
     add('--by-count', action='store_true', help=text)
     text = 'how well softmax, energy, nearest training feature and norm detect the unknown images of this folder'
     add('--ood', default=None, metavar='DIR', help=text)
+    text = 'test-time augmentation: average the logits over each image and its mirror image'
+    add('--tta', action='store_true', help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
     if args.fit_temperature:
         validation.check_save_temperature(source, trained)
     data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
+    calibration = args.calibration or bool(args.plot)
     wanted = validation.Measures(
-        args.calibration or bool(args.plot), args.fit_temperature, args.recall, args.knn, args.by_count, args.ood
+        calibration, args.fit_temperature, args.recall, args.knn, args.by_count, args.ood, args.tta
     )
     found = validation.evaluate_split(trained, data, args.split is not None, device, args.workers, wanted)
     _log(found)
     _write_files(args, found, trained)
     if args.save_split:
-        validation.save_split(source, trained, args.split, found)
+        validation.save_split(source, trained, f'{args.split}+tta' if args.tta else args.split, found)
     if args.fit_temperature:
         validation.save_temperature(source, trained, found)
     result = {'model': trained.name, **found.metrics, 'images': found.images}

@@ -99,6 +99,7 @@ class Run:
         knn: int | None = None,
         by_count: bool = False,
         ood: str | None = None,
+        tta: bool = False,
     ) -> Evaluation:
         """Measure the model on its run's validation split, another split, or other data.
 
@@ -114,6 +115,7 @@ class Run:
             knn: also measure the accuracy of that many nearest training images, by features.
             by_count: also measure the accuracy of classes with few, medium and many training images.
             ood: folder of unknown images, to be detected by four scores.
+            tta: average the logits over each image and its mirror image; for accuracy only.
 
         Returns:
             ``metrics`` (``top1``, ``top5``, ``macro_top1`` in percent, ``loss``, and those of
@@ -125,14 +127,14 @@ class Run:
         data = choose_data(self.trained.settings, data_dir, dataset, split, batch_size)
         if fit_temperature:
             check_save_temperature(self.source, self.trained)
-        wanted = Measures(calibration, fit_temperature, recall, knn, by_count, ood)
+        wanted = Measures(calibration, fit_temperature, recall, knn, by_count, ood, tta)
         found = evaluate_split(self.trained, data, split is not None, self.device, workers, wanted)
         if fit_temperature:
             save_temperature(self.source, self.trained, found)
         return found
 
     def predict(
-        self, images: _Images, topk: int = 5, batch_size: int = 32, calibrated: bool = False
+        self, images: _Images, topk: int = 5, batch_size: int = 32, calibrated: bool = False, tta: bool = False
     ) -> list[list[dict[str, Any]]]:
         """Classify PIL images or image files; by the features of a gallery: ``gallery.classify(run.embed(images))``.
 
@@ -141,6 +143,7 @@ class Run:
             topk: classes per image, best first.
             batch_size: images at a time.
             calibrated: divide the logits by the model's temperature.
+            tta: average the logits over each image and its mirror image.
 
         Returns:
             For each image a list of ``{'class', 'index', 'probability'}``.
@@ -149,7 +152,8 @@ class Run:
             UserError: a file cannot be read, the model computes numbers that are not finite, or has no temperature.
         """
         temperature = temperature_of(self.trained) if calibrated else 1.0
-        logits = torch.cat([outputs.logits.float().cpu() for outputs in self._outputs(images, batch_size)])
+        views = [self._outputs(images, batch_size, mirrored) for mirrored in ((False, True) if tta else (False,))]
+        logits = sum(torch.cat([outputs.logits.float().cpu() for outputs in view]) for view in views) / len(views)
         if not logits.isfinite().all():
             raise UserError('The model computes numbers that are not finite: its training diverged.')
         return rank(self.trained, (logits / temperature).softmax(-1), topk)
@@ -209,7 +213,7 @@ class Run:
         """
         return publish.push(self.source, repo_id, use_ema=self.trained.ema, **options)
 
-    def _outputs(self, images: _Images, batch_size: int | None) -> Iterable[HeadOutputs]:
+    def _outputs(self, images: _Images, batch_size: int | None, mirrored: bool = False) -> Iterable[HeadOutputs]:
         several = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not several:
             raise UserError('There is no image to compute on.')
@@ -220,4 +224,4 @@ class Run:
             batch = torch.stack([prepare(image) for image in several[start : start + size]])
             batch = batch.to(self.device, memory_format=memory_format)
             with torch.inference_mode():
-                yield head_outputs(model, batch)
+                yield head_outputs(model, batch.flip(-1) if mirrored else batch)

@@ -17,6 +17,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import Trained
+from ccl_timm.training.evaluation import MirrorAveraged
 from ccl_timm.training.gallery import Gallery
 from ccl_timm.training.step_timing import likely_layout
 
@@ -32,6 +33,7 @@ def predict(
     calibrated: bool = False,
     gallery: Gallery | None = None,
     threshold: float | None = None,
+    tta: bool = False,
 ) -> tuple[list[dict[str, Any]], list[tuple[Path, str]]]:
     """Classify image files.
 
@@ -44,6 +46,7 @@ def predict(
         calibrated: divide the logits by the model's temperature.
         gallery: classify by the nearest features of this gallery, not by the model's own classes.
         threshold: of the gallery, in the place of its own.
+        tta: average the logits over each image and its mirror image.
 
     Returns:
         For each image that can be read ``{'image', 'predictions': [{'class', 'index', 'probability'}]}``, in order;
@@ -57,9 +60,10 @@ def predict(
     if gallery:
         gallery.check_model(trained)
     model, unreadable, results = trained.model, [], []
+    classifier = MirrorAveraged(model) if tta else model
 
     def compute(images: Tensor) -> dict[str, Tensor]:
-        return {'features': head_outputs(model, images).features} if gallery else {'logits': model(images)}
+        return {'features': head_outputs(model, images).features} if gallery else {'logits': classifier(images)}
 
     for names, outputs in compute_batches(trained, paths, batch_size, device, compute, unreadable):
         if gallery:

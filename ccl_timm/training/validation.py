@@ -15,7 +15,7 @@ from ccl_timm.data.files import FolderReader, color_mode
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
-from ccl_timm.training.evaluation import Evaluation, check_labels, evaluate, loader_of, open_for
+from ccl_timm.training.evaluation import Evaluation, MirrorAveraged, check_labels, evaluate, loader_of, open_for
 from ccl_timm.training.run_dir import RunDir
 
 __all__ = [
@@ -42,6 +42,7 @@ class Measures:
         knn: accuracy of that many nearest training images, by features.
         by_count: ``top1_many``, ``top1_medium`` and ``top1_few`` of the classes, by their training images.
         ood: folder of unknown images, which ``ood_<score>_auroc`` and ``ood_<score>_fpr95`` are measured with.
+        tta: average the logits over each image and its mirror image; with measures of the confusion matrix only.
     """
 
     calibration: bool = False
@@ -50,6 +51,7 @@ class Measures:
     knn: int | None = None
     by_count: bool = False
     ood: str | None = None
+    tta: bool = False
 
     @property
     def need_outputs(self) -> bool:
@@ -76,6 +78,8 @@ def evaluate_split(
     wanted = wanted or Measures()
     if wanted.fit_temperature and named and data.val_split == data.train_split:
         raise UserError('A temperature is fitted on images that the model was not trained on: name another --split.')
+    if wanted.tta and wanted.need_outputs:
+        raise UserError('--tta is for accuracy: leave out --calibration, --fit-temperature, --recall, --knn and --ood.')
     split = _Split(trained, data, named, device, workers)
     dataset, same_classes = split.open(wanted)
     loader = split.loader(dataset)
@@ -83,7 +87,7 @@ def evaluate_split(
     size = 'x'.join(map(str, trained.data_config['input_size']))
     log_info(f'{trained.name}: {len(dataset)} images of {size}, on {device}')
     if not wanted.need_outputs:
-        found = evaluate(trained.model, loader, device)
+        found = evaluate(MirrorAveraged(trained.model) if wanted.tta else trained.model, loader, device)
     else:
         outputs = split.outputs(loader, 'validation')
         found = _of_outputs(outputs, same_classes, device)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ccl_timm
 from ccl_timm.hub.publish import export
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.measures import calibration, retrieval
+from ccl_timm.training.prediction import preprocessing
 from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import results, write_folder
@@ -139,3 +141,32 @@ def test_the_file_of_the_temperature_names_checkpoint_and_data(run):
     RunDir(run).set_calibration({'epoch': 0, 'ema': False, **fitted})
     assert RunDir(run).calibration(0, False) == fitted
     assert RunDir(run).calibration(1, False) is None and RunDir(run).calibration(0, True) is None
+
+
+def test_tta_averages_the_logits_of_mirrored_images(run_cli, run, folder):
+    trained, files = load_trained(run), sorted((folder / 'validation').rglob('*.png'))
+    images = torch.stack([preprocessing(trained)(file) for file in files])
+    with torch.inference_mode():
+        once, mirrored = trained.model(images), trained.model(images.flip(3))
+    logits, labels = (once + mirrored) / 2, torch.tensor([trained.class_names.index(file.parent.name) for file in files])
+    assert not torch.allclose(once, logits, atol=1e-3)
+
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--tta', '--split', 'validation', '--save-split')
+    assert code == 0, err
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert results(out)['loss'] == pytest.approx(loss, rel=1e-4)
+    assert results(out)['top1'] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert RunDir(run).extra_splits()[-1]['split'] == 'validation+tta'
+    assert ccl_timm.load(run).evaluate(tta=True).metrics['loss'] == pytest.approx(loss, rel=1e-4)
+
+    expected = logits[0].softmax(0).max().item()
+    code, out, err = run_cli('ccl-timm', 'predict', run, files[0], '--tta', '--format', 'json')
+    assert json.loads(out)[0]['predictions'][0]['probability'] == pytest.approx(expected, abs=1e-5), err
+    assert ccl_timm.load(run).predict(files[0], tta=True)[0][0]['probability'] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize('argv', [('validate', '--calibration'), ('validate', '--knn', '3'), ('predict', '--calibrated')])
+def test_tta_is_for_accuracy_alone(argv, run_cli, run, folder):
+    command, *flags = argv
+    code, out, err = run_cli('ccl-timm', command, run, *([folder] if command == 'predict' else []), '--tta', *flags)
+    assert code == 2 and '--tta' in err and 'leave' in err and 'Traceback' not in err
