@@ -42,12 +42,13 @@ def test_table_is_the_reports(table, lines, run_cli, monkeypatch):
 def test_comparison_is_what_compare_shows(run_cli, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = PAGES[1].read_text(encoding='utf-8')
-    found = re.findall(r'<!-- ccl-timm (compare --show \S+) -->\n\n```text\n(.*?)```', page, re.S)
+    fold = '\n\n<details>\n<summary>.*?</summary>\n\n'
+    found = re.findall(rf'<!-- ccl-timm (compare --show \S+) -->\n\n```text\n(.*?)```{fold}```text\n(.*?)```', page, re.S)
     recorded = {path.name for path in (ROOT / 'hub_cards' / 'results').glob('benchmark-*.jsonl')}
-    assert recorded == {Path(command.split()[-1]).name for command, _ in found}
-    for command, shown in found:
+    assert recorded == {Path(command.split()[-1]).name for command, *_ in found}
+    for command, *shown in found:
         code, out, err = run_cli('ccl-timm', *command.split())
-        assert (code, out) == (0, shown), err
+        assert (code, out) == (0, '\n'.join(shown)), err
 
 
 def test_what_we_learned_is_what_the_tables_say():
