@@ -40,8 +40,6 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.gallery and args.calibrated:
         raise UserError('A gallery gives cosines, not probabilities: leave out --gallery or --calibrated.')
-    if args.tta and (args.gallery or args.calibrated):
-        raise UserError('--tta averages logits, which a gallery has not, and no temperature was fitted to: leave it out.')
     if args.threshold is not None and not args.gallery:
         raise UserError('--threshold is that of a --gallery.')
     paths = find_images(args.images)

@@ -17,7 +17,7 @@ from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import Evaluation, choose_data, pick_device
 from ccl_timm.training.gallery import Gallery, create_gallery
-from ccl_timm.training.prediction import head_outputs, preprocessing, rank, temperature_of
+from ccl_timm.training.prediction import check_tta, head_outputs, preprocessing, rank, temperature_of
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.step_timing import likely_layout
 from ccl_timm.training.train import train as train_run
@@ -143,7 +143,7 @@ class Run:
             topk: classes per image, best first.
             batch_size: images at a time.
             calibrated: divide the logits by the model's temperature.
-            tta: average the logits over each image and its mirror image.
+            tta: average the logits over each image and its mirror image; not with ``calibrated``.
 
         Returns:
             For each image a list of ``{'class', 'index', 'probability'}``.
@@ -151,6 +151,8 @@ class Run:
         Raises:
             UserError: a file cannot be read, the model computes numbers that are not finite, or has no temperature.
         """
+        if tta:
+            check_tta(calibrated)
         temperature = temperature_of(self.trained) if calibrated else 1.0
         views = [self._outputs(images, batch_size, mirrored) for mirrored in ((False, True) if tta else (False,))]
         logits = sum(torch.cat([outputs.logits.float().cpu() for outputs in view]) for view in views) / len(views)

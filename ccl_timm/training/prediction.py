@@ -21,7 +21,16 @@ from ccl_timm.training.evaluation import MirrorAveraged
 from ccl_timm.training.gallery import Gallery
 from ccl_timm.training.step_timing import likely_layout
 
-__all__ = ['compute_batches', 'find_images', 'head_outputs', 'predict', 'preprocessing', 'rank', 'temperature_of']
+__all__ = [
+    'check_tta',
+    'compute_batches',
+    'find_images',
+    'head_outputs',
+    'predict',
+    'preprocessing',
+    'rank',
+    'temperature_of',
+]
 
 
 def predict(
@@ -46,7 +55,7 @@ def predict(
         calibrated: divide the logits by the model's temperature.
         gallery: classify by the nearest features of this gallery, not by the model's own classes.
         threshold: of the gallery, in the place of its own.
-        tta: average the logits over each image and its mirror image.
+        tta: average the logits over each image and its mirror image; not with ``calibrated`` or a gallery.
 
     Returns:
         For each image that can be read ``{'image', 'predictions': [{'class', 'index', 'probability'}]}``, in order;
@@ -56,6 +65,8 @@ def predict(
     Raises:
         UserError: the model computes numbers that are not finite, has no temperature, or is not the gallery's.
     """
+    if tta:
+        check_tta(calibrated, gallery)
     temperature = temperature_of(trained) if calibrated else 1.0
     if gallery:
         gallery.check_model(trained)
@@ -133,6 +144,14 @@ def _read_ahead(
         while batch := list(ahead):
             ahead = pool.map(attempt, itertools.islice(paths, batch_size))
             yield batch
+
+
+def check_tta(calibrated: bool, gallery: Gallery | None = None) -> None:
+    """Raise a UserError for what test-time augmentation does not go with."""
+    if calibrated:
+        raise UserError('The temperature was fitted without --tta: leave out --tta or --calibrated.')
+    if gallery:
+        raise UserError('A gallery reads features, and --tta averages logits: leave out --tta or --gallery.')
 
 
 def temperature_of(trained: Trained) -> float:

@@ -43,7 +43,9 @@ def test_comparison_is_what_compare_shows(run_cli, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = PAGES[1].read_text(encoding='utf-8')
     fold = '\n\n<details>\n<summary>.*?</summary>\n\n'
-    found = re.findall(rf'<!-- ccl-timm (compare --show \S+) -->\n\n```text\n(.*?)```{fold}```text\n(.*?)```', page, re.S)
+    found = re.findall(
+        rf'<!-- ccl-timm (compare --show \S+) -->\n\n```text\n(.*?)```{fold}```text\n(.*?)```', page, re.S
+    )
     recorded = {path.name for path in (ROOT / 'hub_cards' / 'results').glob('benchmark-*.jsonl')}
     assert recorded == {Path(command.split()[-1]).name for command, *_ in found}
     for command, *shown in found:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import ccl_timm
+from ccl_timm.errors import UserError
 from ccl_timm.hub.publish import export
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.measures import calibration, retrieval
@@ -148,7 +149,8 @@ def test_tta_averages_the_logits_of_mirrored_images(run_cli, run, folder):
     images = torch.stack([preprocessing(trained)(file) for file in files])
     with torch.inference_mode():
         once, mirrored = trained.model(images), trained.model(images.flip(3))
-    logits, labels = (once + mirrored) / 2, torch.tensor([trained.class_names.index(file.parent.name) for file in files])
+    logits = (once + mirrored) / 2
+    labels = torch.tensor([trained.class_names.index(file.parent.name) for file in files])
     assert not torch.allclose(once, logits, atol=1e-3)
 
     code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--tta', '--split', 'validation', '--save-split')
@@ -165,8 +167,14 @@ def test_tta_averages_the_logits_of_mirrored_images(run_cli, run, folder):
     assert ccl_timm.load(run).predict(files[0], tta=True)[0][0]['probability'] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize('argv', [('validate', '--calibration'), ('validate', '--knn', '3'), ('predict', '--calibrated')])
-def test_tta_is_for_accuracy_alone(argv, run_cli, run, folder):
-    command, *flags = argv
-    code, out, err = run_cli('ccl-timm', command, run, *([folder] if command == 'predict' else []), '--tta', *flags)
-    assert code == 2 and '--tta' in err and 'leave' in err and 'Traceback' not in err
+def test_tta_is_for_accuracy_alone(run_cli, run, folder):
+    for measure in (['--calibration'], ['--knn', '3']):
+        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--tta', *measure)
+        assert code == 2 and '--tta is for accuracy: leave out --calibration' in err
+    image = next((folder / 'validation').rglob('*.png'))
+    assert run_cli('ccl-timm', 'index', run, folder / 'validation', '-o', 'gallery', '-j', '0')[0] == 0
+    for flags in (['--calibrated'], ['--gallery', 'gallery']):
+        code, out, err = run_cli('ccl-timm', 'predict', run, image, '--tta', *flags)
+        assert code == 2 and f'leave out --tta or {flags[0]}' in err
+    with pytest.raises(UserError, match='leave out --tta or --calibrated'):
+        ccl_timm.load(run).predict(image, calibrated=True, tta=True)
