@@ -15,7 +15,7 @@ from ccl_timm.heads import HeadOutputs
 from ccl_timm.hub import publish
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.evaluation import Evaluation, choose_data, pick_device
+from ccl_timm.training.evaluation import Evaluation, MirrorAveraged, choose_data, pick_device
 from ccl_timm.training.gallery import Gallery, create_gallery
 from ccl_timm.training.prediction import check_tta, head_outputs, preprocessing, rank, temperature_of
 from ccl_timm.training.run_dir import RunDir
@@ -154,8 +154,9 @@ class Run:
         if tta:
             check_tta(calibrated)
         temperature = temperature_of(self.trained) if calibrated else 1.0
-        views = [self._outputs(images, batch_size, mirrored) for mirrored in ((False, True) if tta else (False,))]
-        logits = sum(torch.cat([outputs.logits.float().cpu() for outputs in view]) for view in views) / len(views)
+        classifier = MirrorAveraged(self.model) if tta else self.model
+        with torch.inference_mode():
+            logits = torch.cat([classifier(batch).float().cpu() for batch in self._batches(images, batch_size)])
         if not logits.isfinite().all():
             raise UserError('The model computes numbers that are not finite: its training diverged.')
         return rank(self.trained, (logits / temperature).softmax(-1), topk)
@@ -215,7 +216,12 @@ class Run:
         """
         return publish.push(self.source, repo_id, use_ema=self.trained.ema, **options)
 
-    def _outputs(self, images: _Images, batch_size: int | None, mirrored: bool = False) -> Iterable[HeadOutputs]:
+    def _outputs(self, images: _Images, batch_size: int | None) -> Iterable[HeadOutputs]:
+        for batch in self._batches(images, batch_size):
+            with torch.inference_mode():
+                yield head_outputs(self.model, batch)
+
+    def _batches(self, images: _Images, batch_size: int | None) -> Iterable[Tensor]:
         several = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not several:
             raise UserError('There is no image to compute on.')
@@ -224,6 +230,4 @@ class Run:
         memory_format = likely_layout(model, self.device)
         for start in range(0, len(several), size):
             batch = torch.stack([prepare(image) for image in several[start : start + size]])
-            batch = batch.to(self.device, memory_format=memory_format)
-            with torch.inference_mode():
-                yield head_outputs(model, batch.flip(-1) if mirrored else batch)
+            yield batch.to(self.device, memory_format=memory_format)

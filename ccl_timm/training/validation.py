@@ -79,13 +79,16 @@ def evaluate_split(
     if wanted.fit_temperature and named and data.val_split == data.train_split:
         raise UserError('A temperature is fitted on images that the model was not trained on: name another --split.')
     if wanted.tta and wanted.need_outputs:
-        raise UserError('--tta is for accuracy: leave out --calibration, --fit-temperature, --recall, --knn and --ood.')
+        raise UserError(
+            '--tta is for accuracy: leave out --calibration, --plot, --fit-temperature, --recall, --knn, --ood.'
+        )
     split = _Split(trained, data, named, device, workers)
     dataset, same_classes = split.open(wanted)
     loader = split.loader(dataset)
     trained.model.to(device)
     size = 'x'.join(map(str, trained.data_config['input_size']))
-    log_info(f'{trained.name}: {len(dataset)} images of {size}, on {device}')
+    mirrored = ', each with its mirror image' if wanted.tta else ''
+    log_info(f'{trained.name}: {len(dataset)} images of {size}{mirrored}, on {device}')
     if not wanted.need_outputs:
         found = evaluate(MirrorAveraged(trained.model) if wanted.tta else trained.model, loader, device)
     else:
