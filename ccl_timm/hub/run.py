@@ -15,7 +15,7 @@ from ccl_timm.heads import HeadOutputs
 from ccl_timm.hub import publish
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.evaluation import Evaluation, MirrorAveraged, choose_data, pick_device
+from ccl_timm.training.evaluation import Evaluation, choose_data, classifier_of, pick_device
 from ccl_timm.training.gallery import Gallery, create_gallery
 from ccl_timm.training.prediction import check_tta, head_outputs, preprocessing, rank, temperature_of
 from ccl_timm.training.run_dir import RunDir
@@ -154,7 +154,7 @@ class Run:
         if tta:
             check_tta(calibrated)
         temperature = temperature_of(self.trained) if calibrated else 1.0
-        classifier = MirrorAveraged(self.model) if tta else self.model
+        classifier = classifier_of(self.trained, tta)
         with torch.inference_mode():
             logits = torch.cat([classifier(batch).float().cpu() for batch in self._batches(images, batch_size)])
         if not logits.isfinite().all():

@@ -10,7 +10,7 @@ import torch
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ccl_timm.console import Progress
+from ccl_timm.console import Progress, log_warning
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
 from ccl_timm.data.loaders import evaluation_loader
@@ -19,7 +19,8 @@ from ccl_timm.training.interrupts import WholeBatches
 from ccl_timm.training.step_timing import likely_layout
 
 __all__ = [
-    'Evaluation', 'MirrorAveraged', 'check_labels', 'choose_data', 'evaluate', 'loader_of', 'open_for', 'pick_device',
+    'Evaluation', 'MirrorAveraged', 'check_labels', 'choose_data', 'classifier_of', 'evaluate', 'loader_of', 'open_for',
+    'pick_device',
 ]  # fmt: skip
 
 
@@ -70,6 +71,13 @@ class MirrorAveraged(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (self.model(images) + self.model(images.flip(-1))) / 2
+
+
+def classifier_of(trained: Any, tta: bool) -> nn.Module:
+    """The model, or with ``tta`` its :class:`MirrorAveraged`; a run that saw no mirrored images is warned of."""
+    if tta and trained.settings.get('hflip') == 0:
+        log_warning('this model was trained without mirrored images (hflip 0): --tta may lower its accuracy')
+    return MirrorAveraged(trained.model) if tta else trained.model
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.task import read_head
 from ccl_timm.training.checkpoints import Trained
-from ccl_timm.training.evaluation import MirrorAveraged
+from ccl_timm.training.evaluation import classifier_of
 from ccl_timm.training.gallery import Gallery
 from ccl_timm.training.step_timing import likely_layout
 
@@ -71,7 +71,7 @@ def predict(
     if gallery:
         gallery.check_model(trained)
     model, unreadable, results = trained.model, [], []
-    classifier = MirrorAveraged(model) if tta else model
+    classifier = classifier_of(trained, tta)
 
     def compute(images: Tensor) -> dict[str, Tensor]:
         return {'features': head_outputs(model, images).features} if gallery else {'logits': classifier(images)}

@@ -15,7 +15,7 @@ from ccl_timm.data.files import FolderReader, color_mode
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
-from ccl_timm.training.evaluation import Evaluation, MirrorAveraged, check_labels, evaluate, loader_of, open_for
+from ccl_timm.training.evaluation import Evaluation, check_labels, classifier_of, evaluate, loader_of, open_for
 from ccl_timm.training.run_dir import RunDir
 
 __all__ = [
@@ -90,7 +90,7 @@ def evaluate_split(
     mirrored = ', each with its mirror image' if wanted.tta else ''
     log_info(f'{trained.name}: {len(dataset)} images of {size}{mirrored}, on {device}')
     if not wanted.need_outputs:
-        found = evaluate(MirrorAveraged(trained.model) if wanted.tta else trained.model, loader, device)
+        found = evaluate(classifier_of(trained, wanted.tta), loader, device)
     else:
         outputs = split.outputs(loader, 'validation')
         found = _of_outputs(outputs, same_classes, device)

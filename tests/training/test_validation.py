@@ -178,3 +178,13 @@ def test_tta_is_for_accuracy_alone(run_cli, run, folder):
         assert code == 2 and f'leave out --tta or {flags[0]}' in err
     with pytest.raises(UserError, match='leave out --tta or --calibrated'):
         ccl_timm.load(run).predict(image, calibrated=True, tta=True)
+
+
+@pytest.mark.parametrize('hflip', [0.0, 0.5])
+def test_tta_warns_of_a_model_that_saw_no_mirrored_images(hflip, run, folder, capsys):
+    loaded = ccl_timm.load(run)
+    loaded.trained.settings['hflip'] = hflip
+    image = next((folder / 'validation').rglob('*.png'))
+    for use in (lambda: loaded.evaluate(tta=True), lambda: loaded.predict(image, tta=True)):
+        use()
+        assert ('trained without mirrored images' in capsys.readouterr().err) == (hflip == 0)
