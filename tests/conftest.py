@@ -97,16 +97,19 @@ def run_cli(capsys):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Commands that reproduce and compare start; they run in this process, which is many times faster."""
+    """Commands that reproduce starts; they run in this process, which is many times faster."""
     commands = []
 
-    def run(command, **kwargs):
-        if '-c' in command:
-            return SimpleNamespace(returncode=0)
-        commands.append(command[3:])
-        return SimpleNamespace(returncode=cli.main(command[3:]))
+    class Popen:
+        def __init__(self, command, **kwargs):
+            commands.append(command[3:])
+            self.returncode = cli.main(command[3:])
 
-    monkeypatch.setattr(reproduce, 'subprocess', SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+        def poll(self):
+            return self.returncode
+
+    fake = SimpleNamespace(run=lambda *args, **kwargs: None, Popen=Popen, DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(reproduce, 'subprocess', fake)
     return commands
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ccl_timm.cli.common import add_plan, shared_args
 from ccl_timm.console import table
-from ccl_timm.console.arguments import Parser
+from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
 from ccl_timm.experiments.reproduce import plan_of, run_plan, show_results
@@ -25,6 +25,9 @@ def add_arguments(parser: Parser) -> None:
     add('--dataset', default=None, metavar='NAME', help="the table's column, such as mnist")
     add('--rows', nargs='+', default=[], metavar='ROW', help='such as resnet18:cc resnet18:ce; default all')
     add_plan(parser, 'output/reproduce', "runs per row, 0 to N-1; default the table's")
+    add(
+        '--jobs', type=COUNT, default=1, metavar='N', help='runs at a time, each with its share of the cores; default 1'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"Table '{chosen.name}' has several data sets: give --dataset {'|'.join(chosen.datasets)}.")
     folder, train_args = Path(args.output) / chosen.name, [*shared_args(args), *args.train_args]
     plan = plan_of(chosen, args.seeds or chosen.seeds, folder, train_args)
-    return run_plan(plan, show_results, args.dry_run, args.estimate)
+    return run_plan(plan, show_results, args.dry_run, args.estimate, args.jobs)

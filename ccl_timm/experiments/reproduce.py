@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from ccl_timm.experiments.results import Result
 from ccl_timm.experiments.tables import Row, Table, run_name
 from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.interrupts import stopped_by_signals
+from ccl_timm.training.interrupts import Stopped, stopped_by_signals
 from ccl_timm.training.run_dir import RunDir, is_done
 
 __all__ = ['Job', 'Plan', 'final_results', 'plan_of', 'run_plan', 'show_results']
+
+_POLL = 0.1  # seconds between two looks at the jobs that run
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Job:
     def config(self) -> TrainConfig:
         """Its configuration."""
         return TrainConfig.resolve(list(self.args), 'ccl-timm train')
+
+    @property
+    def name(self) -> str:
+        """That of its run's folder."""
+        return self.run.path.name
 
     @property
     def command(self) -> list[str]:
@@ -97,7 +105,9 @@ def plan_of(chosen: Table, seeds: int, output: Path, args: list[str]) -> Plan:
     return Plan(chosen, jobs)
 
 
-def run_plan(plan: Plan, result: Callable[[Plan], str], dry_run: bool = False, estimate: bool = False) -> int:
+def run_plan(
+    plan: Plan, result: Callable[[Plan], str], dry_run: bool = False, estimate: bool = False, at_once: int = 1
+) -> int:
     """Check every row, then run all jobs and print the results, or only print the commands, or only time them.
 
     Args:
@@ -105,6 +115,8 @@ def run_plan(plan: Plan, result: Callable[[Plan], str], dry_run: bool = False, e
         result: what to print of a plan once its jobs are done.
         dry_run: only check every row and print the commands.
         estimate: only time ten steps of every row.
+        at_once: jobs that run at the same time. If several, each has its share of the processor's threads, and writes
+            its messages to a file beside its folder, ``NAME.log``.
 
     Returns:
         The exit code: 1 if any failed.
@@ -121,9 +133,9 @@ def run_plan(plan: Plan, result: Callable[[Plan], str], dry_run: bool = False, e
         return 0
     if estimate:
         return int(_estimate(plan))
-    done = [_run(job) for job in plan.all_jobs]
+    done = _run(plan.all_jobs, at_once)
     print(result(plan))
-    return int(not all(done))
+    return int(not done)
 
 
 def _check(job: Job, needs_data: bool) -> None:
@@ -143,24 +155,74 @@ def _label(row: Row) -> str:
     return f'{row.dataset} {row.name}'.strip()
 
 
-def _run(job: Job) -> bool:
-    """Run a job unless it is done; returns whether it is done then. An error is logged, and stops no other job."""
-    name = job.run.path.name
+def _run(jobs: list[Job], at_once: int) -> bool:
+    """Run the jobs that are not done; returns whether all are done then. An error is logged, and stops no other job."""
+    waiting, running, ended = deque(jobs), dict[subprocess.Popen, Job](), list[bool]()
+    with stopped_by_signals(), _ended_with_us(running):
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.popleft()
+                if (done := _is_done(job)) is None:
+                    running[_start(job, at_once)] = job
+                else:
+                    ended.append(done)
+            time.sleep(_POLL)
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                if process.returncode:
+                    where = 'above' if at_once == 1 else f'in {_log_file(job)}'
+                    log_warning(f'{job.name} failed with code {process.returncode}; its messages are {where}')
+                elif at_once > 1:
+                    log_info(f'{job.name}: done')
+                ended.append(not process.returncode)
+    return all(ended)
+
+
+def _is_done(job: Job) -> bool | None:
+    """Whether a job is done already, False if its folder holds something else, None if it is to run."""
     try:
-        if result := job.result():
-            log_info(f'{name}: done already, top-1 {result.last:.2f}%')
-            return True
+        result = job.result()
     except UserError as error:
-        log_warning(f'{name} failed: {error}')
+        log_warning(f'{job.name} failed: {error}')
         return False
+    if not result:
+        return None
+    log_info(f'{job.name}: done already, top-1 {result.last:.2f}%')
+    return True
+
+
+def _start(job: Job, at_once: int) -> subprocess.Popen:
+    """Start a job: alone with our output, among others with a file and a share of the threads of its own."""
     log_info()
-    log_info(f'{name}: {shlex.join(job.command)}')
-    command = [sys.executable, '-m', 'ccl_timm', *job.command[1:]]
-    with stopped_by_signals():  # without, SIGTERM would end this process alone, and the job would go on
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if code:
-        log_warning(f'{name} failed with code {code}; its messages are above')
-    return code == 0
+    log_info(f'{job.name}: {shlex.join(job.command)}')
+    start = functools.partial(
+        subprocess.Popen, [sys.executable, '-m', 'ccl_timm', *job.command[1:]], stdout=subprocess.DEVNULL
+    )
+    if at_once == 1:
+        return start()
+    log_info(f'its messages are in {_log_file(job)}')
+    _log_file(job).parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    with _log_file(job).open('ab') as file:
+        return start(stderr=file, env={'OMP_NUM_THREADS': str(threads), **os.environ})
+
+
+def _log_file(job: Job) -> Path:
+    return job.run.path.with_name(f'{job.name}.log')
+
+
+@contextlib.contextmanager
+def _ended_with_us(processes: Iterable[subprocess.Popen]) -> Iterator[None]:
+    """Let no process go on when an error or a signal ends the block."""
+    try:
+        yield
+    except BaseException as error:
+        by_hand = isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped)  # ^C, which they had, too
+        for process in processes if not by_hand else ():
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
 
 
 def final_results(jobs: list[Job]) -> list[Result]:

@@ -1,8 +1,8 @@
 """reproduce: what it runs, skips, resumes, times, prints and refuses. Runs are made in this process."""
 
+import functools
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -88,26 +88,71 @@ def test_table_has_our_values_and_the_papers(small):
     assert 'Note: made up' in out and 'Recipe digits assumes:' in out
 
 
+class Running:
+    """A process that ends when it is told to, or when it has been looked at some times."""
+
+    def __init__(self, command, looks=3, code=0, **options):
+        self.command, self.looks, self.code, self.options, self.ended = command, looks, code, options, []
+
+    returncode = property(lambda self: None if self.looks else self.code)
+
+    def poll(self):
+        self.looks -= self.looks > 0
+        return self.returncode
+
+    def terminate(self):
+        self.ended.append('terminated')
+
+    def wait(self):
+        self.ended.append('waited for')
+
+
 def test_a_row_that_fails_is_reported_and_the_others_go_on(small, monkeypatch):
-    run, fails = reproduce.subprocess.run, SimpleNamespace(returncode=2)
-    monkeypatch.setattr(reproduce.subprocess, 'run', lambda c, **k: fails if 'ce' in c else run(c, **k))
+    start = reproduce.subprocess.Popen
+    fails = functools.partial(Running, looks=0, code=2)
+    monkeypatch.setattr(reproduce.subprocess, 'Popen', lambda c, **k: fails(c) if 'ce' in c else start(c, **k))
     code, out, err = small('--seeds', '1')
-    assert code == 1 and 'own-tiny-ce-seed0 failed with code 2' in err
+    assert code == 1 and 'own-tiny-ce-seed0 failed with code 2; its messages are above' in err
     assert values_in(out)['tiny:ce'] == ['not run', '90.50']
     assert '(n=1' in values_in(out)['tiny:cc'][0]
 
 
-def test_a_signal_ends_the_job_and_all_that_follow(small, monkeypatch):
-    """subprocess.run kills its process if an exception comes out of it."""
-    commands = []
+@pytest.mark.parametrize('stop, end', [(signal.SIGTERM, ['terminated', 'waited for']), (signal.SIGINT, ['waited for'])])
+def test_a_signal_ends_the_jobs_that_run_and_starts_no_other(small, monkeypatch, stop, end):
+    """^C reaches them without our help."""
+    started = []
 
-    def run(command, **kwargs):
-        commands.append(command)
-        assert callable(signal.getsignal(signal.SIGTERM)), 'it would kill this process'
-        signal.raise_signal(signal.SIGTERM)
+    def start(command, **options):
+        started.append(Running(command))
+        if len(started) == 2:
+            assert callable(signal.getsignal(stop)), 'it would kill this process'
+            signal.raise_signal(stop)
+        return started[-1]
 
-    monkeypatch.setattr(reproduce.subprocess, 'run', run)
-    assert small()[0] == 143 and len(commands) == 1
+    monkeypatch.setattr(reproduce.subprocess, 'Popen', start)
+    assert small('--jobs', '3')[0] == 128 + stop
+    assert [process.ended for process in started] == [end, []], 'the second is not there yet'
+
+
+def test_several_jobs_at_a_time(small, monkeypatch):
+    started, most = [], []
+
+    def start(command, **options):
+        number = len(started)
+        started.append(Running(command, looks=1 + number, code=int(number == 2), **options))
+        most.append(sum(process.returncode is None for process in started))
+        options['stderr'].write(b'a message\n')
+        return started[-1]
+
+    monkeypatch.setattr(reproduce.subprocess, 'Popen', start)
+    monkeypatch.setattr(reproduce.os, 'cpu_count', lambda: 6)
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    code, out, err = small('--jobs', '2')
+    assert code == 1 and len(started) == 4 and max(most) == 2
+    assert {process.options['env']['OMP_NUM_THREADS'] for process in started} == {'3'}
+    log = Path('output/reproduce/small/own-tiny-ce-seed1.log')
+    assert f'own-tiny-ce-seed1 failed with code 1; its messages are in {log}' in err and err.count(': done') == 3
+    assert log.read_bytes() == b'a message\n'
 
 
 def test_run_of_another_process_is_left_alone(small):
