@@ -101,7 +101,7 @@ def _standard_error(first: Mapping[int, float], second: Mapping[int, float]) -> 
     if min(len(first), len(second)) < 2:
         return None, 0
     if first.keys() == second.keys():
-        pairs = [value - second[seed] for seed, value in first.items()]
+        pairs = [round(value - second[seed], 9) for seed, value in first.items()]  # 90.1 - 90.0 is not 90.2 - 90.1
         return statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs) - 1
     parts = [statistics.variance(values.values()) / len(values) for values in (first, second)]
     if not sum(parts):

@@ -23,6 +23,7 @@ def by_seed(*values, first=0):
         ((90.1, 90.2, 90.3), (90.1, 90.25, 90.25), '+0.00 [-0.12, +0.12] equal within 0.5'),
         ((90.0,), (10.0,), 'one seed, no test'),
         ((90.0, 90.0), (80.0, 80.0), 'no spread, no test'),
+        ((90.1, 90.2), (90.0, 90.1), 'no spread, no test'),  # but for rounding
         ((90.0, 90.0), (90.0, 90.0), 'identical'),
     ],
 )
