@@ -1,5 +1,6 @@
 """Data sets for the scripts: embedded digits, one numbering of classes for all splits, a held-out share."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import timm.data
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
@@ -266,19 +268,28 @@ def _create(config: DataConfig, split: str, mode: str) -> Dataset:
         root = search_split(config.data_dir, split)
         suffixes = set(config.input_key.lower().split(';')) if config.input_key else None
         return ImageFiles(FolderReader(root, suffixes, by_top_folder=of_torchvision), mode)
-    dataset = timm.data.create_dataset(
-        config.dataset,
-        root=config.data_dir,
-        split=split,
-        is_training=split == config.train_split,
-        download=config.dataset_download,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        input_img_mode=mode,
-        input_key=config.input_key,
-        target_key=config.target_key,
-    )
+    with _download_lock(config):
+        dataset = timm.data.create_dataset(
+            config.dataset,
+            root=config.data_dir,
+            split=split,
+            is_training=split == config.train_split,
+            download=config.dataset_download,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            input_img_mode=mode,
+            input_key=config.input_key,
+            target_key=config.target_key,
+        )
     return ImageFiles(dataset.reader, mode) if type(dataset) is timm.data.ImageDataset else dataset
+
+
+def _download_lock(config: DataConfig) -> contextlib.AbstractContextManager:
+    """For one process at a time: torchvision's would write over each other's files."""
+    if not config.dataset_download or not config.data_dir:
+        return contextlib.nullcontext()
+    os.makedirs(config.data_dir, exist_ok=True)
+    return FileLock(os.path.join(config.data_dir, '.download.lock'))
 
 
 def _check_name(dataset: str | None) -> None:

@@ -5,7 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import timm.data
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from ccl_timm import UserError
@@ -44,6 +46,17 @@ def test_digits_as_a_folder_are_the_same_images(tmp_path):
     assert all((np.asarray(Image.open(path)) == image).all() for path, image in zip(written, expected, strict=True))
     with pytest.raises(UserError, match='exists and is not empty'):
         prepare.write_digits(tmp_path / 'digits')
+
+
+def test_one_process_downloads_while_others_wait(workdir, monkeypatch):
+    def create(*args, download, **options):
+        with pytest.raises(Timeout):
+            FileLock('new/.download.lock').acquire(timeout=0)
+        raise RuntimeError('no network here')
+
+    monkeypatch.setattr(timm.data, 'create_dataset', create)
+    with pytest.raises(UserError, match='no network here'):
+        create_splits('--dataset', 'torch/mnist', '--data-dir', 'new', '--dataset-download')
 
 
 def test_validation_that_lacks_a_class_keeps_the_training_numbers(tmp_path):
