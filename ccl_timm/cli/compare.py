@@ -1,8 +1,9 @@
 """`ccl-timm compare`."""
 
 import argparse
-import os
 from pathlib import Path
+
+import torch
 
 from ccl_timm.cli.common import add_plan, shared_args
 from ccl_timm.console import log_info, show_duration
@@ -107,7 +108,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
 
 def _default_jobs(comparison: Comparison) -> int:
     accelerated = pick_device(TrainConfig.resolve(list(comparison.args)).device) != 'cpu'
-    return 1 if accelerated else os.cpu_count() or 1
+    return 1 if accelerated else torch.get_num_threads()
 
 
 def _estimated(comparison: Comparison, jobs: int) -> float:

@@ -81,7 +81,7 @@ def run_on_processes(count: int, argv: list[str]) -> int:
         0, or the exit code of the first process that failed, which logged why; after a signal 128 plus its number.
     """
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # the process has logged it
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // count)))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,

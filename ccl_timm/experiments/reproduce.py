@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ccl_timm.console import log_info, log_warning, table
 from ccl_timm.errors import UserError
 from ccl_timm.experiments import tables
@@ -202,7 +204,7 @@ def _start(job: Job, at_once: int) -> subprocess.Popen:
         return start()
     log_info(f'its messages are in {_log_file(job)}')
     _log_file(job).parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, torch.get_num_threads() // at_once)
     with _log_file(job).open('ab') as file:
         return start(stderr=file, env={'OMP_NUM_THREADS': str(threads), **os.environ})
 
@@ -269,7 +271,9 @@ def _estimate(plan: Plan) -> bool:
                      _hours(hours)))  # fmt: skip
     rows.append(('in all', '', '', '', '', _hours(total)))
     print(table(rows, ('row', 's per epoch', 's per validation', 'epochs', 'seeds', 'hours')))
-    print('\nFrom ten steps of each row on this machine, without saving; runs that are done count too.')
+    print(
+        '\nFrom ten steps of each row on this machine, without saving, one run at a time; runs that are done count too.'
+    )
     print('\n'.join([*(f'Note: {note}' for note in plan.table.notes), *_assumptions(plan)]))
     return failed
 

@@ -145,7 +145,7 @@ def test_several_jobs_at_a_time(small, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(reproduce.subprocess, 'Popen', start)
-    monkeypatch.setattr(reproduce.os, 'cpu_count', lambda: 6)
+    monkeypatch.setattr(reproduce.torch, 'get_num_threads', lambda: 6)
     monkeypatch.delenv('OMP_NUM_THREADS')
     code, out, err = small('--jobs', '2')
     assert code == 1 and len(started) == 4 and max(most) == 2
