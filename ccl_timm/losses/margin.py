@@ -115,7 +115,8 @@ def combined_margin(
     with_margin = torch.cos(m1 * torch.acos(c) + m2)
     beyond = math.pi - (math.pi - m2) / m1  # pi - limit; not positive if the limit is never reached
     if threshold and beyond > 0:
-        with_margin = torch.where(c > -math.cos(beyond), with_margin, c - beyond * math.sin(beyond))
+        step = max(beyond * math.sin(beyond), 1 - math.cos(beyond))  # at least what keeps the value falling there
+        with_margin = torch.where(c > -math.cos(beyond), with_margin, c - step)
     return margin_cross_entropy(scale * cosine, scale * (with_margin - m3), target)
 
 

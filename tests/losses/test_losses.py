@@ -321,7 +321,9 @@ def test_margins_over_all_angles(name, options):
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize('margins', [(1.0, 0.3, 0.2), (0.9, 0.4, 0.15), (1.2, 0.4, 0.0), (1.1, 0.0, 0.35)], ids=str)
+@pytest.mark.parametrize(
+    'margins', [(1.0, 0.3, 0.2), (0.9, 0.4, 0.15), (1.2, 0.4, 0.0), (1.1, 0.0, 0.35), (4.0, 0.3, 0.0)], ids=str
+)
 def test_cm_is_monotone(margins):
     """Also beyond the angle where cos(m1 theta + m2) would turn round: a better cosine never costs more."""
     loss = build('cm', num_classes=2, scale=1.0, m1=margins[0], m2=margins[1], m3=margins[2])
