@@ -1,7 +1,7 @@
 """Losses by name: ours, plugins', timm's own, and those of pytorch-metric-learning."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccl_timm import registry
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean, require_finite
-from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy
+from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, require_smoothing
 from ccl_timm.losses.cc import CCLoss, channel_correlation
 from ccl_timm.losses.center import CenterLoss
 from ccl_timm.losses.cot import COTLoss, complement_entropy
@@ -88,14 +88,16 @@ class LogitsLoss(Loss):
     Args:
         criterion: called with logits (N, K) and the target.
         name: of its one term.
+        soft_targets: whether it takes class probabilities (N, K), too.
     """
 
-    soft_targets = True
-
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor], name: str = 'criterion'):
+    def __init__(
+        self, criterion: Callable[[Tensor, Tensor], Tensor], name: str = 'criterion', soft_targets: bool = True
+    ):
         super().__init__()
         self.criterion = criterion
         self.name = name
+        self.soft_targets = soft_targets
 
     def compute_terms(self, outputs, target):
         """Return the criterion's value under its name."""
@@ -134,7 +136,7 @@ def loss_class(name: str) -> type[Loss]:
 
 def takes_soft_targets(name: str) -> bool:
     """Whether the loss of that name takes class probabilities (N, K), as Mixup and CutMix make them."""
-    return is_timm_loss(name) or getattr(loss_class(name), 'soft_targets', False)
+    return name != 'asl' if is_timm_loss(name) else getattr(loss_class(name), 'soft_targets', False)
 
 
 def class_weight_option(name: str) -> str | None:
@@ -174,16 +176,24 @@ def create_loss(name: str, **kwargs: Any) -> Loss:
         )
     try:
         require_finite('', kwargs)
-        if name == 'ce' and kwargs.get('class_weight') is not None:  # which timm's takes and leaves out of account
-            weight = class_weight_buffer(kwargs['class_weight'])
-            return LogitsLoss(partial(cross_entropy, smoothing=kwargs.get('smoothing', 0.0), class_weight=weight), name)
+        if name == 'ce':
+            return LogitsLoss(_cross_entropy(**kwargs), name)
         if is_timm_loss(name):
-            return LogitsLoss(create_classification_loss(name, **kwargs), name)
+            return LogitsLoss(create_classification_loss(name, **kwargs), name, takes_soft_targets(name))
         return _built(name, loss_class(name)(**kwargs))
     except UserError as error:
         raise UserError(f"Loss '{name}': {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Loss '{name}' cannot be built with {kwargs}: {error}") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"Loss '{name}' cannot be built with {kwargs}: {str(error) or 'it refuses a value'}") from error
+
+
+def _cross_entropy(
+    smoothing: float = 0.0, class_weight: Sequence[float] | None = None, **others: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """timm's ``ce`` for class weights and for class probabilities, too, of which it makes losses of their own."""
+    require_smoothing(smoothing)
+    create_classification_loss('ce', **others)  # refuses options of other losses
+    return partial(cross_entropy, smoothing=smoothing, class_weight=class_weight_buffer(class_weight))
 
 
 def _built(name: str, loss: Any) -> Loss:

@@ -170,6 +170,9 @@ class Loss(nn.Module):
         Raises:
             UserError: the target's shape does not fit, or it is soft and the loss takes class indices only.
         """
+        if missing := [name for name in self.requires if getattr(outputs, name, None) is None]:
+            head = f": take those of the head '{self.head}'" if self.head else ''
+            raise UserError(f"{type(self).__name__} requires '{missing[0]}', which these outputs do not have{head}.")
         required = {name: full_precision(getattr(outputs, name)) for name in self.requires}
         first = next(iter(required.values()))
         target = self._checked(target, first)

@@ -35,7 +35,7 @@ class PEDCCLoss(Loss):
     ``L = AM(cos(f, a), y) + weight * (mean over the batch of || f / ||f|| - a_y ||^2)^(1 / root)``.
 
     Args:
-        scale: s > 0; 7.5 in the official code for CIFAR-100, 15 otherwise.
+        scale: s > 0; 7.5 in the official code for CIFAR-100, 15 otherwise. The head's logits keep the head's scale.
         margin: m; 0.35 in the official code for CIFAR-100, 0.5 otherwise.
         weight: lambda >= 0; the official code has none, that is 1.
         root: n > 0, constraint factor. The paper takes the n-th root; the official code the n-th power, which is

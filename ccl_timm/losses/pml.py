@@ -91,9 +91,8 @@ class PMLLoss(Loss):
         self.uses_batch_statistics = type(self).uses_batch_statistics or miner is not None
         for name in _COMPONENTS.keys() & options.keys():
             options[name] = _component(name, options[name])
-        known = _options_of(self.source)
-        options = {name: options[ours] for name in known if (ours := _SIZES.get(name, name)) in options}
-        self.metric = _built(self.source, options)
+        theirs = {_SIZES.get(name, name): name for name in _options_of(self.source)}
+        self.metric = _built(self.source, {theirs.get(name, name): value for name, value in options.items()})
         _keep_state(self.metric)
 
     def compute_terms(self, outputs, target):

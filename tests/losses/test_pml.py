@@ -217,6 +217,11 @@ def test_mistakes_are_one_sentence(name, options, message):
     assert message in str(caught.value) and '\n' not in str(caught.value)
 
 
+def test_a_misspelt_option_of_its_class_is_refused():
+    with pytest.raises(ccl_timm.UserError, match="SupConLoss has no option 'temprature'"):
+        loss_class('pml:SupConLoss')(temprature=1)
+
+
 def test_without_the_package_the_error_has_the_remedy(run_cli, monkeypatch):
     for module in [name for name in sys.modules if name.startswith('pytorch_metric_learning.')]:
         monkeypatch.delitem(sys.modules, module)
