@@ -1,7 +1,8 @@
 """One trainable module of a model and a loss, in the form that timm's training scripts drive."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ def create_task(
         **loss_kwargs: options of a loss given by name. ``num_classes``, ``num_features`` and ``num_channels`` are
             filled in from the model where the loss takes them.
 
-    A head that scales its logits gets the loss's ``scale``.
+    The head ``cosine`` scales its logits by the loss's ``scale``, if it has one; ``pedcc`` keeps its own.
 
     Returns:
         A task: ``task(images, target)['loss'].backward()``; ``task.get_eval_model()`` is the bare model.
@@ -81,6 +82,21 @@ def _require_timm_model(model: TimmModel, name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def _trial(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; mode and random state are as before afterwards, and no module is told of a change."""
+    modes = [(each, each.training) for each in module.modules()]
+    device = next(module.parameters()).device
+    try:
+        for each, _ in modes:
+            each.training = False
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+            yield
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
 @torch.no_grad()
 def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
@@ -98,10 +114,8 @@ def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = No
     name = _name_of(model)
     _require_timm_model(model, name)
     parameter = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
+        with _trial(model):
             x = torch.randn(1, *(input_size or get_model_input_config(model)['input_size'])).to(parameter)
             feature_map = model.forward_features(x)
             pooled = model.forward_head(feature_map, pre_logits=True)
@@ -114,9 +128,8 @@ def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = No
         raise UserError(
             f"'{name}' cannot be trained with these losses{on}: {reason(error)}; use another architecture."
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
+    if not same and isinstance(outputs.logits, Tensor) and outputs.logits.isnan().any():
+        raise UserError(f"'{name}' cannot be trained: its logits are NaN, perhaps from weights of a run that diverged.")
     if not same:
         raise UserError(
             f"'{name}' cannot be trained with these losses: its output is not get_classifier() of its pooled features "
@@ -383,16 +396,10 @@ class LossTask(TrainingTask):
 
         With soft_classes, the targets are rows of this many probabilities, as Mixup makes them.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        try:
-            self.eval()
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
-                images = torch.randn(2, *input_size).to(next(self.parameters()))
-                target = torch.zeros(2, dtype=torch.long, device=images.device)
-                self(images, nn.functional.one_hot(target, soft_classes).to(images) if soft_classes else target)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with _trial(self):
+            images = torch.randn(2, *input_size).to(next(self.parameters()))
+            target = torch.zeros(2, dtype=torch.long, device=images.device)
+            self(images, nn.functional.one_hot(target, soft_classes).to(images) if soft_classes else target)
 
     def train_on_features(self) -> None:
         """From now on inputs are what the model's head reads, (N, D) as in evaluation, and not images."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import ccl_timm
-from ccl_timm.losses import Loss, list_losses, loss_class
+from ccl_timm.losses import Loss, list_losses, loss_class, takes_soft_targets
 from ccl_timm.task import ModelWithLoss, probe_outputs
 
 
@@ -101,6 +101,59 @@ def test_timms_own_losses_come_by_the_same_way(model, batch):
     task = ccl_timm.create_task(model, 'ce', smoothing=0.1)
     expected = nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
     assert torch.isclose(task(*batch)['loss'], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('options', [{}, {'smoothing': 0.1}, {'class_weight': [1.0, 2.0, 3.0, 4.0]}], ids=str)
+def test_ce_takes_class_probabilities_whatever_its_options(options, model, batch):
+    task = ccl_timm.create_task(model, 'ce', **options)
+    rows = torch.eye(4)[batch[1]]
+    expected = nn.functional.cross_entropy(
+        model(batch[0]), batch[1], torch.tensor(options.get('class_weight', [1.0] * 4))
+    )
+    assert torch.isclose(task(batch[0], rows)['loss'], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'name, options, message',
+    [
+        ('ce', {'smoothing': 1.0}, 'smoothing must be at least 0 and below 1, not 1.0'),
+        ('ce', {'smoothing': -0.1}, 'smoothing must be at least 0 and below 1, not -0.1'),
+        ('ce', {'bce_sum': True}, 'only apply to the bce loss'),
+        ('poly', {'smoothing': 1.0}, "'poly' cannot be built with"),
+    ],
+)
+def test_options_of_timms_losses_are_checked(name, options, message):
+    with pytest.raises(ccl_timm.UserError, match=message):
+        ccl_timm.create_loss(name, **options)
+
+
+def test_asl_takes_no_class_probabilities(model, batch):
+    assert not takes_soft_targets('asl') and takes_soft_targets('ce') and takes_soft_targets('poly')
+    with pytest.raises(ccl_timm.UserError, match='class indices'):
+        ccl_timm.create_task(model, 'asl')(batch[0], torch.eye(4)[batch[1]])
+
+
+def test_weights_of_a_diverged_run_are_named(model):
+    nn.init.constant_(model.conv1.weight, float('nan'))
+    with pytest.raises(ccl_timm.UserError, match='its logits are NaN, perhaps from weights of a run that diverged'):
+        ccl_timm.create_task(model, 'cc')
+
+
+def test_outputs_of_another_head_are_refused(batch):
+    outputs = ccl_timm.heads.LinearHead(3072, 4).outputs(batch[0].flatten(1))
+    with pytest.raises(ccl_timm.UserError, match="CCLoss requires 'attention', .* take those of the head 'cam'"):
+        ccl_timm.create_loss('cc')(outputs, batch[1])
+
+
+def test_a_dry_run_leaves_the_detection_of_epochs_alone(model, batch):
+    task = ccl_timm.create_task(model, Recorder())
+    task.train()
+    task.dry_run_forward((3, 32, 32))
+    assert task.training and model.training
+    for _ in range(2):
+        task(*batch)
+    task.train()
+    assert task.loss.told[-1] == ('epoch', 1)
 
 
 def test_probe_leaves_model_and_random_state_alone(model):
