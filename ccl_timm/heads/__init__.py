@@ -54,7 +54,7 @@ def output_names(head: Any) -> list[str]:
     stage: Any = head.feature_stage()
     width = stage.out_channels if stage else head.in_features
     with torch.no_grad():
-        outputs = head.outputs(tensor.new_zeros(1, width))
+        outputs = head.outputs(tensor.new_zeros(2, width))  # batch norm takes no single row
     return [name for name, value in outputs._asdict().items() if value is not None]
 
 

@@ -224,12 +224,13 @@ def overview(pattern: str = '*') -> list[tuple[str, int, str, list[str]]]:
         try:
             model: TimmModel = create_model(name, device='meta')
             head = model.get_classifier()
+            outputs = output_names(head)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too, whatever a plug-in's function raises
             warnings.warn(f"Left out: '{name}' ({type(error).__name__}: {error})", stacklevel=2)
             continue
-        rows.append((name, sum(p.numel() for p in model.parameters()), head_name(head) or 'any', output_names(head)))
+        rows.append((name, sum(p.numel() for p in model.parameters()), head_name(head) or 'any', outputs))
     return rows
 
 

@@ -19,7 +19,7 @@ default_cfgs = generate_default_cfgs(
         'fast_convnet': {
             'input_size': (3, 32, 32),
             'fixed_input_size': False,
-            'pool_size': (4, 4),
+            'pool_size': (3, 3),
             'crop_pct': 1.0,
             'interpolation': 'bilinear',
             'mean': (0.4914, 0.4822, 0.4465),
@@ -86,7 +86,7 @@ class FastConvNet(nn.Module):
         self.head = _linear(self.num_features, num_classes, **factory)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) to the last feature map (N, widths[2], H/8, W/8)."""
+        """Images (N, C, H, W) to the last feature map (N, widths[2], (H-1)//8, (W-1)//8)."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x)

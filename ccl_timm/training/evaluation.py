@@ -75,8 +75,10 @@ class MirrorAveraged(nn.Module):
 
 def classifier_of(trained: Any, tta: bool) -> nn.Module:
     """The model, or with ``tta`` its :class:`MirrorAveraged`; a run that saw no mirrored images is warned of."""
-    if tta and trained.settings.get('hflip') == 0:
-        log_warning('this model was trained without mirrored images (hflip 0): --tta may lower its accuracy')
+    settings = trained.settings
+    same_features = settings.get('freeze_backbone') and settings.get('feature_views', 1) == 1
+    if tta and (settings.get('hflip') == 0 or settings.get('no_aug') or same_features):
+        log_warning('this model was trained without mirrored images: --tta may lower its accuracy')
     return MirrorAveraged(trained.model) if tta else trained.model
 
 

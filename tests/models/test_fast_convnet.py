@@ -50,6 +50,8 @@ def test_it_is_a_timm_model():
     model.reset_classifier(0, 'avg')
     model.eval()
     assert torch.equal(model(images), model.forward_features(images).mean((2, 3)) / 8)
+    whole = timm.create_model('fast_convnet')
+    assert whole.forward_features(torch.randn(1, 3, 32, 32)).shape[2:] == whole.default_cfg['pool_size']
     levels = timm.create_model('fast_convnet', features_only=True)
     maps = levels(torch.randn(2, 3, 32, 32))
     assert [tuple(map.shape[1:]) for map in maps] == [(64, 15, 15), (128, 7, 7), (256, 3, 3)]

@@ -180,11 +180,16 @@ def test_tta_is_for_accuracy_alone(run_cli, run, folder):
         ccl_timm.load(run).predict(image, calibrated=True, tta=True)
 
 
-@pytest.mark.parametrize('hflip', [0.0, 0.5])
-def test_tta_warns_of_a_model_that_saw_no_mirrored_images(hflip, run, folder, capsys):
+@pytest.mark.parametrize(
+    'settings',
+    [{}, {'hflip': 0.0}, {'no_aug': True}, {'freeze_backbone': True}, {'freeze_backbone': True, 'feature_views': 2}],
+    ids=str,
+)
+def test_tta_warns_of_a_model_that_saw_no_mirrored_images(settings, run, folder, capsys):
     loaded = ccl_timm.load(run)
-    loaded.trained.settings['hflip'] = hflip
+    loaded.trained.settings.update({'hflip': 0.5, **settings})
+    saw_none = settings and 'feature_views' not in settings
     image = next((folder / 'validation').rglob('*.png'))
     for use in (lambda: loaded.evaluate(tta=True), lambda: loaded.predict(image, tta=True)):
         use()
-        assert ('trained without mirrored images' in capsys.readouterr().err) == (hflip == 0)
+        assert ('trained without mirrored images' in capsys.readouterr().err) == bool(saw_none)
