@@ -15,6 +15,7 @@ from ccl_timm.training.config import TrainConfig, diff_settings
 __all__ = [
     'Group',
     'MatchedRow',
+    'backbone_of',
     'baseline_of',
     'distinguishing_settings',
     'group_by_seed',
@@ -283,7 +284,7 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
         for other in groups
         if other.settings['loss'] == 'ce'
         and not (control and head_of(other.settings) != 'linear')
-        and _backbone(other.settings) == _backbone(own)
+        and backbone_of(other.settings) == backbone_of(own)
         and not diff_settings(other.settings, own, _IGNORED_IN_BASELINE)
     ]
     return min(found, key=lambda other: _distance(other.settings, own), default=None)
@@ -294,7 +295,7 @@ def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, bool
     return not (same_width and head_of(settings) == head_of(own)), not same_width, head_of(settings) != 'linear'
 
 
-def _backbone(settings: dict[str, Any]) -> tuple[str, bool]:
+def backbone_of(settings: dict[str, Any]) -> tuple[str, bool]:
     """Architecture without the head, and whether it has the stem for small images."""
     variant = models.split_variant(settings['model'])
     return variant[0] if variant else settings['model'], bool(_model_options(settings).get('small_input'))

@@ -11,6 +11,7 @@ from ccl_timm.experiments.features import show_measures
 from ccl_timm.experiments.matching import (
     Group,
     MatchedRow,
+    backbone_of,
     baseline_of,
     distinguishing_settings,
     group_by_seed,
@@ -54,11 +55,13 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
     Args:
         table: rows with the paper's values.
         matched: the rows with their runs.
-        found: all runs, also those of no row: the tests that they allow count.
+        found: all runs, also those of no row: the tests that they allow count, where the backbone is one of the table.
     """
     groups = [group for match in matched for group in match.groups]
     used = {result.source for group in groups for result in group.results}
-    everything = groups + group_by_seed([result for result in found if result.source not in used])
+    backbones = {backbone_of(group.settings) for group in groups}
+    others = [r for r in found if r.source not in used and backbone_of(r.settings) in backbones]
+    everything = groups + group_by_seed(others)
     judged = _judged(everything)
     records = []
     for match in matched:
@@ -175,9 +178,9 @@ def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
         'Against our ce: difference to cross-entropy on the same head where that was run, else on the linear one, as '
         'for cross-entropy itself (in brackets), with its 95% interval, paired by seed where both have the same seeds. '
         f"Better or worse: t-test, p < {LEVEL} after Holm's correction for the "
-        f'{"one test" if tests == 1 else f"{tests} tests"} that all of these runs allow. Equal: within {EQUIVALENCE} '
-        'points, by two one-sided tests, corrected alike. "X would have been": the smallest difference that this '
-        'number of seeds shows with a probability of 80%.'
+        f'{"one test" if tests == 1 else f"{tests} tests"} that the runs of these backbones allow. Equal: within '
+        f'{EQUIVALENCE} points, by two one-sided tests, corrected alike. "X would have been": the smallest difference '
+        'that this number of seeds shows with a probability of 80%.'
     ]
 
 

@@ -70,11 +70,13 @@ def test_table_stands_beside_the_papers(runs_of_table1, run_cli):
 
 
 def test_only_tests_that_can_be_made_are_counted_over_all_runs_given(workdir, run_cli):
-    """Two seeds on both sides make a test, wherever the table stands that is printed; one seed makes none."""
+    """Two seeds on both sides make a test, whatever row shows them; one seed makes none, nor another backbone's two."""
+    other = ('--model', 'test_resnet_cam'), ('--model', 'test_resnet_linear')
     for number, (options_of_run, top1) in enumerate((
         (TABLE1, 98.1), (TABLE1, 98.2), (CE, 97.1), (CE, 97.3), ((*CE[:-1], 'focal'), 97.5),
         ((*TABLE1, '--batch-size', '64'), 98.5), ((*TABLE1, '--batch-size', '64'), 98.6),
         ((*CE, '--batch-size', '64'), 97.5), ((*CE, '--batch-size', '64'), 97.8),
+        ((*TABLE1, *other[0]), 98.5), ((*TABLE1, *other[0]), 98.6), ((*CE, *other[1]), 97.5), ((*CE, *other[1]), 97.8),
     )):  # fmt: skip
         write_run(f'runs/{number}', options_of_run, [top1], seed=number)
     out = run_cli('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
