@@ -7,7 +7,7 @@ import timm
 import torch
 
 import ccl_timm
-from ccl_timm.heads import head_class, list_heads
+from ccl_timm.heads import CosineHead, head_class, list_heads, output_names
 
 
 def head_of(name, dtype=torch.float32):
@@ -99,3 +99,7 @@ def test_centroids_are_root_systems_where_these_are_known(classes, dim, neighbou
 @pytest.mark.parametrize('classes, best', [(7, 0.2101), (8, 0.2612), (9, 1 / 3), (10, 0.4044), (12, 5**-0.5)])
 def test_centroids_by_energy_are_near_the_best_known_in_three_dimensions(classes, best):
     assert best - 1e-4 < ccl_timm.max_cosine(ccl_timm.pedcc_centroids(classes, 3)) < best + 2e-3
+
+
+def test_outputs_of_a_head_with_batch_norm_are_listed():
+    assert 'cosine' in output_names(CosineHead(8, 3, feature_dim=4))
