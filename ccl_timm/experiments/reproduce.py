@@ -172,7 +172,7 @@ def _run(jobs: list[Job], at_once: int) -> bool:
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 if process.returncode:
-                    where = 'above' if at_once == 1 else f'in {_log_file(job)}'
+                    where = 'above' if at_once == 1 else f'in {_log_file(job)}, the last: {_last_line(job)}'
                     log_warning(f'{job.name} failed with code {process.returncode}; its messages are {where}')
                 elif at_once > 1:
                     log_info(f'{job.name}: done')
@@ -211,6 +211,11 @@ def _start(job: Job, at_once: int) -> subprocess.Popen:
 
 def _log_file(job: Job) -> Path:
     return job.run.path.with_name(f'{job.name}.log')
+
+
+def _last_line(job: Job) -> str:
+    lines = _log_file(job).read_text(encoding='utf-8', errors='replace').split('\n')
+    return next((line.strip() for line in reversed(lines) if line.strip()), 'none')
 
 
 @contextlib.contextmanager

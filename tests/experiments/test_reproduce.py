@@ -155,7 +155,10 @@ def test_several_jobs_at_a_time(small, monkeypatch):
     assert code == 1 and len(started) == 4 and max(most) == 2
     assert {process.options['env']['OMP_NUM_THREADS'] for process in started} == {'3'}
     log = Path('output/reproduce/small/own-tiny-ce-seed1.log')
-    assert f'own-tiny-ce-seed1 failed with code 1; its messages are in {log}' in err and err.count(': done') == 3
+    assert (
+        f'own-tiny-ce-seed1 failed with code 1; its messages are in {log}, the last: a message' in err
+        and err.count(': done') == 3
+    )
     assert log.read_bytes() == b'a message\n'
 
 
