@@ -57,7 +57,9 @@ _BENCHES: dict[str, Callable[[argparse.Namespace, torch.device], list[dict[str, 
     'loaders': lambda a, device: bench_loaders(*_loading(a, 20000, 32), device),
     'photos': lambda a, device: bench_photos(*_loading(a, 1024, 224), device),
     'predict': lambda a, device: bench_predict(a.backbone, *_loading(a, 1024, 224), device),
-    'layouts': lambda a, device: bench_layouts(a.backbone, a.img_size or 32, a.batch_size, a.classes or 100, device),
+    'layouts': lambda a, device: bench_layouts(
+        a.backbone, a.img_size or 32, a.batch_size, a.classes or 100, a.torchcompile, a.rounds, device
+    ),
     'import': lambda a, device: bench_import(a.rounds, device),
     'train': _train,
 }
@@ -74,6 +76,7 @@ def add_arguments(parser: Parser) -> None:
     add('--width', type=COUNT, default=512, metavar='D', help='cc: their length, default 512')
     add('--backbone', default='resnet18', metavar='NAME', help='steps, predict, layouts: default resnet18')
     add('--losses', nargs='+', default=[], metavar='NAME', help='steps: default all')
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='layouts: the fastest compiled, too')
     add('--img-size', type=COUNT, default=None, metavar='N', help='height and width, default 32; photos, predict: 224')
     add('--images', type=COUNT, default=None, metavar='N', help='loaders: default 20000; photos, predict: 1024')
     add('--script', metavar='FILE', help="train: timm's train.py")

@@ -1,5 +1,6 @@
 """Speed as ratios, each measured side by side in one run: losses, training steps, loaders."""
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -36,7 +37,7 @@ from ccl_timm.task import create_task
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.kernel_cropping import crop_kernels
 from ccl_timm.training.prediction import find_images, predict
-from ccl_timm.training.step_timing import list_dtypes, time_choices
+from ccl_timm.training.step_timing import list_dtypes, time_choices, time_step
 
 __all__ = [
     'bench_cc', 'bench_import', 'bench_layouts', 'bench_loaders', 'bench_photos', 'bench_predict', 'bench_steps',
@@ -249,7 +250,9 @@ def _write_photos(folder: Path, count: int) -> None:
         photo.save(folder / f'{number:05}.jpg', quality=90)
 
 
-def bench_layouts(model: str, size: int, batch: int, classes: int, device: torch.device) -> list[dict[str, Any]]:
+def bench_layouts(
+    model: str, size: int, batch: int, classes: int, backend: str | None, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
     """Training steps with cross-entropy in each memory layout and precision, as a long run times them at its start.
 
     Args:
@@ -257,16 +260,27 @@ def bench_layouts(model: str, size: int, batch: int, classes: int, device: torch
         size: height and width of the images.
         batch: images a step.
         classes: K.
+        backend: of torch.compile, for one line more: the fastest step, compiled, timed in turn with it as it was.
+        rounds: how often those two are timed.
         device: where.
     """
     network = models.create_model(model, num_classes=classes)
     if device.type == 'cpu':
         crop_kernels(network)
-    found = time_choices(create_task(network.to(device), 'ce'), (3, size, size), batch, list_dtypes(device))
-    base = next(iter(found.values()))
+    task, images = create_task(network.to(device), 'ce'), (3, size, size)
+    found = time_choices(task, images, batch, list_dtypes(device))
+    seconds = {f'{layout}, {dtype}': each for (layout, dtype), each in found.items()}
+    if backend:
+        best = min(found, key=found.__getitem__)
+        compiled = copy.deepcopy(task)
+        compiled.compile(backend=backend)
+        tasks = {'eager': task, 'compiled': compiled}
+        steps = {name: functools.partial(time_step, own, best, batch, images) for name, own in tasks.items()}
+        seconds[f'{best.layout}, {best.dtype}, compiled'] = found[best] * ratios(steps, rounds, device)['compiled'][1]
+    base = next(iter(seconds.values()))
     return [
-        {'name': f'{layout}, {dtype}', 'seconds': each, 'ratio': each / base, 'images_per_second': 1 / each}
-        for (layout, dtype), each in found.items()
+        {'name': name, 'seconds': each, 'ratio': each / base, 'images_per_second': 1 / each}
+        for name, each in seconds.items()
     ]
 
 

@@ -54,7 +54,7 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
 
     Args:
         table: rows with the paper's values.
-        matched: the rows with their runs.
+        matched: the rows to show, with their runs.
         found: all runs, also those of no row: the tests that they allow count, where the backbone is one of the table.
     """
     groups = [group for match in matched for group in match.groups]
@@ -205,7 +205,7 @@ def _layout(table: Table, matched: list[MatchedRow]) -> Section:
     cells = {(match.row.name, match.row.dataset): (_cell(match), show_printed(match.row.paper)) for match in matched}
     rows = [
         (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
-        for name in dict.fromkeys(row.name for row in table.rows)
+        for name in dict.fromkeys(match.row.name for match in matched)
     ]
     caption = 'As the paper prints it, ours after the last epoch' if printed else 'Ours, after the last epoch'
     return Section(caption, tuple(header), rows)

@@ -21,7 +21,7 @@ from ccl_timm.data.cache import cache_dir
 from ccl_timm.task import LossTask
 from ccl_timm.training.run_dir import atomic_write
 
-__all__ = ['LAYOUTS', 'Choice', 'fastest_choice', 'likely_layout', 'list_dtypes', 'time_choices']
+__all__ = ['LAYOUTS', 'Choice', 'fastest_choice', 'likely_layout', 'list_dtypes', 'time_choices', 'time_step']
 
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 _LONG = 300  # seconds: of shorter runs the timing would take a large share
@@ -85,13 +85,15 @@ def time_choices(
 def _attempt(*args: Any, **options: Any) -> float:
     """Seconds that one step takes; infinity for one that does not work, for want of memory or of an operation."""
     try:
-        return _step(*args, **options)
+        return time_step(*args, **options)
     except RuntimeError:
         return math.inf
 
 
-def _step(task: LossTask, choice: Choice, count: int, size: tuple[int, int, int], soft_targets: bool) -> float:
-    """Seconds that one step takes."""
+def time_step(
+    task: LossTask, choice: Choice, count: int, size: tuple[int, int, int], soft_targets: bool = False
+) -> float:
+    """Seconds that a step takes on a number of random images; arguments as of :func:`time_choices`."""
     module, layout = task.get_trainable_module(), LAYOUTS[choice.layout]
     device = next(module.parameters()).device
     module.to(memory_format=layout)

@@ -51,6 +51,14 @@ def test_command_prints_ratios(what, run_cli):
         assert rows[0]['kept_mib'] == pytest.approx(4 * rows[0]['kept_at_half_mib'], rel=0.3)
 
 
+def test_the_fastest_step_is_compiled_too(run_cli):
+    argv = [*CASES['layouts'][0], '--torchcompile', 'eager', '--rounds', '1', '--json', '--device', 'cpu']
+    code, out, err = run_cli('ccl-timm', 'bench', 'layouts', *argv)
+    assert code == 0, err
+    *rows, compiled = json.loads(out)
+    assert len(rows) == LAYOUTS and compiled['name'] == f'{min(rows, key=lambda row: row["seconds"])["name"]}, compiled'
+
+
 # in the place of timm's train.py: takes the same arguments, writes the same file
 _SCRIPT = """
 import argparse, pathlib

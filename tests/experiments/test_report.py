@@ -69,6 +69,17 @@ def test_table_stands_beside_the_papers(runs_of_table1, run_cli):
     assert 'Note: fical is reimplemented' in out
 
 
+def test_chosen_rows_keep_their_tests_and_are_drawn(runs_of_table1, run_cli):
+    whole = run_cli('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
+    chosen = ['--table', 'cc-table1', '--rows', 'resnet18:cc']
+    code, out, err = run_cli('ccl-timm', 'report', 'runs', *chosen, '--plot', 'curves.svg')
+    assert (code, err) == (0, 'written: curves.svg\n')
+    layout, line = lines_of(out, 'resnet18:cc')
+    assert line == lines_of(whole, 'resnet18:cc')[1] and not lines_of(out, 'resnet18:ce')
+    drawn = Path('curves.svg').read_text()
+    assert 'resnet18:cc (n=3)' in drawn and 'resnet18:ce' not in drawn
+
+
 def test_only_tests_that_can_be_made_are_counted_over_all_runs_given(workdir, run_cli):
     """Two seeds on both sides make a test, whatever row shows them; one seed makes none, nor another backbone's two."""
     other = ('--model', 'test_resnet_cam'), ('--model', 'test_resnet_linear')
@@ -380,12 +391,19 @@ def test_diff_prints_settings_versions_and_data_before_results(workdir, run_cli)
         (['a', '-o', 'taken'], "'taken' exists already: name another file."),
         (['a', '--diff'], '--diff takes the folders of two runs'),
         (['a', 'a', '--diff', '--table', 'cc-table1'], '--diff takes the folders of two runs'),
+        (['a', 'a', '--diff', '--plot', 'b.svg'], '--diff takes the folders of two runs'),
+        (['a', '--rows', 'resnet18:cc'], '--rows are those of a table: give its name with --table.'),
+        (['a', '--table', 'cc-table1', '--rows', 'resnet18:xc'], "has no row 'resnet18:xc'; did you mean"),
+        (['a', '--plot', 'taken'], "'taken' exists already: name another file."),
+        (['a', '--plot', 'b.gif'], 'must end in .png or .svg'),
+        (['a', 'other', '--plot', 'b.svg'], '--plot draws the runs of one data set; these are of 2.'),
         (['a', 'empty', '--diff'], "'empty' has no args.yaml"),
         (['a', 'broken', '--diff'], "'broken/environment.json' is not JSON"),
     ],
 )
 def test_report_refuses(argv, message, workdir, run_cli):
     write_run('a', TABLE1, [98])
+    write_run('other', TABLE1, [98], data_dir='cifar10', dataset='')
     write_run('broken', TABLE1, [98])
     Path('broken/environment.json').write_text('{')
     Path('empty').mkdir()

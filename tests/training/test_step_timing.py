@@ -33,7 +33,7 @@ def clock(monkeypatch, tmp_path):
         calls.append((choice, count))
         return seconds[choice] * count
 
-    monkeypatch.setattr(step_timing, '_step', step)
+    monkeypatch.setattr(step_timing, 'time_step', step)
     monkeypatch.setattr(step_timing, 'time_choices', time_choices)  # which other tests do without
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     return seconds, calls
@@ -128,14 +128,14 @@ def test_precisions_that_a_processor_emulates_are_not_timed(task, clock, monkeyp
 def test_steps_that_do_not_work_are_not_chosen(task, clock, capsys, monkeypatch):
     seconds, _ = clock
     seconds[Choice('channels_last', 'float32')] = 2.0
-    working = step_timing._step
+    working = step_timing.time_step
 
     def step(task, choice, *args, **options):
         if choice.layout == 'contiguous':
             raise torch.OutOfMemoryError('out of memory')
         return working(task, choice, *args, **options)
 
-    monkeypatch.setattr(step_timing, '_step', step)
+    monkeypatch.setattr(step_timing, 'time_step', step)
     assert fastest(task, batch_size=8) == 'channels_last'
     assert 'steps would be 2.00 times as fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
     for choice in seconds:
