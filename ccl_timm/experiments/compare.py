@@ -118,6 +118,11 @@ class Comparison:
         settings += [self.head_options] if self.head_options else []
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
+    @property
+    def seed(self) -> int:
+        """Of the search and of its runs."""
+        return TrainConfig.resolve(list(self.args)).seed
+
     def argv(self, entry: Entry, params: dict[str, float]) -> list[str]:
         """Arguments of the training script for a loss with its settings."""
         settings: dict[str, Any] = {'model': f'{self.backbone}_{entry.head}', 'loss': entry.loss}
@@ -152,6 +157,8 @@ class Comparison:
             raise UserError('A comparison ends on images that no loss was tuned on: give --val-split NAME.')
         if self.metric.startswith('unseen') and not self.unseen:
             raise UserError(f'--metric {self.metric} is measured on classes that are not trained: give --unseen DIR.')
+        if self.unseen and not Path(self.unseen).is_dir():
+            raise UserError(f"There is no folder '{self.unseen}': --unseen names one that has a folder for each class.")
 
 
 @dataclass
@@ -285,21 +292,22 @@ def _next_jobs(comparison: Comparison, state: _State, known: list[dict[str, Any]
     while len(state.trials) < comparison.trials:
         recorded = next((line for line in own if line.get('trial') == len(state.trials)), None)
         if recorded is None:
-            yield _Job(state, suggest(ranges, start, state.trials), None)
+            yield _Job(state, suggest(ranges, start, state.trials, comparison.seed), None)
             return
         state.trials.append((recorded['params'], _score(recorded, comparison.metric)))
     if state.trials and not max(score for _, score in state.trials):
         raise UserError(f"No trial of '{state.entry.name}' could be trained: see {comparison.file}.")
     state.params = best_params(state.trials) if state.trials else {}
-    done = {line['seed'] for line in own if 'seed' in line and line['params'] == state.params}
+    done = {
+        seed for lines in final_runs(own).values() for seed, line in lines.items() if line['params'] == state.params
+    }
     for seed in range(_FIRST_SEED, _FIRST_SEED + comparison.seeds):
         if seed not in done:
             yield _Job(state, state.params, seed)
 
 
 def _missing(comparison: Comparison, states: list[_State], known: list[dict[str, Any]]) -> int:
-    final = {(line['entry'], line['seed']) for line in known if 'seed' in line}
-    done = sum(len(state.trials) for state in states) + len(final)
+    done = sum(len(state.trials) for state in states) + sum(map(len, final_runs(known).values()))
     return len(states) * (comparison.trials + comparison.seeds) - done
 
 

@@ -81,9 +81,15 @@ def _same_head(name: str) -> str:
 
 
 def split_comparisons(records: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Records of each comparison of a file, in the order of their first lines, which say what was compared."""
+    """Records of each comparison of a file, in the order of their first lines, which say what was compared.
+
+    Raises:
+        UserError: these are other records.
+    """
     found: dict[str, list[Mapping[str, Any]]] = {}
     for line in records:
+        if 'key' not in line:
+            raise UserError('These are no records of a comparison; for recorded runs there is `ccl-timm report`.')
         found.setdefault(line['key'], []).append(line)
     return list(found.values())
 

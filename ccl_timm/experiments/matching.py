@@ -1,13 +1,14 @@
 """Results put together over their seeds, given to the rows of tables, and paired with their baselines."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ccl_timm import models
+from ccl_timm import heads, models
 from ccl_timm.console import log_warning
+from ccl_timm.errors import UserError
 from ccl_timm.experiments.results import Result, comparable, default_options
 from ccl_timm.experiments.tables import Row, Table, run_name, tables_of
 from ccl_timm.training.config import TrainConfig, diff_settings
@@ -16,10 +17,12 @@ __all__ = [
     'Group',
     'MatchedRow',
     'backbone_of',
+    'backbones_of',
     'baseline_of',
     'distinguishing_settings',
     'group_by_seed',
     'head_of',
+    'is_repeated',
     'match_row',
     'match_rows',
     'rows_of',
@@ -130,6 +133,17 @@ def group_by_seed(results: list[Result]) -> list[Group]:
         else:
             same.append(result)
     return [Group(tuple(sorted(own, key=lambda result: result.seed))) for own in found]
+
+
+def is_repeated(result: Result, among: Iterable[Result]) -> bool:
+    """Whether a run of these settings and this seed is among others."""
+    same_seed = (own for own in among if own.seed == result.seed)
+    return any(not diff_settings(own.comparable, result.comparable, _IGNORED_IN_GROUP) for own in same_seed)
+
+
+def backbones_of(table: Table) -> list[tuple[str, dict[str, Any]]]:
+    """The backbones of a table's rows, see :func:`backbone_of`."""
+    return [backbone_of(_wanted(row)) for row in table.rows]
 
 
 def match_rows(table: Table, results: list[Result]) -> list[MatchedRow]:
@@ -295,10 +309,20 @@ def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, bool
     return not (same_width and head_of(settings) == head_of(own)), not same_width, head_of(settings) != 'linear'
 
 
-def backbone_of(settings: dict[str, Any]) -> tuple[str, bool]:
-    """Architecture without the head, and whether it has the stem for small images."""
+def backbone_of(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Architecture without the head, and its options, such as the stem for small images, without the head's."""
     variant = models.split_variant(settings['model'])
-    return variant[0] if variant else settings['model'], bool(_model_options(settings).get('small_input'))
+    of_head = _head_options(variant[1]) if variant else []
+    options = {name: value for name, value in _model_options(settings).items() if value and name not in of_head}
+    return variant[0] if variant else settings['model'], options
+
+
+def _head_options(name: str) -> list[str]:
+    """Names of the options of a head; none of one that cannot be imported here."""
+    try:
+        return heads.head_options(heads.head_class(name))
+    except UserError:
+        return []
 
 
 def head_of(settings: dict[str, Any]) -> str:

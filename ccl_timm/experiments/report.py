@@ -1,6 +1,7 @@
 """The papers' tables with our results beside theirs, and what two runs differ in."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from ccl_timm.experiments.matching import (
     Group,
     MatchedRow,
     backbone_of,
+    backbones_of,
     baseline_of,
     distinguishing_settings,
     group_by_seed,
     head_of,
+    is_repeated,
     usual_settings,
 )
 from ccl_timm.experiments.plots import ForestRow
@@ -58,9 +61,8 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
         found: all runs, also those of no row: the tests that they allow count, where the backbone is one of the table.
     """
     groups = [group for match in matched for group in match.groups]
-    used = {result.source for group in groups for result in group.results}
-    backbones = {backbone_of(group.settings) for group in groups}
-    others = [r for r in found if r.source not in used and backbone_of(r.settings) in backbones]
+    backbones, used = backbones_of(table), [result for group in groups for result in group.results]
+    others = [r for r in found if backbone_of(r.comparable) in backbones and not is_repeated(r, used)]
     everything = groups + group_by_seed(others)
     judged = _judged(everything)
     records = []
@@ -69,12 +71,12 @@ def table_report(table: Table, matched: list[MatchedRow], found: list[Result]) -
         for settings, group in zip(match.distinguishing_settings or [''], match.groups or [None], strict=True):
             ours, theirs = _ours(group, everything, judged), _theirs(match, table, group)
             records.append({**named, 'settings': settings, **ours, **theirs})
-    labels = [f'{match.row.dataset}, top-1 %' for match in matched for _ in match.groups]
-    names = [' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']]
-    sections = [_layout(table, matched)] + ([_details(records), *_features(groups, names)] if groups else [])
+    data = [match.row.dataset for match in matched for _ in match.groups]
+    names = _distinct([' '.join(filter(None, (r['row'], r['settings']))) for r in records if r['seeds']], data, groups)
+    sections = [_layout(table, matched)] + ([_details(records), *_features(groups, names, data)] if groups else [])
     papers = [_BEST_OTHER] if any(row.paper for row in table.rows) else []
     notes = [_LEGEND, *papers, *_note_of_tests(judged), *(f'Note: {note}' for note in table.notes)]
-    curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
+    curves, forests = _curves(groups, names, data), _forests(groups, names, data, judged)
     return Report(table.title, sections, notes, records, curves, _pictures(groups), forests)
 
 
@@ -87,17 +89,17 @@ def plain_report(found: list[Result]) -> Report:
         named = {key: group.settings[key] for key in ('model', 'loss')}
         data = group.settings.get('dataset') or group.settings['data_dir'] or 'images'
         records.append({**named, 'data': data, 'settings': settings, **_ours(group, groups, judged)})
-    labels = [f'{record["data"]}, top-1 %' for record in records]
-    names = [', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records]
+    data = [record['data'] for record in records]
+    names = _distinct([', '.join(filter(None, (r['model'], r['loss'], r['settings']))) for r in records], data, groups)
     usual = usual_settings(groups, _COLUMNS)
     notes = [
         _LEGEND,
         *([f'Settings, unless a line shows others: {usual}.'] if usual else []),
         *_note_of_tests(judged),
     ]
-    curves, forests = _curves(groups, labels, names), _forests(groups, labels, names, judged)
+    curves, forests = _curves(groups, names, data), _forests(groups, names, data, judged)
     return Report(
-        'Runs', [_details(records), *_features(groups, names)], notes, records, curves, _pictures(groups), forests
+        'Runs', [_details(records), *_features(groups, names, data)], notes, records, curves, _pictures(groups), forests
     )
 
 
@@ -184,16 +186,25 @@ def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
     ]
 
 
+def _distinct(names: list[str], data: list[str], groups: list[Group]) -> list[str]:
+    """Names of groups, with the epochs where two groups of a data set have the same name."""
+    several = Counter(zip(names, data, strict=True))
+    return [
+        f'{name}, {own.epochs} epochs' if several[name, on] > 1 else name
+        for name, on, own in zip(names, data, groups, strict=True)
+    ]
+
+
 def _forests(
-    groups: list[Group], labels: list[str], names: list[str], judged: dict[int, Difference]
+    groups: list[Group], names: list[str], data: list[str], judged: dict[int, Difference]
 ) -> dict[str, list[ForestRow]]:
     """For each data set, the differences to cross-entropy that have an interval."""
     found: dict[str, list[ForestRow]] = {}
-    for own, label, name in zip(groups, labels, names, strict=True):
+    for own, name, on in zip(groups, names, data, strict=True):
         difference = judged.get(id(own))
         if difference and difference.interval:
             row = ForestRow(name, difference.mean, *difference.interval, difference.verdict)
-            found.setdefault(f'{label}, difference to cross-entropy', []).append(row)
+            found.setdefault(f'{on}, top-1 %, difference to cross-entropy', []).append(row)
     return found
 
 
@@ -201,10 +212,11 @@ def _layout(table: Table, matched: list[MatchedRow]) -> Section:
     """Rows and data sets as the paper has them, ours beside the paper's."""
     printed = any(row.paper for row in table.rows)
     whose = ('ours', "paper's") if printed else ('ours',)
-    header = ['row', *(f'{name}, {one}' for name in table.datasets for one in whose)]
+    datasets = dict.fromkeys(match.row.dataset for match in matched)
+    header = ['row', *(f'{name}, {one}' for name in datasets for one in whose)]
     cells = {(match.row.name, match.row.dataset): (_cell(match), show_printed(match.row.paper)) for match in matched}
     rows = [
-        (name, *(cell for dataset in table.datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
+        (name, *(cell for dataset in datasets for cell in cells.get((name, dataset), ('', ''))[: len(whose)]))
         for name in dict.fromkeys(match.row.name for match in matched)
     ]
     caption = 'As the paper prints it, ours after the last epoch' if printed else 'Ours, after the last epoch'
@@ -247,12 +259,12 @@ def _detail(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _features(groups: list[Group], names: list[str]) -> list[Section]:
+def _features(groups: list[Group], names: list[str], data: list[str]) -> list[Section]:
     """For each split that features were measured on after the last epoch, a table with a column for each group."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for own, name in zip(groups, names, strict=True):
+    for own, name, on in zip(groups, names, data, strict=True):
         for split, measures in own.features.items():
-            found.setdefault(split, {})[name] = measures
+            found.setdefault(split, {})[name if len({*data}) == 1 else f'{name}, {on}'] = measures
     return [
         Section(f'Features of the {split} split, mean ± standard deviation', ('', *own), show_measures([*own.values()]))
         for split, own in found.items()
@@ -268,13 +280,11 @@ def _against_other(record: dict[str, Any]) -> str:
     return named + (f', p = {p:.2g}' if p is not None else '')
 
 
-def _curves(groups: list[Group], labels: list[str], names: list[str]) -> dict[str, dict[str, list]]:
+def _curves(groups: list[Group], names: list[str], data: list[str]) -> dict[str, dict[str, list]]:
     """For each data set, the curves of each group."""
     found: dict[str, dict[str, list]] = {}
-    for own, label, name in zip(groups, labels, names, strict=True):
-        of_data = found.setdefault(label, {})
-        name = f'{name}, {own.epochs} epochs' if name in of_data else name
-        of_data[name] = [result.curve for result in own.results]
+    for own, name, on in zip(groups, names, data, strict=True):
+        found.setdefault(f'{on}, top-1 %', {})[name] = [result.curve for result in own.results]
     return found
 
 

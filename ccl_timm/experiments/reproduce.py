@@ -21,7 +21,7 @@ from ccl_timm.experiments.estimate import time_run
 from ccl_timm.experiments.matching import match_row
 from ccl_timm.experiments.rendering import FORMATS
 from ccl_timm.experiments.report import table_report
-from ccl_timm.experiments.results import Result
+from ccl_timm.experiments.results import Result, read_results
 from ccl_timm.experiments.tables import Row, Table, run_name
 from ccl_timm.training import checks, recipes
 from ccl_timm.training.config import TrainConfig
@@ -243,9 +243,11 @@ def final_results(jobs: list[Job]) -> list[Result]:
 
 def show_results(plan: Plan) -> str:
     """The report of the table, and what its recipes assume."""
-    found = {row: final_results(jobs) for row, jobs in plan.jobs.items()}
-    matched = [match_row(row, results) for row, results in found.items()]
-    report = table_report(plan.table, matched, [result for results in found.values() for result in results])
+    matched = [match_row(row, final_results(jobs)) for row, jobs in plan.jobs.items()]
+    others: list[Result] = []
+    with contextlib.suppress(UserError):  # no run is finished
+        others = read_results([plan.all_jobs[0].run.path.parent])
+    report = table_report(tables.read_table(plan.table.name), matched, others)
     return '\n'.join([FORMATS['md'](report), *_assumptions(plan)])
 
 

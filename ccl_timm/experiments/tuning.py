@@ -6,9 +6,10 @@ from typing import Any
 from ccl_timm import losses
 from ccl_timm.losses import Range
 
-__all__ = ['SAMPLER_SEED', 'best_params', 'search_space', 'suggest']
+__all__ = ['best_params', 'search_space', 'suggest']
 
-SAMPLER_SEED = 20_000  # the same for every loss
+_SAMPLER_SEED = 15_800  # the same for every loss
+_SEEDS = 100  # apart are the samplers of searches with neighbouring seeds
 _RATES = 30.0  # learning rates from 1/30 to 30 times the recipe's
 _DECAY = Range(1e-6, 0.3, log=True)
 _SMOOTHING = Range(0.0, 0.3)  # of timm's cross-entropy
@@ -27,13 +28,16 @@ def search_space(loss: str, lr: float) -> dict[str, Range]:
     return {**shared, **losses.loss_class(loss).search_space}
 
 
-def suggest(space: Mapping[str, Range], start: Mapping[str, float], trials: Sequence[tuple[dict, float]]) -> dict:
+def suggest(
+    space: Mapping[str, Range], start: Mapping[str, float], trials: Sequence[tuple[dict, float]], seed: int
+) -> dict:
     """The next values to try, given all trials so far; the same ones whenever it is asked.
 
     Args:
         space: from :func:`search_space`.
         start: values of the first trial.
         trials: values tried, and the score of each, higher is better.
+        seed: of the search.
     """
     if not trials:
         return {name: space[name].clip(start[name]) for name in space}
@@ -43,7 +47,7 @@ def suggest(space: Mapping[str, Range], start: Mapping[str, float], trials: Sequ
     ranges = {
         name: optuna.distributions.FloatDistribution(low, high, log=log) for name, (low, high, log) in space.items()
     }
-    sampler = optuna.samplers.TPESampler(seed=SAMPLER_SEED + len(trials))
+    sampler = optuna.samplers.TPESampler(seed=(_SAMPLER_SEED + _SEEDS * seed + len(trials)) % 2**32)
     study = optuna.create_study(direction='maximize', sampler=sampler)
     for params, value in trials:
         study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))

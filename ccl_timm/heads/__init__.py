@@ -17,7 +17,7 @@ from ccl_timm.heads.pedcc import PEDCCHead
 
 __all__ = [
     'CAMHead', 'CosineHead', 'Head', 'HeadOutputs', 'LinearHead', 'MCHead', 'MLPHead', 'PEDCCHead', 'head_class',
-    'head_name', 'list_heads', 'output_names',
+    'head_name', 'head_options', 'list_heads', 'output_names',
 ]  # fmt: skip
 
 
@@ -37,6 +37,12 @@ def head_class(name: str) -> type[Head]:
         known = list_heads()
         raise UnknownNameError(f"There is no head '{name}'{did_you_mean(name, known)} Heads: {', '.join(known)}.")
     return found
+
+
+def head_options(cls: type[Head]) -> list[str]:
+    """Names of the options of a head, which a model takes as arguments."""
+    names = list(inspect.signature(cls).parameters)[2:]  # after in_features and num_classes
+    return [name for name in names if name not in ('device', 'dtype')]
 
 
 def head_name(head: Any) -> str | None:

@@ -1,7 +1,6 @@
 """Named architectures: a timm backbone, one of our heads, and a stem, registered with timm."""
 
 import dataclasses
-import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import nn
 
 from ccl_timm._compat import FeatureGetterNet, TimmModel, pretrained_cfg_for_features
 from ccl_timm.errors import UserError, user_errors
-from ccl_timm.heads import Head, head_class, list_heads
+from ccl_timm.heads import Head, head_class, head_options, list_heads
 from ccl_timm.models.adapters import (
     build_options,
     classifier_path,
@@ -138,7 +137,7 @@ def build_variant(
         pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     num_classes = cfg.num_classes if num_classes is None else num_classes
-    options = {k: kwargs.pop(k) for k in _options_of(head_class) if k in kwargs}
+    options = {k: kwargs.pop(k) for k in head_options(head_class) if k in kwargs}
     weights = _read_weights(cfg, cache_dir) if pretrained else None
     kind = _kind_of(weights, backbone, head_class, options)
     if pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir'):
@@ -225,11 +224,6 @@ def _without_weights(cfg: PretrainedCfg) -> dict[str, Any]:
 
 def _family(backbone: str) -> str:
     return timm.models.model_entrypoint(backbone).__module__
-
-
-def _options_of(head_class: type[Head]) -> list[str]:
-    names = list(inspect.signature(head_class).parameters)[2:]  # after in_features and num_classes
-    return [name for name in names if name not in ('device', 'dtype')]
 
 
 def _head_keys(weights: dict[str, Any], backbone: str) -> set[str]:

@@ -161,6 +161,30 @@ def test_a_trial_that_fails_counts_as_the_worst(settings, trials, monkeypatch):
         run_comparison(comparison(settings, output='other'), 1)
 
 
+def test_a_final_run_that_failed_is_made_again(settings, trials, monkeypatch):
+    made = comparison(settings, losses=['cc'], trials=0)
+    monkeypatch.setattr(compare, 'run_trial', lambda argv, *rest: {'error': 'no memory'})
+    with pytest.raises(UserError, match="'linear:ce' cannot be trained: no memory"):
+        run_comparison(made, 1)
+    monkeypatch.setattr(compare, 'run_trial', trials)
+    run_comparison(made, 1)
+    assert {name: [*own] for name, own in final_runs(read_records(made.file)).items()} == {
+        entry.name: [1000, 1001] for entry in made.entries
+    }
+
+
+def test_another_seed_searches_other_values(settings, trials):
+    found = [comparison((*settings, *more), losses=['cc'], trials=4, output=str(i)) for i, more in enumerate(
+        ((), ('--seed', '42'), ('--seed', '43'))
+    )]  # fmt: skip
+    for made in found:
+        run_comparison(made, 1)
+    lines = [[line for line in read_records(made.file) if line.get('entry') == 'cam:cc'] for made in found]
+    tried = [[line['params'] for line in own if 'trial' in line] for own in lines]
+    assert tried[0] == tried[1] and tried[0][0] == tried[2][0]  # the first is the recipe's
+    assert all(one != other for one, other in zip(tried[0][1:4], tried[2][1:4], strict=True))
+
+
 def test_a_search_finds_better_values_than_its_start():
     """A peak away from the first values: 40 trials come near; the same questions get the same answers."""
     space = {'lr': Range(1e-4, 1.0, log=True), 'smoothing': Range(0.0, 0.3)}
@@ -168,7 +192,7 @@ def test_a_search_finds_better_values_than_its_start():
     def search():
         tried = []
         for _ in range(40):
-            params = tuning.suggest(space, {'lr': 1e-3, 'smoothing': 0.0}, tried)
+            params = tuning.suggest(space, {'lr': 1e-3, 'smoothing': 0.0}, tried, 42)
             tried.append((params, -((np.log10(params['lr']) + 1) ** 2) - 100 * (params['smoothing'] - 0.1) ** 2))
         return tried
 
@@ -382,6 +406,11 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
         (['--backbone', 'resnett18', '--dry-run'], "Unknown model 'resnett18_linear'"),
         (['--table', 'benchmark-cars'], "Unknown benchmark 'benchmark-cars'; did you mean 'benchmark-cars196'?"),
         (['--metric', 'unseen_recall_at_1', '--dry-run'], 'classes that are not trained: give --unseen DIR.'),
+        (['--unseen', 'nowhere', '--dry-run'], "There is no folder 'nowhere': --unseen names one that has a folder"),
+        (
+            ['--show', 'runs.jsonl'],
+            'These are no records of a comparison; for recorded runs there is `ccl-timm report`.',
+        ),
         (['--losses', 'mc', '--freeze-backbone', '--dry-run'], "--freeze-backbone does not work with 'resnet18_mc'"),
         (['--show', 'nowhere'], "'nowhere' has no runs of a comparison."),
         (['--trials', '1', '--dry-run', '--', '--val-fraction', '0.2'], 'Tuning would see the images'),
@@ -389,6 +418,7 @@ def test_pedcc_head_chooses_the_nearest_centroid_and_is_sure_of_a_sample_on_it()
     ],
 )
 def test_compare_refuses(argv, message, run_cli, workdir):
+    Path('runs.jsonl').write_text('{"format": "ccl-timm runs"}\n')
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 2 and message in err
 

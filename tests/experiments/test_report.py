@@ -80,6 +80,28 @@ def test_chosen_rows_keep_their_tests_and_are_drawn(runs_of_table1, run_cli):
     assert 'resnet18:cc (n=3)' in drawn and 'resnet18:ce' not in drawn
 
 
+@pytest.mark.parametrize('more', [['--rows', 'resnet18:focal'], []], ids=['rows', 'repeated'])
+def test_neither_rows_nor_repeated_runs_change_the_tests(more, workdir, run_cli):
+    values = {TABLE1: [98.4, 98.5, 98.8], CE: [97.4, 97.8, 97.5], (*CE[:-1], 'focal'): [97.9, 97.8, 98.2]}
+    for argv, top1 in values.items():
+        for seed, value in enumerate(top1):
+            for name in ('runs', 'again'):
+                write_run(f'{name}/{argv[-1]}{seed}', argv, [value], seed=seed)
+    whole = run_cli('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
+    other = run_cli('ccl-timm', 'report', 'runs', *([] if more else ['again']), '--table', 'cc-table1', *more)[1]
+    assert lines_of(whole, 'resnet18:focal') == lines_of(other, 'resnet18:focal')
+    assert 'for the 2 tests' in whole and 'for the 2 tests' in other
+
+
+def test_runs_of_a_row_that_differ_in_epochs_have_columns_of_their_own(workdir, run_cli):
+    measured = {'epoch': 0, 'split': 'validation', 'measures': {'images': 100}}
+    for epochs in (1, 2):
+        folder = write_run(f'runs/{epochs}', TABLE1, [98.0] * epochs, seed=0)
+        (folder / 'features.json').write_text(json.dumps({**measured, 'epoch': epochs - 1}))
+    out = run_cli('ccl-timm', 'report', 'runs', '--table', 'cc-table1')[1]
+    assert '| resnet18:cc, 2 epochs | resnet18:cc, 1 epochs |' in out
+
+
 def test_only_tests_that_can_be_made_are_counted_over_all_runs_given(workdir, run_cli):
     """Two seeds on both sides make a test, whatever row shows them; one seed makes none, nor another backbone's two."""
     other = ('--model', 'test_resnet_cam'), ('--model', 'test_resnet_linear')
@@ -330,6 +352,8 @@ def test_baseline_has_features_as_wide_and_the_same_stem(workdir):
     groups = {}
     for model, loss, *extra in (
         ('linear', 'ce'),
+        ('linear', 'ce', 'output_stride=16'),
+        ('cam', 'cc', 'output_stride=16', 'reduction=4'),
         ('linear', 'ce', 'feature_dim=2'),
         ('linear', 'ce', 'small_input=True'),
         ('cam', 'cc'),
@@ -347,6 +371,7 @@ def test_baseline_has_features_as_wide_and_the_same_stem(workdir):
     assert {name: own.results[0].name for name, own in found.items() if own} == {
         'cc': 'ce',
         'ce-scale=9.0': 'ce',
+        'cc-output_stride=16-reduction=4': 'ce-output_stride=16',
         'cc-hidden_features=2': 'ce-feature_dim=2',
         'pod-feature_dim=64': 'ce',
         'cc-small_input=True': 'ce-small_input=True',

@@ -86,6 +86,8 @@ def test_table_has_our_values_and_the_papers(small):
     assert code == 0, err
     assert values_in(out)['tiny:cc'] == [f'{float(ours[5]):.2f} (n=1, 2 of 15 epochs)', '91.25 ± 0.50']
     assert 'Note: made up' in out and 'Recipe digits assumes:' in out
+    code, out, err = small('--seeds', '1', '--rows', 'tiny:ce')
+    assert code == 0 and [*values_in(out)] == ['tiny:ce'] and 'to tiny:cc 91.25' in out
 
 
 class Running:
