@@ -180,6 +180,10 @@ def _check_fit(model: TimmModel, loss: Loss, loss_name: str, available: dict[str
         )
     if not missing:
         return
+    if not model.num_classes:
+        raise UserError(
+            f"loss '{loss_name}' requires {' and '.join(missing)}; {name} has no classes: give num_classes."
+        )
     kind = type(model.get_classifier()).__name__
     kind = 'a linear classifier' if kind in ('Linear', 'NormLinear') else f'the head {kind}'
     backbone = next((name.removesuffix(f'_{head}') for head in list_heads() if name.endswith(f'_{head}')), name)

@@ -31,6 +31,13 @@ def test_a_trained_run_answers_as_the_commands_do(run, trained, folder, run_cli)
     assert repr(run).startswith('<Run ') and 'resnet18_cam, 3 classes' in repr(run)
 
 
+def test_mistakes_of_a_run_are_sentences(run, workdir):
+    with pytest.raises(ccl_timm.UserError, match="'nowhere.jpg' cannot be read: No such file or directory"):
+        run.predict('nowhere.jpg')
+    with pytest.raises(ccl_timm.UserError, match="no form 'pt' of an export; there are timm and onnx"):
+        run.export('exported', 'pt')
+
+
 def test_outputs_are_those_of_the_head(run, folder):
     images = [Image.open(path) for path in sorted((folder / 'validation').rglob('*.png'))[:5]]
     outputs = run.outputs(images)

@@ -12,9 +12,11 @@ import pytest
 import timm
 from timm.models import _registry
 
-from ccl_timm import create_loss, create_model, models, registry
+from ccl_timm import create_loss, create_model, losses, models, registry
 from ccl_timm.cli import plugins
 from ccl_timm.errors import PluginLoadError, UserError
+from ccl_timm.experiments.compare import Entry, entries_of
+from ccl_timm.hub import card
 
 from .conftest import TINY
 
@@ -120,6 +122,16 @@ def test_a_head_of_a_plugin_goes_on_any_backbone(install, run_cli, folder, workd
     assert timm.create_model('resnet10t_plain', num_classes=4).num_classes == 4
     with pytest.raises(UserError, match=r'the class must have the methods outputs\(pooled\) and reset'):
         create_model('test_resnet_empty')
+
+
+def test_a_function_as_a_loss_declares_what_it_likes(install):
+    code = 'from ccl_timm.losses import create_loss\ndef make(scale: float = 1.0): return create_loss("ce")\n'
+    install('plug-a', LOSSES + 'plain_fn = fake_a:make\nsoft_fn = fake_b:make\n', fake_a=code,
+            fake_b=code + 'make.soft_targets = True\n')  # fmt: skip
+    assert losses.declared('plain_fn', 'requires') == ('logits',) and losses.declared('plain_fn', 'head') is None
+    assert [losses.takes_soft_targets(name) for name in ('plain_fn', 'soft_fn')] == [False, True]
+    assert entries_of(['plain_fn'])[-1] == Entry('linear', 'plain_fn')
+    assert card._loss_reads({'loss': 'plain_fn'}) == '`outputs.logits`'
 
 
 def test_found_once_until_refresh(install):

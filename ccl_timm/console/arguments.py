@@ -157,7 +157,7 @@ class KeyValues(argparse.Action):
                 raise argparse.ArgumentError(self, f"'{text}' is not NAME=VALUE")
             try:
                 options[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 options[name] = value
         setattr(namespace, self.dest, options)
 

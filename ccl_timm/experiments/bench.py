@@ -147,7 +147,7 @@ def bench_steps(
 
 
 def _step(backbone: str, loss: str, images: Tensor, target: Tensor, classes: int) -> Callable[[], None]:
-    head = None if loss == 'ce' else losses.loss_class(loss).head
+    head = None if loss == 'ce' else losses.declared(loss, 'head')
     name = f'{backbone}_{head}' if head else backbone
     model = models.create_model(name, num_classes=classes, **({'output_stride': 16} if head == 'mc' else {}))
     task = create_task(model.to(images.device, memory_format=torch.channels_last), loss)

@@ -75,7 +75,7 @@ def _entry(name: str) -> Entry:
         if not loss:
             raise UserError(f"'{name}' names no loss: give HEAD:LOSS, such as {head}:ce.")
         return Entry(head, loss)
-    return Entry('linear' if losses.is_timm_loss(name) else losses.loss_class(name).head or 'linear', name)
+    return Entry('linear' if losses.is_timm_loss(name) else losses.declared(name, 'head') or 'linear', name)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def search_space(loss: str, lr: float) -> dict[str, Range]:
     shared = {'lr': Range(lr / _RATES, lr * _RATES, log=True), 'weight_decay': _DECAY}
     if losses.is_timm_loss(loss):
         return {**shared, 'smoothing': _SMOOTHING} if loss == 'ce' else shared
-    return {**shared, **losses.loss_class(loss).search_space}
+    return {**shared, **losses.declared(loss, 'search_space')}
 
 
 def suggest(

@@ -1,10 +1,13 @@
 """The outputs of a classifier head, and what a model needs from it."""
 
-from typing import NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
 
 from torch import Tensor, nn
 
-__all__ = ['Head', 'HeadOutputs']
+from ccl_timm.errors import UserError
+
+__all__ = ['Head', 'HeadOutputs', 'require_positive', 'transformers_initializes']
 
 
 class HeadOutputs(NamedTuple):
@@ -34,6 +37,18 @@ class HeadOutputs(NamedTuple):
     feature_map: Optional[Tensor] = None  # noqa: UP045
 
 
+def require_positive(**options: float | None) -> None:
+    """Raise a UserError for an option that is not above 0; None stands for a default."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise UserError(f'{name}={value}: it must be above 0.')
+
+
+def transformers_initializes() -> bool:
+    """Whether transformers is initialising a model: its own functions are in torch.nn.init's place then."""
+    return nn.init.normal_.__module__ != nn.init.__name__
+
+
 class Head(nn.Module):
     """A classifier that replaces the last layer of a timm model.
 
@@ -49,6 +64,11 @@ class Head(nn.Module):
     in_features: int
     classifier_layers: tuple[str, ...] = ('',)
 
+    @classmethod
+    def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that a state_dict of this head shows, where their default depends on the classes; none by default."""
+        return {}
+
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Compute all that a loss may read from pooled features (N, in_features)."""
         raise NotImplementedError
@@ -61,7 +81,8 @@ class Head(nn.Module):
         """Initialise the tensors of the head itself, but those that transformers has loaded; nothing by default.
 
         transformers builds models without memory for their tensors, and calls this, by timm's name for it, on every
-        module that has it. It knows by itself how to initialise torch's own layers.
+        module that has it. It knows by itself how to initialise torch's own layers. timm calls it after loading, when
+        nothing is to be done: what a head has is persistent, see :func:`transformers_initializes`.
         """
 
     def caution(self) -> str | None:

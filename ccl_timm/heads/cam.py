@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import HeadOutputs
+from ccl_timm.heads.base import HeadOutputs, require_positive
 from ccl_timm.heads.linear import HeadWithLinear
 from ccl_timm.ops import full_precision, outside_autocast
 
@@ -74,6 +74,7 @@ class CAMHead(HeadWithLinear):
         dtype=None,
     ):
         super().__init__()
+        require_positive(hidden_features=hidden_features, reduction=reduction)
         self.in_features = in_features
         hidden_features = hidden_features or in_features
         self.hidden = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)

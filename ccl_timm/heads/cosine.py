@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.base import Head, HeadOutputs, require_positive, transformers_initializes
 from ccl_timm.ops import l2_normalize, outside_autocast
 
 __all__ = ['CosineHead', 'cosine_logits']
@@ -70,6 +70,7 @@ class CosineHead(Head):
         dtype=None,
     ):
         super().__init__()
+        require_positive(feature_dim=feature_dim, scale=scale)
         self.in_features = in_features
         self.normalize_features = normalize_features
         factory = {'device': device, 'dtype': dtype}
@@ -89,8 +90,9 @@ class CosineHead(Head):
 
     def init_non_persistent_buffers(self) -> None:
         """Initialise the class vectors and the scale; transformers lets torch.nn.init pass over what it has loaded."""
-        self._init_weight()
-        nn.init.constant_(self.scale, self.initial_scale)
+        if transformers_initializes():
+            self._init_weight()
+            nn.init.constant_(self.scale, self.initial_scale)
 
     def _init_weight(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)

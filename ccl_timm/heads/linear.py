@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.base import Head, HeadOutputs, require_positive
 
 __all__ = ['HeadWithLinear', 'LinearHead']
 
@@ -47,6 +47,7 @@ class LinearHead(HeadWithLinear):
 
     def __init__(self, in_features: int, num_classes: int, feature_dim: int | None = None, device=None, dtype=None):
         super().__init__()
+        require_positive(feature_dim=feature_dim)
         self.in_features = in_features
         self.hidden = nn.Linear(in_features, feature_dim, device=device, dtype=dtype) if feature_dim else nn.Identity()
         self.out = nn.Linear(feature_dim or in_features, num_classes, device=device, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import HeadOutputs
+from ccl_timm.heads.base import HeadOutputs, require_positive
 from ccl_timm.heads.linear import HeadWithLinear
 
 __all__ = ['MLPHead']
@@ -25,6 +25,7 @@ class MLPHead(HeadWithLinear):
     def __init__(self, in_features: int, num_classes: int, hidden_features: int | None = None, device=None, dtype=None):
         super().__init__()
         self.in_features = in_features
+        require_positive(hidden_features=hidden_features)
         hidden_features = hidden_features or in_features
         f1 = nn.Linear(in_features, hidden_features, device=device, dtype=dtype)
         self.hidden = nn.Sequential(f1, nn.ReLU())

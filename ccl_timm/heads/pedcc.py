@@ -1,9 +1,12 @@
 """The classifier of PEDCC-Loss and POD-Loss: a linear layer, then fixed class centroids."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ccl_timm.heads.base import Head, HeadOutputs
+from ccl_timm.heads.base import Head, HeadOutputs, require_positive, transformers_initializes
 from ccl_timm.heads.centroids import pedcc_centroids
 from ccl_timm.heads.cosine import cosine_logits
 
@@ -45,6 +48,7 @@ class PEDCCHead(Head):
         dtype=None,
     ):
         super().__init__()
+        require_positive(feature_dim=feature_dim, scale=scale)
         self.in_features = in_features
         self.seed = seed
         self.scale = scale
@@ -52,13 +56,18 @@ class PEDCCHead(Head):
         self.linear = nn.Linear(in_features, feature_dim, device=device, dtype=dtype)
         self.register_buffer('weight', pedcc_centroids(num_classes, feature_dim, seed).to(device, torch.float32))
 
+    @classmethod
+    def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The width of the features."""
+        return {'feature_dim': state['linear.weight'].shape[0]}
+
     def reset(self, num_classes: int) -> None:
         """Make new centroids of the same width, keep the linear layer."""
         self.weight = pedcc_centroids(num_classes, self.linear.out_features, self.seed).to(self.weight)
 
     def init_non_persistent_buffers(self) -> None:
         """Make the centroids, unless transformers has loaded them."""
-        if not getattr(self.weight, '_is_hf_initialized', False):
+        if transformers_initializes() and not getattr(self.weight, '_is_hf_initialized', False):
             num_classes, feature_dim = self.weight.shape
             self.weight.copy_(pedcc_centroids(num_classes, feature_dim, self.seed))
 
@@ -76,6 +85,6 @@ class PEDCCHead(Head):
         # what .half() and .to(torch.bfloat16) go through
         centroids = self.weight
         super()._apply(fn, recurse)
-        if self.weight.dtype.itemsize < centroids.dtype.itemsize:
+        if self.weight.dtype.itemsize < torch.float32.itemsize:
             self.weight = centroids.to(self.weight.device)
         return self

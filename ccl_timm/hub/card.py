@@ -198,7 +198,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
         'plugin_note': Markdown(f', and needs {needed}' if needed else ''),
         'head': variant and variant[1],
         'loss_reads': Markdown(_loss_reads(settings)),
-        'paper': losses.loss_class(loss).paper if (loss := _loss(settings)) in losses.list_losses() else '',
+        'paper': losses.declared(loss, 'paper') if (loss := _loss(settings)) in losses.list_losses() else '',
     }
 
 
@@ -210,7 +210,7 @@ def _in_transformers(config: dict[str, Any]) -> bool:
 def _loss_reads(settings: dict[str, Any]) -> str:
     """The outputs of a head that a loss reads, for a sentence; empty if they are not known here."""
     name = _loss(settings)
-    read = losses.loss_class(name).requires if name in losses.list_losses() else ()
+    read = losses.declared(name, 'requires') if name in losses.list_losses() else ()
     return ' and '.join(f'`outputs.{key}`' for key in read if key in HeadOutputs._fields)
 
 

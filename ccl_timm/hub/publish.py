@@ -57,8 +57,9 @@ def export(
     Raises:
         UserError: the source cannot be loaded, the folder holds a model, or packages for ONNX are missing.
     """
-    folder = Path(folder)
-    names = EXPORT_FILES[form]
+    if form not in EXPORT_FILES:
+        raise UserError(f"There is no form '{form}' of an export; there are {' and '.join(EXPORT_FILES)}.")
+    folder, names = Path(folder), EXPORT_FILES[form]
     taken = [name for name in names if (folder / name).exists()]
     if taken or (folder.exists() and not folder.is_dir()):
         raise UserError(f"'{folder}' already holds {taken[0] if taken else 'a file'}: name another folder.")

@@ -1,7 +1,7 @@
 """Training and trained models from Python, as the commands do them: :func:`train`, :func:`load`, :class:`Run`."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ccl_timm.errors import UserError
+from ccl_timm.data.files import UnreadableImage
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.hub import publish
@@ -229,5 +230,10 @@ class Run:
         model, size = self.model.eval(), batch_size or len(several)
         memory_format = likely_layout(model, self.device)
         for start in range(0, len(several), size):
-            batch = torch.stack([prepare(image) for image in several[start : start + size]])
+            batch = torch.stack([_prepared(prepare, image) for image in several[start : start + size]])
             yield batch.to(self.device, memory_format=memory_format)
+
+
+def _prepared(prepare: Callable[[Any], Tensor], image: Any) -> Tensor:
+    with user_errors(f"'{image}' cannot be read", (UnreadableImage,)):
+        return prepare(image)

@@ -62,6 +62,7 @@ __all__ = [
     'Range',
     'create_loss',
     'cross_entropy',
+    'declared',
     'explain',
     'focal_loss',
     'full_precision',
@@ -134,9 +135,14 @@ def loss_class(name: str) -> type[Loss]:
     return found
 
 
+def declared(name: str, attribute: str) -> Any:
+    """An attribute of a loss by name, such as ``requires``; :class:`Loss`'s own for a plug-in's function without it."""
+    return getattr(loss_class(name), attribute, getattr(Loss, attribute))
+
+
 def takes_soft_targets(name: str) -> bool:
     """Whether the loss of that name takes class probabilities (N, K), as Mixup and CutMix make them."""
-    return name != 'asl' if is_timm_loss(name) else getattr(loss_class(name), 'soft_targets', False)
+    return name != 'asl' if is_timm_loss(name) else declared(name, 'soft_targets')
 
 
 def class_weight_option(name: str) -> str | None:
@@ -210,7 +216,7 @@ def name_owner(name: str) -> str | None:
 
 def overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Rows and header of the table of losses; those of plug-ins are named and not imported."""
-    rows = [_row(name, loss_class(name)) for name in registry.our_names('loss')]
+    rows = [_row(name) for name in registry.our_names('loss')]
     for plugin in registry.find_plugins('loss'):
         if plugin.name in registry.plugin_names('loss'):
             by = f'plug-in {plugin.distribution} {plugin.version}'
@@ -231,10 +237,10 @@ def pml_overview() -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
 _HEADER = ('name', 'head', 'requires', 'soft targets', 'paper', 'assumptions')
 
 
-def _row(name: str, cls: type[Loss]) -> tuple[str, ...]:
-    facts = (getattr(cls, 'head', None) or 'any', ', '.join(getattr(cls, 'requires', ())))
-    soft = 'yes' if getattr(cls, 'soft_targets', False) else 'no'
-    return (name, *facts, soft, getattr(cls, 'paper', ''), getattr(cls, 'assumptions', '') or '-')
+def _row(name: str) -> tuple[str, ...]:
+    facts = (declared(name, 'head') or 'any', ', '.join(declared(name, 'requires')))
+    soft = 'yes' if declared(name, 'soft_targets') else 'no'
+    return (name, *facts, soft, declared(name, 'paper'), declared(name, 'assumptions') or '-')
 
 
 def losses_for(head: str, outputs: Iterable[str]) -> list[str]:
@@ -258,7 +264,7 @@ def explain(name: str) -> str:
     if is_timm_loss(name):
         return f"{name}: timm's own loss; its options are those of timm.loss.create_classification_loss."
     cls = loss_class(name)
-    facts = dict(zip(_HEADER, _row(name, cls), strict=True))
+    facts = dict(zip(_HEADER, _row(name), strict=True))
     options = ', '.join(str(option) for option in loss_options(name).values())
     lines = [f'{name}({options})', '', inspect.getdoc(cls) or '', '']
     return '\n'.join([*lines, *(f'{key}: {value}' for key, value in facts.items() if key != 'name')])

@@ -17,6 +17,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from torch import nn
+from torch.hub import load_state_dict_from_url
 
 from ccl_timm._compat import FeatureGetterNet, TimmModel, pretrained_cfg_for_features
 from ccl_timm.errors import UserError, user_errors
@@ -138,8 +139,12 @@ def build_variant(
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     num_classes = cfg.num_classes if num_classes is None else num_classes
     options = {k: kwargs.pop(k) for k in head_options(head_class) if k in kwargs}
-    weights = _read_weights(cfg, cache_dir) if pretrained else None
+    weights = _read_weights(cfg, pretrained_cfg_overlay or {}, cache_dir) if pretrained else None
     kind = _kind_of(weights, backbone, head_class, options)
+    if kind == 'own' and weights:
+        path = f'{classifier_path(backbone)}.'
+        head = {key.removeprefix(path): value for key, value in weights.items() if key.startswith(path)}
+        options = {**head_class.options_from(head), **options}
     if pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir'):
         kind = _check_foreign(name, cfg, pretrained_cfg_overlay or {}, pretrained_model_args or {}, weights) or kind
     if kind != 'stock':
@@ -149,7 +154,7 @@ def build_variant(
         size = {} if kind == 'stock' else {'input_size': cfg.input_size}
         return _build_backbone(backbone, stock, pretrained, cache_dir, size, {**kwargs, 'features_only': True})
 
-    indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4))
+    indices = kwargs.pop('out_indices', None)
     if features_only and (wrapper := kwargs.pop('feature_cls', 'getter')) != 'getter':
         raise UserError(f"feature_cls='{wrapper}' does not work with the feature maps of '{name}': leave it out.")
     own = None if kind == 'stock' else weights
@@ -178,9 +183,10 @@ def _attach(model: TimmModel, backbone: str, head_class: type[Head], num_classes
     attach_head(model, classifier_path(backbone), head_class, num_classes, options)
 
 
-def _extractor_of(model: TimmModel, indices: int | tuple[int, ...]) -> nn.Module:
-    """timm's feature extractor of a whole model, with what timm's builder gives to one."""
+def _extractor_of(model: TimmModel, indices: int | tuple[int, ...] | None) -> nn.Module:
+    """timm's feature extractor of a whole model, of all levels by default, with what timm's builder gives to one."""
     cfg, channels = pretrained_cfg_for_features(model.pretrained_cfg), model.in_chans
+    indices = tuple(range(len(model.feature_info))) if indices is None else indices
     prune = not _has_feature_stage(model._head_class)  # a feature stage goes when the head does
     extractor: TimmModel = FeatureGetterNet(model, out_indices=indices, prune=prune)
     extractor.pretrained_cfg = extractor.default_cfg = cfg
@@ -200,7 +206,11 @@ def _build_backbone(
     needs_whole = pretrained or 'features_only' in kwargs
     options = build_options(backbone, needs_whole, kwargs.get('drop_rate', 0.0))
     model: TimmModel = timm.create_model(
-        backbone, pretrained=pretrained, pretrained_cfg_overlay=with_weights, cache_dir=cache_dir, **options, **kwargs
+        backbone,
+        pretrained=pretrained,
+        pretrained_cfg_overlay=with_weights,
+        cache_dir=cache_dir,
+        **{**options, **kwargs},
     )
     model._model_args = {}  # timm's create_model fills in the variant's
     model.pretrained_cfg.pop('state_dict', None)
@@ -270,14 +280,21 @@ def _class_tensors(backbone: str, path: str, head_class: type[Head]) -> Any:
     return paths[0] if len(paths) == 1 else paths
 
 
-def _read_weights(cfg: PretrainedCfg, cache_dir: str | None) -> dict[str, Any] | None:
-    """The state_dict that a cfg points to; None where it has none of its own."""
+def _read_weights(cfg: PretrainedCfg, overlay: dict[str, Any], cache_dir: str | None) -> dict[str, Any] | None:
+    """The state_dict that a cfg points to; None where it has none of its own.
+
+    Of a cfg from the Hub or a folder, only what the caller has laid over it names other weights than those beside it.
+    """
+    if cfg.hf_hub_id and cfg.source == 'hf-hub' and not overlay.keys() & {'state_dict', 'file', 'url'}:
+        return read_hub_weights(cfg.hf_hub_id, cache_dir)
     if cfg.state_dict:
         return cfg.state_dict
     if cfg.file and cfg.source == 'local-dir':
         return read_local_weights(cfg.file)
     if cfg.file:
         return timm.models.load_state_dict(cfg.file)
+    if isinstance(cfg.url, str) and cfg.url:
+        return load_state_dict_from_url(cfg.url, map_location='cpu', weights_only=True)
     if cfg.hf_hub_id:
         return read_hub_weights(cfg.hf_hub_id, cache_dir)
     return None
@@ -293,9 +310,8 @@ def _load_trained(model: TimmModel, name: str, cfg: PretrainedCfg, weights: dict
     changed = model.num_classes != cfg.num_classes
     by_class = tuple(f'{p}.' for p in ([cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()))
     anew = {k for k in wanted if changed and k.startswith(by_class)}
-    if not _head_keys(weights, backbone):
-        anew |= _head_keys(model.state_dict(), backbone)
-    missing = [k for k in wanted if k not in weights and k not in anew]
+    head = _head_keys(model.state_dict(), backbone) if not _head_keys(weights, backbone) else ()
+    missing = [k for k in wanted if k not in weights and k not in head]
     unexpected = [k for k in weights if k not in wanted]
     if missing or unexpected:
         raise UserError(
@@ -313,5 +329,5 @@ def _load_trained(model: TimmModel, name: str, cfg: PretrainedCfg, weights: dict
             num_classes=model.num_classes,
             in_chans=model.in_chans,
             filter_fn=resize,
-            strict=not anew,
+            strict=not (anew or head),
         )

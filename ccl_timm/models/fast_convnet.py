@@ -73,7 +73,7 @@ class FastConvNet(nn.Module):
         if len(widths) != 3:
             raise ValueError(f'widths={tuple(widths)}: give three, one for each block, such as (64, 128, 256)')
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = widths[-1]
         self.grad_checkpointing = False
         factory = {'device': device, 'dtype': dtype}
         self.stem = WhiteningStem(in_chans, **factory)
@@ -82,8 +82,12 @@ class FastConvNet(nn.Module):
         self.feature_info = [
             {'num_chs': width, 'reduction': 2 ** (n + 1), 'module': f'stages.{n}'} for n, width in enumerate(widths)
         ]
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
-        self.head = _linear(self.num_features, num_classes, **factory)
+        self._set_pool(global_pool)
+        self.head = _linear(self.head_hidden_size, num_classes, **factory)
+
+    def _set_pool(self, global_pool: str) -> None:
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) to the last feature map (N, widths[2], (H-1)//8, (W-1)//8)."""
@@ -115,9 +119,9 @@ class FastConvNet(nn.Module):
         """A new classifier, and another pooling if one is named."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self._set_pool(global_pool)
         like = next(self.parameters())
-        self.head = _linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        self.head = _linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
 
 
 class WhiteningStem(nn.Module):

@@ -48,7 +48,7 @@ class VariantMixin(_Backbone):
 
     def __reduce_ex__(self, protocol):
         # the class is made at run time: pickle the recipe for it instead of its name
-        return _empty_instance, (backbone_class(self),), self.__dict__
+        return _empty_instance, (backbone_class(self),), self.__getstate__()
 
 
 def attach_head(model: TimmModel, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccl_timm.losses import loss_class
+from ccl_timm.losses import declared
 
 __all__ = ['BY_CLASS', 'derive', 'make_outputs', 'make_target']
 
@@ -99,7 +99,7 @@ def make_outputs(
 
 
 def _reads(loss: Any) -> tuple[str, ...]:
-    return loss if isinstance(loss, tuple) else loss_class(loss).requires if isinstance(loss, str) else loss.requires
+    return loss if isinstance(loss, tuple) else declared(loss, 'requires') if isinstance(loss, str) else loss.requires
 
 
 def _sources(required: Iterable[str]) -> set[str]:

@@ -141,11 +141,8 @@ def _margin_options(loss: str | None, recipe_classes: Any, typed_classes: int | 
     if not isinstance(recipe_classes, int) or recipe_classes < 1:
         raise UserError(f"A recipe's margin_classes is a number of classes, such as 196, not {recipe_classes!r}.")
     try:
-        return losses.loss_class(loss).options_for(typed_classes or recipe_classes)
-    except (
-        UserError,
-        AttributeError,
-    ):  # an unknown loss is reported where it is created; a plug-in's may be a function
+        return losses.declared(loss, 'options_for')(typed_classes or recipe_classes)
+    except UserError:  # an unknown loss is reported where it is created
         return {}
 
 

@@ -101,5 +101,37 @@ def test_centroids_by_energy_are_near_the_best_known_in_three_dimensions(classes
     assert best - 1e-4 < ccl_timm.max_cosine(ccl_timm.pedcc_centroids(classes, 3)) < best + 2e-3
 
 
+@pytest.mark.parametrize('name', ['cosine', 'pedcc'])
+def test_timms_initialisation_of_buffers_keeps_what_was_loaded(name):
+    model = ccl_timm.create_model(f'test_resnet_{name}', num_classes=5).eval()
+    head = model.get_classifier()
+    with torch.no_grad():
+        head.weight.copy_(head.weight.flip(0))
+    logits = model(images := torch.randn(2, 3, 32, 32))
+    timm.models._manipulate.reinit_non_persistent_buffers(model)
+    assert torch.equal(model(images), logits)
+
+
+@pytest.mark.parametrize(
+    'head, options',
+    [
+        ('cam', {'reduction': 0}), ('cam', {'hidden_features': -1}), ('cosine', {'scale': 0.0}),
+        ('pedcc', {'scale': -5.0}), ('linear', {'feature_dim': -2}), ('mlp', {'hidden_features': -2}),
+    ],
+)  # fmt: skip
+def test_options_are_above_0(head, options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ccl_timm.UserError, match=f'{name}={value}: it must be above 0.'):
+        head_class(head)(8, 3, **options)
+
+
+def test_centroids_are_in_the_models_precision_but_no_less_than_float32():
+    for dtypes in ((torch.float64, torch.float32), (torch.float16,), (torch.bfloat16, torch.float32)):
+        model = head_class('pedcc')(8, 3)
+        for dtype in dtypes:
+            model = model.to(dtype)
+        assert model.weight.dtype == torch.float32
+
+
 def test_outputs_of_a_head_with_batch_norm_are_listed():
     assert 'cosine' in output_names(CosineHead(8, 3, feature_dim=4))

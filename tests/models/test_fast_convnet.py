@@ -58,6 +58,19 @@ def test_it_is_a_timm_model():
     assert levels.feature_info.reduction() == [2, 4, 8]
 
 
+@pytest.mark.parametrize('name', ['fast_convnet', 'fast_convnet_cam'])
+def test_poolings(name):
+    images = torch.randn(2, 3, 64, 64)
+    model = timm.create_model(name, num_classes=5, global_pool='catavgmax')
+    assert model(images).shape == (2, 5) and model.head_hidden_size == 512
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 512)
+    model.reset_classifier(0, '')
+    assert model(images).shape == (2, 256, 7, 7)
+    model.reset_classifier(3, 'avg')
+    assert model(images).shape == (2, 3) and model.head_hidden_size == 256
+
+
 def test_widths():
     model = ccl_timm.create_model('fast_convnet_cam', num_classes=4, widths=(8, 16, 24))
     assert isinstance(model, FastConvNet) and model.head_hidden_size == 24

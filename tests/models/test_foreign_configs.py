@@ -8,6 +8,7 @@ import timm
 import torch
 
 import ccl_timm
+from ccl_timm.models import builder
 from ccl_timm.training.checkpoints import build_model, load_trained
 
 
@@ -80,6 +81,15 @@ def test_timms_create_model_does_not_pass_them_to_our_models_either(exports, tmp
     change(tmp_path, model_args={'checkpoint_path': 'x'})
     with pytest.raises(ccl_timm.UserError, match='checkpoint_path'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+def test_of_a_cfg_from_the_hub_the_repositorys_weights_count(tmp_path, monkeypatch):
+    model = timm.create_model('test_resnet_cam', num_classes=5)
+    monkeypatch.setattr(builder, 'read_hub_weights', lambda name, cache_dir: {'me/mine': model.state_dict()}[name])
+    torch.save({'x': torch.zeros(1)}, tmp_path / 'planted.pth')
+    cfg = {**model.pretrained_cfg, 'source': 'hf-hub', 'hf_hub_id': 'me/mine', 'file': str(tmp_path / 'planted.pth')}
+    loaded = timm.create_model('test_resnet_cam', pretrained=True, pretrained_cfg={**cfg, 'num_classes': 5})
+    assert torch.equal(loaded.fc.out.weight, model.fc.out.weight)
 
 
 def test_other_formats_are_not_opened(folder):

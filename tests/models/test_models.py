@@ -1,5 +1,7 @@
 """Every registered model of ours: timm's model API, weights in and out, and what must not happen to them."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -132,6 +134,50 @@ def test_trained_checkpoint_comes_back_and_a_change_of_classes_keeps_the_hidden_
     assert other(x).shape == (2, 5)
     assert torch.equal(other.fc.hidden.weight, source.fc.hidden.weight)
     assert torch.equal(other.conv1.weight, source.conv1.weight)
+
+
+def test_a_pedcc_checkpoint_takes_more_classes_than_its_width_was_chosen_for(tmp_path):
+    source = timm.create_model('test_resnet_pedcc', num_classes=10)
+    timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=300)
+    assert other.fc.weight.shape == (300, 512) and torch.equal(other.fc.linear.weight, source.fc.linear.weight)
+
+
+def test_a_missing_embedding_is_refused_with_other_classes_too(tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet_cosine', num_classes=9), tmp_path, safe_serialization=True)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=5).fc.scale == 30
+    with pytest.raises(ccl_timm.UserError, match='does not fit .*missing .*fc.embedding.0.weight'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=5, feature_dim=7)
+
+
+def test_copies_of_a_compiled_model_have_weights_of_their_own():
+    model = timm.create_model('test_resnet_cam', num_classes=5).eval()
+    model.compile(backend='eager')
+    twin = pickle.loads(pickle.dumps(model))
+    for copied in (copy.deepcopy(model), twin):
+        torch.nn.init.zeros_(copied.fc.out.weight)
+        torch.nn.init.zeros_(copied.fc.out.bias)
+        assert not copied(torch.randn(2, 3, 32, 32)).any()
+    assert model(torch.randn(2, 3, 32, 32)).any()
+
+
+def test_weights_that_an_overlay_names_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    source = timm.create_model('test_resnet_cam', num_classes=7)
+    torch.save(source.state_dict(), tmp_path / 'own.pth')
+    for overlay in ({'file': str(tmp_path / 'own.pth')}, {'url': (tmp_path / 'own.pth').as_uri()}):
+        overlay = {**overlay, 'num_classes': 7}
+        model = timm.create_model('test_resnet_cam', pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+        assert torch.equal(model.fc.out.weight, source.fc.out.weight)
+
+
+@pytest.mark.parametrize('options', [{}, {'small_input': True}])
+def test_features_of_a_vgg_have_all_its_levels(options):
+    assert len(timm.create_model('vgg11_cam', features_only=True, **options)(torch.randn(1, 3, 64, 64))) == 6
+
+
+def test_options_of_a_backbone_that_variants_set_may_be_given():
+    assert timm.create_model('vgg11_cam', num_classes=3, mlp_ratio=0.5).num_classes == 3
 
 
 def test_checkpoint_of_other_options_is_refused_in_a_sentence(tmp_path):
