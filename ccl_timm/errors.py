@@ -68,9 +68,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def require_absent(path: str | os.PathLike) -> None:
-    """Raise a UserError if a file that is to be written exists."""
+    """Raise a UserError if a file that is to be written exists, or its folder does not."""
     if os.path.lexists(path):
         raise UserError(f"'{path}' exists already: name another file.")
+    if not os.path.isdir(folder := os.path.dirname(path) or '.'):
+        raise UserError(f"There is no folder '{folder}' to write '{os.path.basename(path)}' into: create it first.")
 
 
 def require_finite(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from ccl_timm.cli.common import add_data, add_loading, add_source
 from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
-from ccl_timm.errors import require_absent
+from ccl_timm.errors import UserError, require_absent
 from ccl_timm.experiments import plots
 from ccl_timm.training import validation
 from ccl_timm.training.checkpoints import Trained, load_trained
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         require_absent(path)
     if args.plot:
         plots.check_name(args.plot)
+    if args.source and args.checkpoint:
+        raise UserError(f"'{args.source}' and --checkpoint {args.checkpoint} name two models: give one of them.")
     source, device = args.source or args.checkpoint, torch.device(pick_device(args.device))
     trained = load_trained(source, args.use_ema)
     if args.save_split:
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     )
     found = validation.evaluate_split(trained, data, args.split is not None, device, args.workers, wanted)
     _log(found)
+    if 'top1' not in found.metrics and (args.per_class or args.confusion or args.save_split):
+        raise UserError('Of other classes, retrieval is all: leave out --per-class, --confusion and --save-split.')
     _write_files(args, found, trained)
     if args.save_split:
         validation.save_split(source, trained, f'{args.split}+tta' if args.tta else args.split, found)

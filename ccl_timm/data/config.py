@@ -25,7 +25,9 @@ class DataConfig(Options, title='data'):
         None, SHARE, metavar='F', own=True, varies='budget', help='train on this share of each class only'
     )
     dataset_download: bool = option(False, varies='seed', help='let torch/ data sets download themselves')
-    class_map: str = option('', metavar='FILE', help='class names, one per line, in the order of their numbers')
+    class_map: str = option(
+        '', metavar='FILE', varies='nothing', help='class names, one per line, in the order of their numbers'
+    )
     class_names: list[str] | None = option(
         None, nargs='+', metavar='NAME', own=True, varies='nothing', help='class names themselves; args.yaml has them'
     )

@@ -159,17 +159,19 @@ class Replacing(_Subset):
         dataset: with the label -1 for an image that cannot be read, as :class:`ImageFiles` has it.
     """
 
-    _tries = 10  # as many as timm's ImageDataset takes
+    _tries = 1000  # whole classes may be damaged
 
     def __init__(self, dataset: Dataset):
         super().__init__(dataset, range(len(dataset)))
 
     def __getitem__(self, index: int):
-        for place in range(index, index + self._tries):
+        for place in range(index, index + min(self._tries, len(self))):
             image, target = self.dataset[place % len(self)]
             if target != -1:
                 return image, target
-        raise DataError(f'{self._tries} images in a row cannot be read: is the folder of the training images gone?')
+        raise DataError(
+            f'{min(self._tries, len(self))} images in a row cannot be read: is the folder of the training images gone?'
+        )
 
 
 @dataclass
@@ -256,8 +258,16 @@ def create_split(
         dataset = _create(config, split, mode)
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
         dataset.targets = _column_of_labels(dataset.reader, f"Split '{split}' of '{config.dataset}'")
+    own = _names(dataset) or []
+    if '' in own:
+        labels = targets_of(dataset) or []
+        stray = next(name for name, label in zip(file_names(dataset), labels, strict=True) if not own[label])
+        raise UserError(
+            f"Split '{split}' has images outside the classes' folders, such as '{stray}': move each into the folder of "
+            'its class, or out of the split.'
+        )
     if names:
-        _renumber(dataset, split, names)
+        _renumber(dataset, split, names, config.train_split)
     return dataset
 
 
@@ -360,8 +370,14 @@ def targets_of(dataset: Dataset) -> list[int] | None:
 
 
 def content_hash(dataset: Dataset) -> str:
-    """A hash by which a split is recognised: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
-    return fingerprint(_content(dataset), None)
+    """A hash by which a split is recognised: see :func:`ccl_timm.data.fingerprint.fingerprint`.
+
+    Of a data set of the Hub it has that of the package datasets, too, which is another for other images.
+    """
+    reader = getattr(base_of(dataset)[0], 'reader', None)
+    on_hub = getattr(getattr(reader, 'dataset', None), '_fingerprint', None)
+    found = fingerprint(_content(dataset), None)
+    return f'{found}-{on_hub}-{reader.image_key}' if on_hub else found
 
 
 def file_names(dataset: Dataset) -> list[str]:
@@ -370,6 +386,14 @@ def file_names(dataset: Dataset) -> list[str]:
     if hasattr(reader, 'samples'):
         return [Path(reader.filename(index)).as_posix() for index in range(len(dataset))]
     return [f'{index:09d}' for index in range(len(dataset))]
+
+
+def real_paths(dataset: Dataset) -> set[str]:
+    """The files of a data set's images, without links; empty if the images are not single files."""
+    base, indices = base_of(dataset)
+    samples = getattr(getattr(base, 'reader', None), 'samples', None) or []
+    chosen = samples if indices is None else [samples[index] for index in indices] if samples else []
+    return {os.path.realpath(path) for path, *_ in chosen if isinstance(path, (str, os.PathLike))}
 
 
 def _column_of_labels(reader: Any, where: str) -> list[int]:
@@ -413,16 +437,18 @@ def _check_has_split(config: DataConfig, split: str, must_exist: bool) -> None:
         )
 
 
-def _renumber(dataset: Dataset, split: str, names: list[str]) -> None:
+def _renumber(dataset: Dataset, split: str, names: list[str], train_split: str) -> None:
     """Give a split's classes the numbers that they have in ``names``, in place."""
     own = _names(dataset)
     if own is None or own == names:
         return
     unknown = [name for name in own if name not in names]
     if unknown:
+        of_map = '--class-map or --class-names' if split == train_split else 'training'
+        remedy = 'name it there' if split == train_split else 'remove them from it, or add training images'
         raise UserError(
-            f"Split '{split}' has {len(unknown)} classes that are not among the {len(names)} of training, such as "
-            f"'{unknown[0]}': remove them from it, or add training images."
+            f"Split '{split}' has {len(unknown)} classes that are not among the {len(names)} of {of_map}, such as "
+            f"'{unknown[0]}': {remedy}."
         )
     number = {label: names.index(name) for label, name in enumerate(own)}
     holder = getattr(dataset, 'reader', dataset)
@@ -444,13 +470,14 @@ def _missing_classes(split: str, dataset: Dataset, names: list[str] | None) -> l
 
 
 def _check_labels(config: DataConfig, targets: list[int] | None, names: list[str] | None) -> None:
-    limit = config.num_classes
-    if targets is None or limit is None:
+    if targets is None:
         return
     highest = max(targets)
-    if highest >= limit or min(targets) < 0:
+    if names and highest >= len(names):
+        raise UserError(f'The data has labels up to {highest}, and {len(names)} classes have names: name all classes.')
+    if config.num_classes is not None and highest >= config.num_classes:
         raise UserError(
-            f'--num-classes {limit} is too small: the data has labels up to {highest}'
+            f'--num-classes {config.num_classes} is too small: the data has labels up to {highest}'
             + (f" ('{names[highest]}')" if names else '')
             + f'; give --num-classes {highest + 1}, or leave it out.'
         )

@@ -66,6 +66,8 @@ def _check_ranges(config: TrainConfig) -> None:
             raise UserError(f'--{name.replace("_", "-")} {low} {high} must be the lower and the higher limit.')
     if max(config.scale) > 1 and not (config.train_crop_mode or '').startswith('rk'):
         raise UserError(f'--scale {max(config.scale)} must be at most 1, a share of the image.')
+    if config.scale_lr and not (config.lr and config.lr_batch):
+        raise UserError('--scale-lr needs --lr and the batch that it is for, --lr-batch N.')
     milestones = config.decay_milestones
     if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
         raise UserError(f'--decay-milestones {" ".join(map(str, milestones))} must be in ascending order.')

@@ -15,6 +15,9 @@ from ccl_timm.training import recipes
 __all__ = ['ModelConfig', 'TrainConfig', 'diff_settings']
 
 
+_WITHOUT_COOLDOWN = ('step', 'multistep', 'constant', 'plateau')  # timm's schedules that do not have it
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig(Options, title='recipe'):
     """Where settings that are not given come from."""
@@ -277,7 +280,8 @@ class TrainConfig(RunConfig, ScheduleConfig, OptimConfig, LossConfig, ModelConfi
     @property
     def planned_epochs(self) -> int:
         """Epochs of a finished run, unless its patience ends it before."""
-        return self.epochs + self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
+        cooldown = 0 if self.sched in _WITHOUT_COOLDOWN else self.cooldown_epochs
+        return self.epochs + cooldown + (self.warmup_epochs if self.warmup_prefix else 0)
 
 
 def _without_overridden(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

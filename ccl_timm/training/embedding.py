@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccl_timm.console.escape import utf8_text
 from ccl_timm.errors import UserError, require_absent
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.prediction import compute_batches, find_images, head_outputs
@@ -50,7 +51,7 @@ def embed(
 
     images = find_images([str(folder)])
     for names, outputs in compute_batches(trained, images, batch_size, device, compute, unreadable):
-        paths += [name.relative_to(folder).as_posix() for name in names]
+        paths += [utf8_text(name.relative_to(folder).as_posix()) for name in names]
         batches.append(outputs)
     if not paths:
         raise UserError(f"Not one image in '{folder}' can be read.")

@@ -178,6 +178,7 @@ def choose_data(
     settings = {**settings, 'batch_size': batch_size}
     if data_dir is not None:
         settings |= {'data_dir': data_dir, 'dataset': dataset or '', 'train_fraction': None}
+        settings |= {} if dataset else {'input_key': None, 'target_key': None}  # columns of the Hub's data
     elif dataset is not None:
         settings |= {'dataset': dataset, 'train_fraction': None}
     if data_dir is not None or dataset is not None:

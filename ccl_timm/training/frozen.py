@@ -27,6 +27,7 @@ from ccl_timm.data import loaders
 from ccl_timm.data.cache import cache_dir
 from ccl_timm.data.datasets import Splits, base_of, content_hash
 from ccl_timm.errors import UserError
+from ccl_timm.heads import Head, head_options
 from ccl_timm.ops import on_all_processes, rank, world_size
 from ccl_timm.task import read_head
 from ccl_timm.training.config import TrainConfig
@@ -137,7 +138,7 @@ def features_of(
     """Features of a data set in a number of views, without the images that cannot be read."""
     # of a divided split all images are computed: the other share is needed as well, by this run or the next
     base, indices = (dataset, None) if config.train_fraction else base_of(dataset)
-    facts = _facts(model, data_config, base)
+    facts = _facts(config, model, data_config, base)
     views = []
     for view in range(number):
         changed = {name: getattr(config, name) for name in _AUGMENTATION} if view else {}
@@ -151,15 +152,19 @@ def features_of(
     return Features(torch.stack([view['features'][chosen] for view in views]).to(device), labels[chosen])
 
 
-def _facts(model: nn.Module, data_config: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _facts(config: TrainConfig, model: nn.Module, data_config: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """What features depend on."""
-    head = {id(tensor) for tensor in model.get_classifier().state_dict(keep_vars=True).values()}
+    classifier = model.get_classifier()
+    of_head = head_options(type(classifier)) if isinstance(classifier, Head) else []
+    head = {id(tensor) for tensor in classifier.state_dict(keep_vars=True).values()}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in head}
     return {
         'data': content_hash(dataset),
         'images': len(dataset),
         'backbone': model.pretrained_cfg.get('architecture', type(model).__name__).rpartition('_')[0],
         'weights': _hash(*(text for name, value in state.items() for text in (name.encode(), _bytes(value)))),
+        'options': {name: value for name, value in config.model_kwargs.items() if name not in of_head},
+        'settings': [config.gp, config.bn_eps, config.input_img_mode],
         'preprocessing': {name: data_config[name] for name in _PREPROCESSING},
         'versions': [timm.__version__, torch.__version__.split('+')[0]],
     }

@@ -10,6 +10,7 @@ from timm.models import get_pretrained_cfg, is_model, parse_model_name
 
 from ccl_timm import losses
 from ccl_timm.data.datasets import Splits
+from ccl_timm.data.files import read_lines
 from ccl_timm.errors import UserError
 from ccl_timm.ops import world_size
 from ccl_timm.training.config import TrainConfig
@@ -114,6 +115,10 @@ def class_weights(config: TrainConfig, splits: Splits) -> list[float] | None:
         return None
     if not counts or (config.class_weight != 'balanced' and not names):
         raise UserError(f"--class-weight does not work with '{config.dataset}', whose classes are not known.")
+    if config.num_classes and config.num_classes != len(counts):
+        raise UserError(
+            f'--class-weight weighs the {len(counts)} classes of the data, and --num-classes is {config.num_classes}.'
+        )
     if config.class_weight == 'balanced':
         return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
     return _read_class_weights(Path(config.class_weight), names or [])
@@ -128,7 +133,7 @@ def _read_class_weights(path: Path, names: list[str]) -> list[float]:
     if not path.is_file():
         raise UserError(f"--class-weight is 'balanced' or a file; there is no file '{path}'.")
     weights = dict.fromkeys(names, 1.0)
-    for line in filter(str.strip, path.read_text(encoding='utf-8').splitlines()):
+    for line in read_lines(path):
         name, _, value = line.strip().rpartition(' ')
         try:
             weights[name.strip()] = float(value)

@@ -27,7 +27,7 @@ from timm.utils import (
 from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 
-from ccl_timm.console import Progress, log_info
+from ccl_timm.console import Progress, log_info, log_warning
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.loaders import make_loaders
 from ccl_timm.errors import UserError, user_errors
@@ -296,10 +296,20 @@ class Trainer:
                 optimizer, scaler = (None, None) if config.no_resume_opt else (self.optimizer, self.scaler)
                 epoch = resume_task_checkpoint(self.task, str(checkpoint), optimizer, scaler, log_info=False)
                 self.start_epoch = epoch or 0
+                self._warn_of_rate(checkpoint)
             if config.model_ema:
                 self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
                 if checkpoint:
                     load_task_ema_checkpoint(self.task, str(checkpoint))
+
+    def _warn_of_rate(self, checkpoint: Path) -> None:
+        """The learning rate comes with the optimizer's state, which schedules start from."""
+        rates = {group.get('initial_lr') for group in self.optimizer.param_groups}
+        if len(rates) == 1 and None not in rates and not math.isclose(rate := rates.pop(), self.setup.lr):
+            log_warning(
+                f"The learning rate is {rate:g}, that of the optimizer in '{checkpoint}', not {self.setup.lr:g}: "
+                '--no-resume-opt starts a new one.'
+            )
 
     def _build_schedule(self, checkpoint: Path | None) -> None:
         options = scheduler_kwargs(self.config.view(lr=self.setup.lr), decreasing_metric=self.metric == 'loss')
@@ -338,13 +348,14 @@ class Trainer:
 
     def _backward(self, loss: Tensor, update: bool) -> None:
         config, parameters = self.config, None
+        second_order = getattr(self.optimizer, 'is_second_order', False)  # it differentiates the gradient
         if config.clip_grad is not None:
             parameters = self.task.get_clip_parameters(exclude_head=config.clip_mode == 'agc')
         if self.scaler is not None:
             clip = dict(clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters)
-            self.scaler(loss, self.optimizer, need_update=update, **clip)
+            self.scaler(loss, self.optimizer, create_graph=second_order, need_update=update, **clip)
             return
-        loss.backward()
+        loss.backward(create_graph=second_order)
         if update:
             if config.clip_grad is not None:
                 dispatch_clip_grad(parameters, value=config.clip_grad, mode=config.clip_mode)

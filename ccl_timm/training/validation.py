@@ -84,6 +84,8 @@ def evaluate_split(
         )
     split = _Split(trained, data, named, device, workers)
     dataset, same_classes = split.open(wanted)
+    if wanted.fit_temperature or wanted.knn:
+        split.check_unseen(dataset)
     loader = split.loader(dataset)
     trained.model.to(device)
     size = 'x'.join(map(str, trained.data_config['input_size']))
@@ -139,6 +141,19 @@ class _Split:
     def open_training(self) -> Any:
         names = self.trained.class_names
         return open_for(self.data, self.data.train_split, self._channels, names, training=True)
+
+    def check_unseen(self, dataset: Any) -> None:
+        """Raise a UserError if the data has images that the model was trained on, as far as files tell."""
+        try:
+            training = self.open_training()
+        except UserError:  # other data, without a training split
+            return
+        seen = datasets.real_paths(dataset) & datasets.real_paths(training)
+        if seen:
+            raise UserError(
+                f'{len(seen)} of these {len(dataset)} images are training images, which say nothing here: name a '
+                '--split, or a --data-dir, of other images.'
+            )
 
     def open_folder(self, folder: str) -> Any:
         """All images of a folder, whatever its structure."""

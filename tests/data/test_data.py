@@ -77,6 +77,21 @@ def test_validation_with_an_unknown_class_is_an_error(tmp_path):
         create_splits('--data-dir', root)
 
 
+@pytest.mark.parametrize('split, place', [('train', 'train'), ('validation', 'validation')])
+def test_images_outside_the_folders_of_classes_are_an_error(split, place, tmp_path):
+    root = write_folder(tmp_path)
+    stray = next((root / 'train' / 'ant').iterdir())
+    shutil.copy(stray, root / place / 'montage.png')
+    with pytest.raises(UserError, match=f"Split '{split}' has images outside .* folders, such as 'montage.png'"):
+        create_splits('--data-dir', root)
+
+
+def test_a_class_that_a_map_lacks_is_named(tmp_path):
+    root = write_folder(tmp_path)
+    with pytest.raises(UserError, match=r"not among the 2 of --class-map or --class-names, such as 'cat': name it"):
+        create_splits('--data-dir', root, '--class-names', 'ant', 'bee')
+
+
 def test_no_validation_split_names_the_remedies(tmp_path):
     root = write_folder(tmp_path)
     shutil.rmtree(root / 'validation')
@@ -118,6 +133,11 @@ def test_fingerprint_distinguishes_data(tmp_path):
     copy = create_splits('--data-dir', shutil.copytree(tmp_path / 'a', tmp_path / 'b'))
     fewer = create_splits('--data-dir', write_folder(tmp_path / 'c', train=7))
     assert first.fingerprint == copy.fingerprint != fewer.fingerprint
+
+
+def test_names_are_needed_for_all_labels():
+    with pytest.raises(UserError, match='labels up to 3, and 2 classes have names'):
+        datasets._check_labels(settings(), [0, 3], ['a', 'b'])
 
 
 def test_label_out_of_range(folder):

@@ -262,3 +262,12 @@ def test_every_reason_makes_an_image_unreadable(tmp_path):
     ):
         with pytest.raises(UnreadableImage, match=reason):
             read_image(tmp_path / f'{name}.png', 'RGB')
+
+
+@pytest.mark.parametrize('memory', ['auto', 'off'])
+def test_a_class_of_damaged_files_stops_no_training(memory, run_cli, workdir):
+    root = write_folder(workdir / 'images', train=20)
+    for path in (root / 'train' / 'ant').iterdir():
+        path.write_bytes(b'damaged')
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', root, '--in-memory', memory)
+    assert code == 0, err

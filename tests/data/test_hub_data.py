@@ -68,6 +68,14 @@ def test_classes_and_counts_come_from_the_data(monkeypatch):
     assert splits.fingerprint != without_names.fingerprint
 
 
+def test_images_of_the_hub_are_recognised_by_more_than_their_labels(monkeypatch):
+    readers = [Reader([0, 1, 2]) for _ in range(3)]
+    for reader, name in zip(readers, ('dark', 'dark', 'bright'), strict=True):
+        reader.dataset._fingerprint = name
+    found = [datasets.content_hash(create_splits(monkeypatch, reader).train) for reader in readers]
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_share_can_be_held_out(monkeypatch):
     splits = create_splits(monkeypatch, Reader([0, 1] * 10), '--val-fraction', '0.2')
     assert sorted(datasets.targets_of(splits.validation)) == [0, 0, 1, 1] and len(splits.train) == 16

@@ -103,7 +103,7 @@ def test_features_are_read_again_and_computed_anew_where_they_must(fit, cache, m
     _, _, err = fit()
     assert 'is damaged' in err and err.count('read from') == 1 and err.count('written to') == 1
 
-    for other in (['--seed', '7'], ['--mean', '0.5'], ['--img-size', '40']):  # the seed makes other weights
+    for other in (['--seed', '7'], ['--mean', '0.5'], ['--img-size', '40'], ['--gp', 'max']):  # a seed: other weights
         _, _, err = fit(*other)
         assert err.count('written to') == 2, other
 

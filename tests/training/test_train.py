@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ccl_timm.heads import CosineHead
 from ccl_timm.losses import list_losses, loss_class
@@ -232,7 +233,9 @@ def test_finishing_time_is_logged(run_cli, workdir):
         (['--model', 'vgg16_cam', '--grad-checkpointing'], "--grad-checkpointing does not work with 'vgg16_cam'"),
         (['--train-split', 'trian'], "has no split 'trian' (it has train, validation)"),
         (['--val-split', 'vall'], "has no split 'vall' (it has train, validation)"),
-        (['--class-names', 'ant', 'bee'], "has 1 classes that are not among the 2 of training, such as 'cat'"),
+        (['--class-names', 'ant', 'bee'], 'has 1 classes that are not among the 2 of --class-map or'),
+        (['--lr', '0.1', '--scale-lr'], '--scale-lr needs --lr and the batch that it is for, --lr-batch N'),
+        (['--num-classes', '5', '--class-weight', 'balanced', '--loss', 'ce'], 'weighs the 3 classes of the data'),
         (['--pretrained-path', 'none.pth'], "no checkpoint 'none.pth'"),
         (['--loss', 'pod', '--model', 'resnet18_pedcc', '--cutmix', '1'], 'Mixup and CutMix make soft targets'),
         (['--loss', 'mc', '--model', 'vit_tiny_patch16_224'], 'use a convolutional network'),
@@ -341,6 +344,34 @@ def test_runs_that_begin_together_get_folders_of_their_own(workdir):
     late = RunDir('output/train/same')
     late.create()
     assert late.path not in paths
+
+
+def test_a_run_with_a_class_map_resumes(tiny, workdir):
+    Path('names.txt').write_text('cat\nbee\nant\n')
+    argv = ('--class-map', 'names.txt', '--experiment', 'a', '--epochs', '2')
+    assert tiny(*argv)[0] == 0
+    code, out, err = tiny(*argv, '--resume', 'auto')
+    assert code == 0, err
+
+
+def test_a_learning_rate_that_a_checkpoint_overrides_is_named(tiny):
+    assert tiny('--experiment', 'a', '--lr', '0.1')[0] == 0
+    argv = ('--resume', 'output/train/a/last.pth.tar', '--lr', '0.001', '--epochs', '2')
+    assert "The learning rate is 0.1, that of the optimizer in 'output/train/a/last.pth.tar'" in tiny(*argv)[2]
+    assert 'The learning rate is' not in tiny(*argv, '--no-resume-opt')[2]
+
+
+def test_a_second_order_optimizer_trains(tiny):
+    code, out, err = tiny('--opt', 'adahessian', '--loss', 'ce')
+    assert code == 0, err
+
+
+@pytest.mark.parametrize('sched, epochs', [('step', 3), ('multistep', 3), ('constant', 3), ('cosine', 5), ('poly', 5)])
+def test_planned_epochs_are_timms(sched, epochs):
+    config = TrainConfig.resolve(['--sched', sched, '--epochs', '3', '--cooldown-epochs', '2', '--warmup-epochs', '0'])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    options = scheduler_kwargs(config.view(lr=1.0))
+    assert config.planned_epochs == epochs == create_scheduler_v2(optimizer, **options)[1]
 
 
 def test_checkpoint_of_another_run_does_not_write_over_this_one(tiny, trained):

@@ -93,6 +93,24 @@ def test_no_temperature_is_fitted_on_the_training_split(run_cli, run):
     assert code == 2 and 'was not trained on' in err and not (run / 'calibration.json').exists()
 
 
+@pytest.mark.parametrize('flag', [['--fit-temperature'], ['--knn', '1']])
+def test_images_trained_on_say_nothing(flag, run_cli, run, folder, workdir):
+    for argv, count in ((['--split', 'training'], 24), (['--data-dir', folder / 'train'], 24)):
+        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', *argv, *flag)
+        assert code == 2 and f'{count} of these 24 images are training images' in err
+    (workdir / 'other').mkdir()
+    shutil.copytree(folder / 'validation', workdir / 'other' / 'validation')
+    code, out, err = run_cli(
+        'timm', 'validate.py', run, '-j', '0', '--data-dir', workdir / 'other', '--fit-temperature'
+    )
+    assert code == 0, err
+
+
+def test_two_models_are_one_too_many(run_cli, run):
+    code, out, err = run_cli('timm', 'validate.py', run, '--checkpoint', 'other.pth.tar')
+    assert code == 2 and '--checkpoint other.pth.tar name two models: give one of them' in err
+
+
 @pytest.mark.parametrize(
     'content', ['{', '[]', '{"temperature": 0}', '{"temperature": "hot", "epoch": 1, "ema": false}']
 )
@@ -123,6 +141,9 @@ def test_classes_never_trained_on_are_measured_by_retrieval_alone(run_cli, run, 
     for flags in ([], ['--recall', '--calibration'], ['--recall', '--knn', '3']):
         code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, *flags)
         assert code == 2 and 'not among the 3 of training' in err
+    for flags in (['--per-class', 'a.csv'], ['--confusion', 'b.csv']):
+        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, '--recall', *flags)
+        assert code == 2 and 'leave out --per-class, --confusion and --save-split' in err
     alone = write_folder(workdir / 'alone', ('dog', 'eel'), validation=1)
     code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', alone, '--recall')
     assert code == 2 and 'No class has two images' in err
