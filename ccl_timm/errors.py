@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     'LIBRARY_ERRORS', 'PluginLoadError', 'UnknownNameError', 'UserError', 'did_you_mean', 'reason', 'require_absent',
+    'require_writable',
     'require_finite', 'user_errors',
 ]  # fmt: skip
 
@@ -68,9 +69,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def require_absent(path: str | os.PathLike) -> None:
-    """Raise a UserError if a file that is to be written exists, or its folder does not."""
+    """Raise a UserError if a file that is to be written exists."""
     if os.path.lexists(path):
         raise UserError(f"'{path}' exists already: name another file.")
+
+
+def require_writable(path: str | os.PathLike) -> None:
+    """Raise a UserError if a file that is to be written exists, or its folder does not."""
+    require_absent(path)
     if not os.path.isdir(folder := os.path.dirname(path) or '.'):
         raise UserError(f"There is no folder '{folder}' to write '{os.path.basename(path)}' into: create it first.")
 

@@ -8,7 +8,7 @@ from ccl_timm.cli.common import add_loading, add_source
 from ccl_timm.console import log_info
 from ccl_timm.console.arguments import Parser
 from ccl_timm.console.escape import shell_text
-from ccl_timm.errors import require_absent
+from ccl_timm.errors import require_writable
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.evaluation import pick_device
 from ccl_timm.training.gallery import create_gallery
@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    require_absent(args.output)
+    require_writable(args.output)
     trained = load_trained(args.source, args.use_ema)
     device = torch.device(pick_device(args.device))
     gallery = create_gallery(trained, args.folder, args.validation, device, args.batch_size, args.workers)

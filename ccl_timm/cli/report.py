@@ -6,7 +6,7 @@ from pathlib import Path
 from ccl_timm.cli.common import add_output
 from ccl_timm.console import log_info
 from ccl_timm.console.arguments import Parser
-from ccl_timm.errors import UserError, require_absent
+from ccl_timm.errors import UserError, require_writable
 from ccl_timm.experiments import plots
 from ccl_timm.experiments.matching import match_rows
 from ccl_timm.experiments.rendering import FORMATS, Report
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if args.rows and not args.table:
         raise UserError('--rows are those of a table: give its name with --table.')
     if args.output:
-        require_absent(args.output)
+        require_writable(args.output)
     if args.plot:
-        require_absent(args.plot)
+        require_writable(args.plot)
         plots.check_name(args.plot)
     found = read_results(args.runs)
     report = _report_rows(args.table, args.rows, found) if args.table else plain_report(found)

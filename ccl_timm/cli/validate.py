@@ -11,7 +11,7 @@ from ccl_timm.cli.common import add_data, add_loading, add_source
 from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.arguments import COUNT, Parser
 from ccl_timm.console.escape import csv_text
-from ccl_timm.errors import UserError, require_absent
+from ccl_timm.errors import UserError, require_writable
 from ccl_timm.experiments import plots
 from ccl_timm.training import validation
 from ccl_timm.training.checkpoints import Trained, load_trained
@@ -52,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.confusion, args.per_class, args.plot)):
-        require_absent(path)
+        require_writable(path)
     if args.plot:
         plots.check_name(args.plot)
     if args.source and args.checkpoint:
@@ -67,12 +67,17 @@ def run(args: argparse.Namespace) -> int:
     data = choose_data(trained.settings, args.data_dir, args.dataset, args.split, args.batch_size)
     calibration = args.calibration or bool(args.plot)
     wanted = validation.Measures(
-        calibration, args.fit_temperature, args.recall, args.knn, args.by_count, args.ood, args.tta
+        calibration,
+        args.fit_temperature,
+        args.recall,
+        args.knn,
+        args.by_count,
+        args.ood,
+        args.tta,
+        of_classes=bool(args.per_class or args.confusion or args.save_split),
     )
     found = validation.evaluate_split(trained, data, args.split is not None, device, args.workers, wanted)
     _log(found)
-    if 'top1' not in found.metrics and (args.per_class or args.confusion or args.save_split):
-        raise UserError('Of other classes, retrieval is all: leave out --per-class, --confusion and --save-split.')
     _write_files(args, found, trained)
     if args.save_split:
         validation.save_split(source, trained, f'{args.split}+tta' if args.tta else args.split, found)

@@ -259,7 +259,7 @@ def create_split(
     if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # the Hub's; each call of it reads the whole column
         dataset.targets = _column_of_labels(dataset.reader, f"Split '{split}' of '{config.dataset}'")
     own = _names(dataset) or []
-    if '' in own:
+    if '' in own and isinstance(getattr(dataset, 'reader', None), FolderReader):
         labels = targets_of(dataset) or []
         stray = next(name for name, label in zip(file_names(dataset), labels, strict=True) if not own[label])
         raise UserError(

@@ -313,7 +313,9 @@ def backbone_of(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Architecture without the head, and its options, such as the stem for small images, without the head's."""
     variant = models.split_variant(settings['model'])
     of_head = _head_options(variant[1]) if variant else []
-    options = {name: value for name, value in _model_options(settings).items() if value and name not in of_head}
+    options = {name: value for name, value in _model_options(settings).items() if name not in of_head}
+    if not options.get('small_input'):
+        options.pop('small_input', None)
     return variant[0] if variant else settings['model'], options
 
 

@@ -1,7 +1,7 @@
 """The papers' tables with our results beside theirs, and what two runs differ in."""
 
+import itertools
 import statistics
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +187,15 @@ def _note_of_tests(judged: dict[int, Difference]) -> list[str]:
 
 
 def _distinct(names: list[str], data: list[str], groups: list[Group]) -> list[str]:
-    """Names of groups, with the epochs where two groups of a data set have the same name."""
-    several = Counter(zip(names, data, strict=True))
-    return [
-        f'{name}, {own.epochs} epochs' if several[name, on] > 1 else name
-        for name, on, own in zip(names, data, groups, strict=True)
-    ]
+    """Names of groups, different within a data set: a name that is taken gets the epochs, or a number."""
+    found: list[str] = []
+    taken: set[tuple[str, str]] = set()
+    for name, on, own in zip(names, data, groups, strict=True):
+        numbered = (f'{name}, {number}' for number in itertools.count(2))
+        others = itertools.chain((name, f'{name}, {own.epochs} epochs'), numbered)
+        found.append(next(other for other in others if (other, on) not in taken))
+        taken.add((found[-1], on))
+    return found
 
 
 def _forests(

@@ -59,7 +59,7 @@ class PEDCCHead(Head):
     @classmethod
     def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The width of the features."""
-        return {'feature_dim': state['linear.weight'].shape[0]}
+        return {'feature_dim': state['linear.weight'].shape[0]} if 'linear.weight' in state else {}
 
     def reset(self, num_classes: int) -> None:
         """Make new centroids of the same width, keep the linear layer."""

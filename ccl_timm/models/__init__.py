@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -19,9 +20,9 @@ from torch import nn
 from ccl_timm import registry
 from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
-from ccl_timm.heads import head_name, output_names
+from ccl_timm.heads import head_class, head_name, output_names
 from ccl_timm.models import on_demand, weights
-from ccl_timm.models.builder import build_variant, register_variant, variant_cfg
+from ccl_timm.models.builder import build_variant, options_in, register_variant, variant_cfg
 from ccl_timm.models.fast_convnet import FastConvNet
 from ccl_timm.models.hub_errors import load_errors
 from ccl_timm.models.on_demand import split_variant
@@ -40,6 +41,7 @@ __all__ = [
     'register_variant',
     'split_variant',
     'name_owner',
+    'options_in_weights',
     'variant_cfg',
 ]
 
@@ -151,6 +153,12 @@ def _parse(model_name: str) -> tuple[str | None, str]:
         return parse_model_name(model_name)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def options_in_weights(name: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a state_dict of a model shows of its head, such as the width of features that classes decided."""
+    variant = split_variant(name)
+    return options_in(weights, variant[0], head_class(variant[1])) if variant else {}
 
 
 def ensure_registered(model_name: str, cache_dir: str | None = None) -> None:

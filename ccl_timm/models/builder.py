@@ -1,9 +1,10 @@
 """Named architectures: a timm backbone, one of our heads, and a stem, registered with timm."""
 
 import dataclasses
+import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import timm.models
@@ -36,7 +37,7 @@ from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
 from ccl_timm.models.variant import attach_head, backbone_class
 from ccl_timm.models.weights import check_classes, check_model_args, read_hub_weights, read_local_weights
 
-__all__ = ['build_variant', 'register_variant', 'variant_cfg']
+__all__ = ['build_variant', 'options_in', 'register_variant', 'variant_cfg']
 
 default_cfgs: dict[str, Any] = {}  # read by timm's register_model, which looks into the module of the function
 
@@ -141,10 +142,8 @@ def build_variant(
     options = {k: kwargs.pop(k) for k in head_options(head_class) if k in kwargs}
     weights = _read_weights(cfg, pretrained_cfg_overlay or {}, cache_dir) if pretrained else None
     kind = _kind_of(weights, backbone, head_class, options)
-    if kind == 'own' and weights:
-        path = f'{classifier_path(backbone)}.'
-        head = {key.removeprefix(path): value for key, value in weights.items() if key.startswith(path)}
-        options = {**head_class.options_from(head), **options}
+    found = options_in(weights, backbone, head_class) if kind == 'own' and weights else {}
+    options = {**found, **options}
     if pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir'):
         kind = _check_foreign(name, cfg, pretrained_cfg_overlay or {}, pretrained_model_args or {}, weights) or kind
     if kind != 'stock':
@@ -164,7 +163,7 @@ def build_variant(
         make_small_input(model, name)
     _attach(model, backbone, head_class, num_classes, options)
     model.pretrained_cfg = model.default_cfg = _without_weights(cfg)
-    model.pretrained_model_args = pretrained_model_args or {}
+    model.pretrained_model_args, model._model_args = pretrained_model_args or {}, found
     if own:
         with_head = kind == 'own' and num_classes
         _load_trained(model, name, cfg, own if with_head else _without_head(own, backbone), backbone)
@@ -173,6 +172,12 @@ def build_variant(
             f"The weights have another head than '{name}': its {head_class.__name__} starts anew.", stacklevel=2
         )
     return _extractor_of(model, indices) if features_only else model
+
+
+def options_in(weights: Mapping[str, Any], backbone: str, head_class: type[Head]) -> dict[str, Any]:
+    """Options of a head that the state_dict of a whole model shows; see ``Head.options_from``."""
+    path = f'{classifier_path(backbone)}.'
+    return head_class.options_from({k.removeprefix(path): value for k, value in weights.items() if k.startswith(path)})
 
 
 def _attach(model: TimmModel, backbone: str, head_class: type[Head], num_classes: int, options: dict[str, Any]) -> None:
@@ -293,8 +298,9 @@ def _read_weights(cfg: PretrainedCfg, overlay: dict[str, Any], cache_dir: str | 
         return read_local_weights(cfg.file)
     if cfg.file:
         return timm.models.load_state_dict(cfg.file)
-    if isinstance(cfg.url, str) and cfg.url:
-        return load_state_dict_from_url(cfg.url, map_location='cpu', weights_only=True)
+    if url := overlay.get('url'):
+        with user_errors(f"'{url}' cannot be loaded", (OSError, RuntimeError, pickle.UnpicklingError)):
+            return load_state_dict_from_url(url, cache_dir, map_location='cpu', weights_only=True)
     if cfg.hf_hub_id:
         return read_hub_weights(cfg.hf_hub_id, cache_dir)
     return None

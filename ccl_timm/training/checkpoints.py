@@ -105,8 +105,10 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     key = 'state_dict_ema' if use_ema else 'state_dict'
     if key not in checkpoint:
         raise UserError(f"'{checkpoint_file}' has no moving average: it was trained without --model-ema.")
-    model = build_model(settings)
-    model.load_state_dict(timm.models.clean_state_dict(checkpoint[key]))
+    state = timm.models.clean_state_dict(checkpoint[key])
+    found = models.options_in_weights(settings['model'], state)
+    model = build_model({**settings, 'model_kwargs': {**found, **settings.get('model_kwargs', {})}})
+    model.load_state_dict(state)
     _check_finite(model, checkpoint_file)
     config = timm.data.resolve_data_config(settings, model=model)
     names = settings.get('class_names')

@@ -15,7 +15,7 @@ from ccl_timm.training import recipes
 __all__ = ['ModelConfig', 'TrainConfig', 'diff_settings']
 
 
-_WITHOUT_COOLDOWN = ('step', 'multistep', 'constant', 'plateau')  # timm's schedules that do not have it
+_WITHOUT_COOLDOWN = ('none', 'step', 'multistep', 'constant', 'plateau')  # timm's schedules that do not have it
 
 
 @dataclass(frozen=True, kw_only=True)

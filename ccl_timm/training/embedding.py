@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ccl_timm.console.escape import utf8_text
-from ccl_timm.errors import UserError, require_absent
+from ccl_timm.errors import UserError, require_writable
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.prediction import compute_batches, find_images, head_outputs
 
@@ -64,7 +64,7 @@ def check_table(path: str | os.PathLike) -> None:
     """Raise a UserError unless a table can be written to a new file of this name."""
     if Path(path).suffix not in FORMATS:
         raise UserError(f"'{path}' must end in {' or '.join(FORMATS)}: those are the tables that can be written.")
-    require_absent(path)
+    require_writable(path)
     if Path(path).suffix == '.parquet':
         _pyarrow()
 

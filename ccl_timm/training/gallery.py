@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ccl_timm.data import datasets
 from ccl_timm.data.files import color_mode
 from ccl_timm.data.prepare import open_classes
-from ccl_timm.errors import UserError, require_absent, user_errors
+from ccl_timm.errors import UserError, require_writable, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
 from ccl_timm.training.evaluation import loader_of
@@ -51,7 +51,7 @@ class Gallery:
         Raises:
             UserError: the file exists.
         """
-        require_absent(path)
+        require_writable(path)
         known = {'class_names': self.class_names, 'threshold': self.threshold}
         metadata = {'model': self.model, 'weights': self.weights, 'gallery': json.dumps(known)}
         save_file({'features': self.features, 'labels': self.labels}, path, metadata)

@@ -43,6 +43,7 @@ class Measures:
         by_count: ``top1_many``, ``top1_medium`` and ``top1_few`` of the classes, by their training images.
         ood: folder of unknown images, which ``ood_<score>_auroc`` and ``ood_<score>_fpr95`` are measured with.
         tta: average the logits over each image and its mirror image; with measures of the confusion matrix only.
+        of_classes: the confusion matrix is needed, so that the data must have the model's classes.
     """
 
     calibration: bool = False
@@ -52,6 +53,7 @@ class Measures:
     by_count: bool = False
     ood: str | None = None
     tta: bool = False
+    of_classes: bool = False
 
     @property
     def need_outputs(self) -> bool:
@@ -84,8 +86,10 @@ def evaluate_split(
         )
     split = _Split(trained, data, named, device, workers)
     dataset, same_classes = split.open(wanted)
-    if wanted.fit_temperature or wanted.knn:
-        split.check_unseen(dataset)
+    if wanted.fit_temperature:
+        split.check_unseen(dataset, DataConfig.of(trained.settings))
+    if wanted.knn:
+        split.check_unseen(dataset, data)
     loader = split.loader(dataset)
     trained.model.to(device)
     size = 'x'.join(map(str, trained.data_config['input_size']))
@@ -138,17 +142,18 @@ class _Split:
         log_info('The data has classes that the model was not trained on: only retrieval is measured.')
         return dataset, False
 
-    def open_training(self) -> Any:
-        names = self.trained.class_names
-        return open_for(self.data, self.data.train_split, self._channels, names, training=True)
+    def open_training(self, data: DataConfig | None = None) -> Any:
+        data = data or self.data
+        return open_for(data, data.train_split, self._channels, self.trained.class_names, training=True)
 
-    def check_unseen(self, dataset: Any) -> None:
-        """Raise a UserError if the data has images that the model was trained on, as far as files tell."""
-        try:
-            training = self.open_training()
-        except UserError:  # other data, without a training split
-            return
-        seen = datasets.real_paths(dataset) & datasets.real_paths(training)
+    def check_unseen(self, dataset: Any, data: DataConfig) -> None:
+        """Raise a UserError if files of a data set are among the training images of some data, if that is here."""
+        seen = datasets.real_paths(dataset)
+        if seen:
+            try:
+                seen &= datasets.real_paths(self.open_training(data))
+            except UserError:
+                return
         if seen:
             raise UserError(
                 f'{len(seen)} of these {len(dataset)} images are training images, which say nothing here: name a '

@@ -141,6 +141,9 @@ def test_a_pedcc_checkpoint_takes_more_classes_than_its_width_was_chosen_for(tmp
     timm.models.save_for_hf(source, str(tmp_path), safe_serialization=True)
     other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=300)
     assert other.fc.weight.shape == (300, 512) and torch.equal(other.fc.linear.weight, source.fc.linear.weight)
+    timm.models.save_for_hf(other, str(tmp_path / 'again'), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "again"}', pretrained=True, num_classes=10)
+    assert again.fc.weight.shape == (10, 512)
 
 
 def test_a_missing_embedding_is_refused_with_other_classes_too(tmp_path):

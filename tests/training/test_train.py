@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ccl_timm.heads import CosineHead
 from ccl_timm.losses import list_losses, loss_class
 from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
@@ -361,12 +364,24 @@ def test_a_learning_rate_that_a_checkpoint_overrides_is_named(tiny):
     assert 'The learning rate is' not in tiny(*argv, '--no-resume-opt')[2]
 
 
+def test_a_run_that_began_with_a_wider_pedcc_head_is_loaded(tiny, workdir):
+    model = timm.create_model('test_resnet_pedcc', num_classes=300)
+    save_file(model.state_dict(), 'wide.safetensors')
+    argv = ('--model', 'test_resnet_pedcc', '--loss', 'ce', '--pretrained-path', 'wide.safetensors', '--epochs', '2')
+    code, out, err = tiny(*argv, '--experiment', 'a')
+    assert code == 0, err
+    assert load_trained('output/train/a').model.fc.weight.shape == (3, 1024)
+
+
 def test_a_second_order_optimizer_trains(tiny):
     code, out, err = tiny('--opt', 'adahessian', '--loss', 'ce')
     assert code == 0, err
 
 
-@pytest.mark.parametrize('sched, epochs', [('step', 3), ('multistep', 3), ('constant', 3), ('cosine', 5), ('poly', 5)])
+@pytest.mark.parametrize(
+    'sched, epochs',
+    [('none', 3), ('step', 3), ('plateau', 3), ('multistep', 3), ('constant', 3), ('cosine', 5), ('poly', 5)],
+)
 def test_planned_epochs_are_timms(sched, epochs):
     config = TrainConfig.resolve(['--sched', sched, '--epochs', '3', '--cooldown-epochs', '2', '--warmup-epochs', '0'])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)

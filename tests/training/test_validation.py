@@ -95,15 +95,15 @@ def test_no_temperature_is_fitted_on_the_training_split(run_cli, run):
 
 @pytest.mark.parametrize('flag', [['--fit-temperature'], ['--knn', '1']])
 def test_images_trained_on_say_nothing(flag, run_cli, run, folder, workdir):
-    for argv, count in ((['--split', 'training'], 24), (['--data-dir', folder / 'train'], 24)):
+    for argv in (['--split', 'training'], ['--data-dir', folder / 'train']):
         code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', *argv, *flag)
-        assert code == 2 and f'{count} of these 24 images are training images' in err
-    (workdir / 'other').mkdir()
-    shutil.copytree(folder / 'validation', workdir / 'other' / 'validation')
-    code, out, err = run_cli(
-        'timm', 'validate.py', run, '-j', '0', '--data-dir', workdir / 'other', '--fit-temperature'
-    )
-    assert code == 0, err
+        assert code == 2 and '24 of these 24 images are training images' in err
+    flat = shutil.copytree(folder / 'validation', workdir / 'flat')
+    code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', flat, *flag)
+    if flag == ['--knn', '1']:  # a folder without splits is the whole of either
+        assert code == 2 and 'images are training images' in err
+    else:
+        assert code == 0, err
 
 
 def test_two_models_are_one_too_many(run_cli, run):
@@ -138,12 +138,10 @@ def test_classes_never_trained_on_are_measured_by_retrieval_alone(run_cli, run, 
     printed = results(out)
     assert printed['images'] == 20 and 'top1' not in printed and 0 <= printed['map_at_r'] <= 100
     assert 'top1' not in ccl_timm.load(run).evaluate(str(unseen), recall=True).metrics
-    for flags in ([], ['--recall', '--calibration'], ['--recall', '--knn', '3']):
+    for flags in ([], ['--calibration'], ['--knn', '3'], ['--per-class', 'a.csv'], ['--confusion', 'b.csv']):
+        flags = ['--recall', *flags] if flags else []
         code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, *flags)
         assert code == 2 and 'not among the 3 of training' in err
-    for flags in (['--per-class', 'a.csv'], ['--confusion', 'b.csv']):
-        code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', unseen, '--recall', *flags)
-        assert code == 2 and 'leave out --per-class, --confusion and --save-split' in err
     alone = write_folder(workdir / 'alone', ('dog', 'eel'), validation=1)
     code, out, err = run_cli('timm', 'validate.py', run, '-j', '0', '--data-dir', alone, '--recall')
     assert code == 2 and 'No class has two images' in err
