@@ -475,7 +475,7 @@ def _check_labels(config: DataConfig, targets: list[int] | None, names: list[str
     highest = max(targets)
     if names and highest >= len(names):
         raise UserError(f'The data has labels up to {highest}, and {len(names)} classes have names: name all classes.')
-    if config.num_classes is not None and highest >= config.num_classes:
+    if config.num_classes is not None and (highest >= config.num_classes or min(targets) < 0):
         raise UserError(
             f'--num-classes {config.num_classes} is too small: the data has labels up to {highest}'
             + (f" ('{names[highest]}')" if names else '')
