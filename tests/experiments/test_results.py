@@ -53,6 +53,20 @@ def test_comparison_is_what_compare_shows(run_cli, monkeypatch):
         assert (code, out) == (0, '\n'.join(shown)), err
 
 
+def test_the_picture_of_curves_is_that_of_the_records(run_cli, tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(ROOT)
+    page = PAGES[1].read_text(encoding='utf-8')
+    (command,) = re.findall(r'^ccl-timm (report .* --plot) curves.svg \\\n +(.*)$', page, re.M)
+    code, out, err = run_cli('ccl-timm', *command[0].split(), tmp_path / 'curves.svg', *command[1].split())
+    assert code == 0, err
+    drawn, kept = (
+        path.read_text() for path in (tmp_path / 'curves.svg', PAGES[1].with_name('fast_cifar10_curves.svg'))
+    )
+    lines = [re.findall(r'<path d="(M [^"]*)" clip-path', text) for text in (drawn, kept)]
+    assert len(lines[0]) >= 5 and lines[0] == lines[1]
+
+
 def test_what_we_learned_is_what_the_tables_say():
     learned, page = (PAGES[1].with_name(name).read_text(encoding='utf-8') for name in ('LEARNED.md', 'README.md'))
     sections = {
@@ -82,7 +96,7 @@ def test_every_record_is_in_a_table():
 
 
 def test_a_record_has_how_it_was_made_and_nothing_of_the_machine():
-    assert len(RUNS) == 61 and sum(path.is_file() for path in (ROOT / 'hub_cards').rglob('*')) <= 50
+    assert len(RUNS) == 73 and sum(path.is_file() for path in (ROOT / 'hub_cards').rglob('*')) <= 52
     for run in RUNS:
         assert {'command', 'versions', 'device', 'threads', 'data_fingerprint'} <= run.environment.keys(), run.source
         typed = re.findall(r'--seed (\d+)', run.environment['command'])
