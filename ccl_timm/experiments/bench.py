@@ -30,7 +30,7 @@ from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.in_memory import Augment, InMemoryLoader
 from ccl_timm.data.loaders import create_loader, make_loaders
-from ccl_timm.errors import UserError
+from ccl_timm.errors import UserError, user_errors
 from ccl_timm.losses import channel_correlation
 from ccl_timm.models import create_model
 from ccl_timm.task import create_task
@@ -273,7 +273,8 @@ def bench_layouts(
     if backend:
         best = min(found, key=found.__getitem__)
         compiled = copy.deepcopy(task)
-        compiled.compile(backend=backend)
+        with user_errors(f"--torchcompile '{backend}' does not work", (RuntimeError,)):
+            compiled.compile(backend=backend)
         tasks = {'eager': task, 'compiled': compiled}
         steps = {name: functools.partial(time_step, own, best, batch, images) for name, own in tasks.items()}
         seconds[f'{best.layout}, {best.dtype}, compiled'] = found[best] * ratios(steps, rounds, device)['compiled'][1]

@@ -59,6 +59,12 @@ def test_the_fastest_step_is_compiled_too(run_cli):
     assert len(rows) == LAYOUTS and compiled['name'] == f'{min(rows, key=lambda row: row["seconds"])["name"]}, compiled'
 
 
+def test_an_unknown_backend_is_one_sentence(run_cli):
+    argv = [*CASES['layouts'][0], '--torchcompile', 'inductr', '--device', 'cpu']
+    code, out, err = run_cli('ccl-timm', 'bench', 'layouts', *argv)
+    assert code == 2 and "--torchcompile 'inductr' does not work" in err
+
+
 # in the place of timm's train.py: takes the same arguments, writes the same file
 _SCRIPT = """
 import argparse, pathlib
