@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ccl_timm.console import log_info
 from ccl_timm.data.cache import cache_dir
+from ccl_timm.data.threads import image_threads
 from ccl_timm.ops import on_all_processes, world_size
 
 __all__ = ['DecodedImages', 'ImageCache', 'cached_images', 'free_space']
@@ -150,9 +150,13 @@ def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, th
     stem.parent.mkdir(parents=True, exist_ok=True)
     shapes, labels = np.zeros((count, 3), np.int64), np.zeros(count, np.int64)
     pixels, index = _files(stem)
+
+    def read_rows(number: int) -> tuple[np.ndarray, int]:
+        image, label = read(number)
+        return image.permute(1, 2, 0).contiguous().numpy(), label
+
     with _replacing(pixels) as file:
-        for number, (image, label) in enumerate(_in_order(read, count, threads)):
-            rows = image.permute(1, 2, 0).contiguous().numpy()
+        for number, (rows, label) in enumerate(_in_order(read_rows, count, threads)):
             shapes[number], labels[number] = rows.shape, label
             file.write(rows)
         size = file.tell()
@@ -165,7 +169,7 @@ def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, th
 def _in_order(read: Callable[[int], Any], count: int, threads: int) -> Iterator[Any]:
     """Results of ``read`` for 0, 1, ..., computed a few ahead: a disk slower than the decoder does not fill memory."""
     block = 32 * threads
-    with ThreadPoolExecutor(threads) as pool:
+    with image_threads(threads) as pool:
         ahead = pool.map(read, range(min(block, count)))
         for start in range(0, count, block):
             now, ahead = ahead, pool.map(read, range(min(start + block, count), min(start + 2 * block, count)))

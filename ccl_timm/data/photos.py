@@ -1,8 +1,9 @@
 """Photographs: decoded fast, and cropped at random a batch at a time from a cache of decoded ones."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from ccl_timm.data.image_cache import ImageCache
 from ccl_timm.data.in_memory import random_boxes
+from ccl_timm.data.threads import image_threads
 
 __all__ = ['RandomPhotos', 'decode_resized', 'resized', 'shrunk_size']
 
@@ -57,11 +59,36 @@ def decode_resized(file: BinaryIO, mode: str, size_of: Callable[[tuple[int, int]
     """
     with file, Image.open(file) as image:
         height, width = size_of((image.height, image.width))
-        if image.height >= 2 * height and image.width >= 2 * width:
+        reduced = image.height >= 2 * height and image.width >= 2 * width
+        if reduced:
             image.draft(None, (width, height))
-        rows = np.array(image if image.mode == mode else image.convert(mode))
-    pixels = torch.from_numpy(rows).view(*rows.shape[:2], -1).permute(2, 0, 1)
+        whole_jpeg = (image.format, image.mode) == ('JPEG', mode) and not reduced
+        pixels = _decode_jpeg(file) if whole_jpeg else None
+        if pixels is None:
+            rows = np.array(image if image.mode == mode else image.convert(mode))
+            pixels = torch.from_numpy(rows).view(*rows.shape[:2], -1).permute(2, 0, 1)
     return resized(pixels, (height, width))
+
+
+def _decode_jpeg(file: BinaryIO) -> Tensor | None:
+    """Pillow's pixels (C, H, W) in less time; None if torchcodec cannot decode them: then Pillow says why."""
+    decode = _torchcodec()
+    if decode is None:
+        return None
+    file.seek(0)
+    with contextlib.suppress(RuntimeError):
+        return decode(file.read(), mode='UNCHANGED')
+    return None
+
+
+@functools.cache
+def _torchcodec() -> Callable[..., Tensor] | None:
+    """Its decoder of JPEGs; None without the package, or with one that does not fit this torch."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return decode_jpeg
 
 
 class RandomPhotos:
@@ -103,26 +130,30 @@ class RandomPhotos:
         # as long as a row of pixels: torch is ten times slower where it has to repeat three values for each pixel
         self.mean, self.std = (torch.tensor([v * 255 for v in s]).repeat(size[1]) for s in (mean, std))
         self.threads = max(1, min(workers, os.cpu_count() or 1))
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool = image_threads(self.threads)
 
     def __call__(self, indices: Tensor) -> Tensor:
         """Images (B, C, *size) float32 of these numbers (B,) of readable images, newly drawn and normalised."""
         numbers = self.cache.readable[indices]
-        draw = self._draw_padded(numbers) if self.pad_crop else self._draw_resized(numbers)
+        prepare = self._draw_padded if self.pad_crop else self._draw_resized
+        # in one of our threads, too: those of torch, which other threads' operations use, spin for a while afterwards
+        draw = self._pool.submit(prepare, numbers).result()
         count = len(numbers)
         mirrored, turned = (torch.rand(count) < chance for chance in (self.hflip, self.vflip))
         axes = [[2] * m + [1] * t for m, t in zip(mirrored.tolist(), turned.tolist(), strict=True)]
         height, width = self.size
         rows = torch.empty(count, height, len(self.mean))
 
-        def fill(places: Sequence[int]) -> None:
+        places = iter(range(count))  # each thread takes the next: some begin later than others
+
+        def fill(_: int) -> None:
             for place in places:
                 image = draw(place)
                 image = image.flip(axes[place]) if axes[place] else image
                 pixels = image.permute(1, 2, 0).reshape(height, -1)
-                torch.sub(pixels, self.mean, out=rows[place]).div_(self.std)
+                rows[place].copy_(pixels).sub_(self.mean).div_(self.std)
 
-        list(self._pool.map(fill, [range(start, count, self.threads) for start in range(self.threads)]))
+        list(self._pool.map(fill, range(self.threads)))
         return rows.view(count, height, width, -1).permute(0, 3, 1, 2)
 
     def _draw_resized(self, numbers: Tensor) -> Callable[[int], Tensor]:

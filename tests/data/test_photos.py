@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +16,14 @@ from PIL import Image
 from torchvision import transforms
 
 from ccl_timm.data import image_cache
+from ccl_timm.data import photos as decoding
 from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.image_cache import ImageCache, cached_images
 from ccl_timm.data.in_memory import random_boxes
 from ccl_timm.data.loaders import evaluation_loader, make_loaders
 from ccl_timm.data.photos import RandomPhotos, decode_resized, resized, shrunk_size
+from ccl_timm.data.threads import image_threads
 
 CPU = torch.device('cpu')
 UNCHANGED = {'mean': (0.0,) * 3, 'std': (1 / 255,) * 3}  # normalised values are those of the pixels
@@ -95,6 +99,43 @@ def test_decoded_pixels_are_pillows(case, photo):
     theirs = pixels_of(Image.open(io.BytesIO(file.getvalue())).convert(mode))
     assert torch.equal(decode_resized(file, mode, lambda size: size), theirs)
     assert file.closed
+
+
+@pytest.mark.parametrize('size', [(420, 640), (40, 60)])
+def test_without_torchcodec_pixels_are_the_same(photo, size, monkeypatch):
+    file = encoded(photo, format='JPEG')
+    with_it = decode_resized(io.BytesIO(file.getvalue()), 'RGB', lambda _: size)
+    assert decoding._torchcodec() is not None
+    decoding._torchcodec.cache_clear()
+    monkeypatch.setitem(sys.modules, 'torchcodec.decoders', None)
+    try:
+        assert decoding._torchcodec() is None
+        assert torch.equal(decode_resized(file, 'RGB', lambda _: size), with_it)
+    finally:
+        decoding._torchcodec.cache_clear()
+
+
+def test_what_torchcodec_does_not_decode_pillow_does(photo, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError('12 bits are not supported')
+
+    monkeypatch.setattr(decoding, '_torchcodec', lambda: fail)
+    file = encoded(photo, format='JPEG')
+    expected = pixels_of(Image.open(io.BytesIO(file.getvalue())))
+    assert torch.equal(decode_resized(file, 'RGB', lambda size: size), expected)
+
+
+def test_threads_for_images_compute_alone_and_others_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with image_threads(2) as pool:
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+            assert torch.get_num_threads() == 2
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_large_jpegs_are_decoded_small(photo):
