@@ -27,7 +27,7 @@ LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channel
 _LONG = 300  # seconds: of shorter runs the timing would take a large share
 _GAIN = 1.05  # smaller gains are within what a busy machine varies by
 _STEP = 0.25  # seconds that a timed step takes, or less
-_ROUNDS = 4  # the first does not count
+_ROUNDS = 3
 _HOPELESS = 3  # times the fastest: timed on a few images only
 
 
@@ -75,11 +75,15 @@ def time_choices(
         if each < at_least:
             return {}
         # the first step of each prepares kernels; of some precisions it takes very long
-        found = {choice: min(step(task, choice, few) for _ in range(2)) / few for choice in choices}
+        others = {choice: min(step(task, choice, few) for _ in range(2)) / few for choice in choices[1:]}
+        found = {choices[0]: each} | others
         hopeful = [choice for choice in choices if found[choice] < _HOPELESS * min(found.values())]
         count = max(min(batch_size, int(_STEP / each)), few)
+        if count > few:
+            for choice in hopeful:
+                step(task, choice, count)  # prepares kernels for as many
         rounds = [{choice: step(task, choice, count) / count for choice in hopeful} for _ in range(_ROUNDS)]
-    return found | {choice: min(timed[choice] for timed in rounds[1:]) for choice in hopeful}
+    return found | {choice: min(timed[choice] for timed in rounds) for choice in hopeful}
 
 
 def _attempt(*args: Any, **options: Any) -> float:

@@ -117,6 +117,16 @@ def test_hopeless_choices_are_timed_on_few_images(task, clock):
     assert max(count for choice, count in calls if choice.dtype == 'float32') == 32
 
 
+def test_slow_networks_take_few_steps(task, clock):
+    seconds, calls = clock
+    fastest(task)
+    assert [count for _, count in calls] == [8] * 20  # two of each choice, then three rounds
+    calls.clear()
+    seconds |= dict.fromkeys(seconds, 1 / 64)
+    fastest(task, batch_size=64)
+    assert [count for _, count in calls] == [8] * 8 + [16] * 16  # as many images are new: one round more
+
+
 def test_precisions_that_a_processor_emulates_are_not_timed(task, clock, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
     assert fastest(task) == 'channels_last' and {choice.dtype for choice, _ in clock[1]} == {'float32'}
