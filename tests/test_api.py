@@ -1,5 +1,6 @@
 """Python's way to what the commands do: train, load, and a run's methods."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_train_fit_export_and_load(folder, workdir):
     run = ccl_timm.train(**SETTINGS, data_dir=str(folder), experiment='a', smoothing=0.0)
     assert Path(run.source) == Path('output/train/a') and run.trained.settings['loss'] == 'cc'
     again = run.fit(epochs=2, experiment='b', lr=0.001)
-    assert again.trained.settings['pretrained_path'].startswith('output/train/a/')
+    assert again.trained.settings['initial_checkpoint'].startswith('output/train/a/')
     assert (again.trained.settings['epochs'], again.trained.settings['batch_size']) == (2, 8)
     assert {path.name for path in again.export('exported')} == {
         'model.safetensors',
@@ -60,6 +61,20 @@ def test_train_fit_export_and_load(folder, workdir):
     assert ccl_timm.load('exported').predict(image) == again.predict(image)
     with pytest.raises(ccl_timm.UserError, match="'exported' is no run"):
         ccl_timm.load('exported').fit(epochs=1)
+
+
+def test_fit_goes_on_with_all_weights_unless_data_are_named(run, folder, workdir):
+    begun = run.model.get_classifier().state_dict()
+    still = {'epochs': 1, 'lr': 1e-12, 'warmup_epochs': 0}
+    same = run.fit(**still, experiment='same').model.get_classifier().state_dict()
+    assert all(
+        torch.allclose(value, begun[name], atol=1e-6) for name, value in same.items() if value.is_floating_point()
+    )
+    for split in ('train', 'validation'):
+        for name in ('cat', 'dog'):
+            shutil.copytree(next((folder / split).iterdir()), Path('pets', split, name))
+    other = run.fit(**still, data_dir='pets', experiment='other')
+    assert other.trained.class_names == ['cat', 'dog'] and other.model.num_classes == 2
 
 
 @pytest.mark.parametrize(

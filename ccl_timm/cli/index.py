@@ -39,5 +39,6 @@ def run(args: argparse.Namespace) -> int:
     gallery.save(args.output)
     limit = 'no threshold' if gallery.threshold is None else f'threshold {gallery.threshold:.4f}'
     log_info(f'written: {args.output}, {len(gallery.labels)} images of {len(gallery.class_names)} classes, {limit}')
-    print(f'use it: ccl-timm predict {shell_text([args.source])} IMAGES --gallery {shell_text([args.output])}')
+    source = shell_text([args.source, *(['--use-ema'] if args.use_ema else [])])
+    print(f'use it: ccl-timm predict {source} IMAGES --gallery {shell_text([args.output])}')
     return 0

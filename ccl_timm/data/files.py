@@ -209,7 +209,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
         UserError: the file cannot be read, or is no UTF-8 text.
     """
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not a text file in UTF-8: {error.reason} at byte {error.start}.") from error
     except (OSError, ValueError) as error:

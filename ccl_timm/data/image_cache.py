@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from ccl_timm.console import log_info
 from ccl_timm.data.cache import cache_dir
 from ccl_timm.data.threads import image_threads
-from ccl_timm.ops import on_all_processes, world_size
+from ccl_timm.ops import on_all_processes
 
-__all__ = ['DecodedImages', 'ImageCache', 'cached_images', 'free_space']
+__all__ = ['DecodedImages', 'ImageCache', 'cached_images', 'free_space', 'is_cached']
 
 _FORMAT = 1  # of the files: another number makes them unknown
+_SIGN_OF_LIFE = 60  # seconds after which processes that wait hear that another is at work: they give up after minutes
 
 
 class ImageCache:
@@ -114,18 +115,27 @@ def cached_images(
     Returns:
         The cache; None, on all processes, if one of them cannot have it, which is logged.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, count, facts], sort_keys=True).encode()).hexdigest()[:32]
-    stem = cache_dir('images') / key
+    stem = _stem(count, facts)
     found = _opened(stem)
     if int(os.environ.get('LOCAL_RANK', 0)) == 0 and (found is None or len(found.readable) < count):
         try:
             _build(stem, read, count, max(workers, 1))
         except OSError as error:
             log_info(f'decoded images cannot be kept in {stem.parent}: {error.strerror or error}')
-    if world_size() > 1:
-        torch.distributed.barrier()
+    while not on_all_processes(True):  # some are still at work, and say so
+        pass
     cache = _opened(stem)
     return cache if on_all_processes(cache is not None) else None
+
+
+def is_cached(count: int, facts: dict[str, Any]) -> bool:
+    """Whether these images are in the cache; arguments as of :func:`cached_images`."""
+    return _opened(_stem(count, facts)) is not None
+
+
+def _stem(count: int, facts: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps([_FORMAT, count, facts], sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir('images') / key
 
 
 def _files(stem: Path) -> tuple[Path, Path]:
@@ -146,7 +156,7 @@ def _opened(stem: Path) -> ImageCache | None:
 
 
 def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, threads: int) -> None:
-    started = time.monotonic()
+    started = waiting = time.monotonic()
     stem.parent.mkdir(parents=True, exist_ok=True)
     shapes, labels = np.zeros((count, 3), np.int64), np.zeros(count, np.int64)
     pixels, index = _files(stem)
@@ -159,6 +169,9 @@ def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, th
         for number, (rows, label) in enumerate(_in_order(read_rows, count, threads)):
             shapes[number], labels[number] = rows.shape, label
             file.write(rows)
+            if time.monotonic() > waiting + _SIGN_OF_LIFE:
+                on_all_processes(False)
+                waiting = time.monotonic()
         size = file.tell()
     with _replacing(index) as file:  # last: it says that the pixels are whole
         np.savez(file, shapes=shapes, labels=labels)

@@ -15,7 +15,7 @@ from ccl_timm.console import log_info
 from ccl_timm.data.config import LoaderConfig
 from ccl_timm.data.datasets import ImageFiles, Replacing, Splits, base_of, content_hash
 from ccl_timm.data.files import UnreadableImage, unreadable_if_it_fails
-from ccl_timm.data.image_cache import ImageCache, cached_images, free_space
+from ccl_timm.data.image_cache import ImageCache, cached_images, free_space, is_cached
 from ccl_timm.data.photos import shrunk_size
 
 __all__ = [
@@ -109,13 +109,16 @@ def first_image(dataset: Dataset) -> Image.Image:
     return Replacing(dataset)[0][0]
 
 
-def obstacle_on_disk(config: LoaderConfig, dataset: Dataset, size: tuple[int, int]) -> str | None:
+def obstacle_on_disk(
+    config: LoaderConfig, dataset: Dataset, size: tuple[int, int], transform: Callable | None = None
+) -> str | None:
     """Why decoded images cannot be kept on disk; with ``--in-memory auto`` also why they need not.
 
     Args:
         config: the settings.
         dataset: the training split.
         size: height and width of the model's input.
+        transform: of each image before it is kept; None for photographs as :func:`photos_on_disk` keeps them.
     """
     if not isinstance(base_of(dataset)[0], ImageFiles):
         return 'the images are not files'
@@ -128,7 +131,8 @@ def obstacle_on_disk(config: LoaderConfig, dataset: Dataset, size: tuple[int, in
     needed = len(dataset) * pixels * len(base_of(dataset)[0].mode)
     if automatic and needed > _LARGEST:
         return f'it would take {needed / 2**30:.1f} GiB'
-    if needed > free_space() / (2 if automatic else 1):
+    steps = str(transform) if transform else _photo_steps(config, size)
+    if needed > free_space() / (2 if automatic else 1) and not is_cached(len(dataset), _facts(dataset, steps)):
         return f'it would take {needed / 2**30:.1f} GiB, and {free_space() / 2**30:.1f} are free'
     return None
 
@@ -171,14 +175,17 @@ def photos_on_disk(config: LoaderConfig, dataset: Dataset, size: tuple[int, int]
     def read(place: int) -> tuple[torch.Tensor, int]:
         return base.resized(place if indices is None else indices[place], kept)
 
-    steps = f'pad-crop {size}' if config.pad_crop else f'crop {max(size)}'
-    return cached_images(read, len(dataset), _facts(dataset, steps), config.workers)
+    return cached_images(read, len(dataset), _facts(dataset, _photo_steps(config, size)), config.workers)
 
 
 def transformed_on_disk(dataset: Dataset, transform: Callable, workers: int) -> ImageCache | None:
     """Images of a folder after a transform into uint8 tensors (C, H, W); None if they cannot be written."""
     dataset.transform = transform
     return cached_images(dataset.__getitem__, len(dataset), _facts(dataset, str(transform)), workers)
+
+
+def _photo_steps(config: LoaderConfig, size: tuple[int, int]) -> str:
+    return f'pad-crop {size}' if config.pad_crop else f'crop {max(size)}'
 
 
 def _facts(dataset: Dataset, steps: str) -> dict[str, object]:

@@ -22,7 +22,7 @@ from ccl_timm.data.in_memory import Augment, InMemoryLoader, decode
 from ccl_timm.data.photos import RandomPhotos
 from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
-from ccl_timm.ops import rank, world_size
+from ccl_timm.ops import on_all_processes, rank, world_size
 
 __all__ = ['create_loader', 'evaluation_loader', 'loaders_in_memory', 'make_loaders', 'ordered_training_loader']
 
@@ -191,6 +191,8 @@ def _file_loader(
     )
     if config.samples_per_class:
         loader.loader = _with_sampler(loader.loader, _sampler(config, targets_of(dataset)))
+    elif isinstance(loader.sampler, DistributedSampler):
+        loader.sampler.seed = config.seed  # timm's have the same one in each run
     return loader
 
 
@@ -210,7 +212,7 @@ def _sampler(config: LoaderConfig, targets: list[int] | None) -> Sampler:
             )
         shared = (config.batch_size, config.samples_per_class, config.seed, rank(), world_size())
         return ClassBalancedSampler(targets, *shared)
-    return DistributedSampler(targets) if world_size() > 1 else RandomSampler(targets)
+    return DistributedSampler(targets, seed=config.seed) if world_size() > 1 else RandomSampler(targets)
 
 
 def _memory_loader(
@@ -260,11 +262,13 @@ def _disk_loader(
     if config.in_memory not in ('auto', 'disk'):
         return None
     size = tuple(data_config['input_size'][-2:])
-    obstacle, cache = keeping.obstacle_on_disk(config, dataset, size), None
-    if not obstacle and config.no_aug:
-        transform = keeping.no_aug_transform(size, data_config['interpolation'])
+    transform = keeping.no_aug_transform(size, data_config['interpolation']) if config.no_aug else None
+    obstacle, cache = keeping.obstacle_on_disk(config, dataset, size, transform), None
+    if not on_all_processes(obstacle is None):
+        obstacle = obstacle or 'another process found an obstacle'
+    elif transform:
         cache = keeping.transformed_on_disk(dataset, transform, config.workers)
-    elif not obstacle:
+    else:
         cache = keeping.photos_on_disk(config, dataset, size)
     if cache is None and config.in_memory == 'disk':
         reason = obstacle or 'the cache cannot be written'

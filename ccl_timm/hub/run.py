@@ -190,7 +190,8 @@ class Run:
         """Train a new run from these weights, with the settings of this run where no other ones are given.
 
         Args:
-            **settings: as of :func:`train`. Data with other classes gets a new last layer.
+            **settings: as of :func:`train`. Data that they name has its own classes, so the last layer is new; without
+                them it goes on, too. Where the run kept a moving average of the weights, training begins with that.
 
         Raises:
             UserError: this is no run with settings, or what :func:`train` raises.
@@ -199,7 +200,12 @@ class Run:
         if self.trained.epoch is None:
             raise UserError(f"'{self.source}' is no run: use ccl_timm.train(model=..., pretrained_path=...).")
         weights = run.best_or_last_checkpoint() if Path(self.source).is_dir() else Path(self.source)
-        return train(**{'config': str(run.path / 'args.yaml'), 'pretrained_path': str(weights), **settings})
+        start: dict[str, Any] = {'config': str(run.path / 'args.yaml'), 'pretrained_path': None}
+        if {'data_dir', 'dataset'} & settings.keys():
+            start |= {'pretrained_path': str(weights), 'num_classes': None, 'class_names': None, 'class_map': ''}
+        else:
+            start |= {'initial_checkpoint': str(weights)}
+        return train(**{**start, **settings})
 
     def export(self, folder: str | os.PathLike, format: str = 'timm') -> list[Path]:
         """Write the model as safetensors and config.json, or as ``'onnx'``; returns the files written.

@@ -47,8 +47,9 @@ class Trained:
 
     @property
     def labels(self) -> list[str]:
-        """A name for each logit: the class names, or numbers where they are unknown."""
-        return self.class_names or [str(index) for index in range(self.model.num_classes)]
+        """A name for each logit: that of the class, or the number of one that has none."""
+        names = self.class_names or []
+        return [*names, *map(str, range(len(names), self.model.num_classes))]
 
 
 def build_model(settings: dict[str, Any], **kwargs: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from ccl_timm.data.in_memory import InMemoryLoader
 from ccl_timm.heads import Head
 from ccl_timm.ops import world_size
 from ccl_timm.training.config import TrainConfig
-from ccl_timm.training.setup import global_batch, loss_options
+from ccl_timm.training.setup import global_batch, loss_options, mixup_smoothing
 from ccl_timm.training.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class RunLogger:
             log_info(f'best {shown} (epoch {epoch + 1}); the run is in {trainer.run.path}')
         ema = ' --use-ema' if trainer.task.has_ema() else ''  # the best is that of the moving average
         folder = shell_text([str(trainer.run.path)])
-        log_info(f'next: timm validate.py {folder}{ema}')
+        split = '' if trainer.loader_eval else ' --split NAME'
+        log_info(f'next: timm validate.py {folder}{ema}{split}')
         log_info(f'      ccl-timm export {folder} DIR{ema}   ccl-timm predict {folder} IMAGES...{ema}')
 
     def warn_zero_terms(self, trainer: 'Trainer', shares: dict[str, float]) -> None:
@@ -187,8 +188,15 @@ def _model_rows(trainer: 'Trainer') -> list[tuple[str, str, str]]:
         ('head', type(model.get_classifier()).__name__, 'model'),
         ('start', start, 'initial_checkpoint' if config.initial_checkpoint else 'pretrained'),
         ('loss', f'{config.loss} ({", ".join(values)})' if values else config.loss, 'loss'),
-        ('smoothing', str(loss_options(config).get('smoothing', 'not an option of this loss')), 'smoothing'),
+        ('smoothing', _shown_smoothing(config), 'smoothing'),
     ]
+
+
+def _shown_smoothing(config: TrainConfig) -> str:
+    options = loss_options(config)
+    if 'smoothing' not in options:
+        return 'not an option of this loss'
+    return f"{mixup_smoothing(config)} in Mixup's targets" if config.mixes else str(options['smoothing'])
 
 
 def _data_rows(trainer: 'Trainer') -> list[tuple[str, str, str]]:

@@ -410,7 +410,7 @@ def is_done(rows: list[dict[str, float]], settings: dict[str, Any]) -> bool:
     if last + 1 >= TrainConfig.of(settings).planned_epochs:
         return True
     best = best_row(rows, settings.get('eval_metric', 'top1'))
-    return patience is not None and bool(best) and last - best['epoch'] > patience
+    return patience is not None and bool(best) and last - best['epoch'] >= patience
 
 
 def best_row(rows: list[dict[str, float]], metric: str) -> dict[str, float]:

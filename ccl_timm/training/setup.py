@@ -17,7 +17,7 @@ from ccl_timm.training.config import TrainConfig
 
 __all__ = [
     'Setup', 'class_weights', 'count_classes', 'global_batch', 'input_channels', 'learning_rate', 'loss_options',
-    'weight_options',
+    'mixup_smoothing', 'weight_options',
 ]  # fmt: skip
 
 
@@ -99,6 +99,11 @@ def loss_options(config: TrainConfig, class_weight: list[float] | None = None) -
     if class_weight is not None:
         filled[losses.class_weight_option(config.loss)] = class_weight
     return {**{key: value for key, value in filled.items() if key in known}, **config.loss_kwargs}
+
+
+def mixup_smoothing(config: TrainConfig) -> float:
+    """Label smoothing of the targets that Mixup makes: none for a loss without that option."""
+    return config.smoothing if 'smoothing' in losses.loss_options(config.loss) else 0.0
 
 
 def class_weights(config: TrainConfig, splits: Splits) -> list[float] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -49,6 +50,7 @@ from ccl_timm.training.setup import (
     input_channels,
     learning_rate,
     loss_options,
+    mixup_smoothing,
     weight_options,
 )
 from ccl_timm.training.step_timing import LAYOUTS, Choice, fastest_choice, likely_layout, list_dtypes
@@ -224,6 +226,8 @@ class Trainer:
             with user_errors(f"--grad-checkpointing does not work with '{config.model}'"):
                 model.set_grad_checkpointing(True)
         if world_size() > 1 and config.sync_bn:
+            if self.device.type == 'cpu':
+                raise UserError('--sync-bn works on accelerators only: leave it out.')
             model = convert_sync_batchnorm(model)
         self.task = create_task(model, config.loss, device=self.device, **loss_options(config, weights))
         size = data_config['input_size']
@@ -244,7 +248,8 @@ class Trainer:
                 memory_format = torch.contiguous_format  # of features; the backbone keeps its own
                 self.task.train_on_features()
             else:
-                loaders = make_loaders(config, num_classes, self.device, data_config, self.splits)
+                own = dataclasses.replace(config, smoothing=mixup_smoothing(config))
+                loaders = make_loaders(own, num_classes, self.device, data_config, self.splits)
         self.loader, self.loader_eval = loaders
         names = self.splits.class_names
         rate = learning_rate(config)
@@ -294,9 +299,11 @@ class Trainer:
         with user_errors(f"'{checkpoint}' does not fit this model, loss and optimizer"):
             if checkpoint:
                 optimizer, scaler = (None, None) if config.no_resume_opt else (self.optimizer, self.scaler)
+                planned = [dict(group) for group in self.optimizer.param_groups]
                 epoch = resume_task_checkpoint(self.task, str(checkpoint), optimizer, scaler, log_info=False)
                 self.start_epoch = epoch or 0
                 self._warn_of_rate(checkpoint)
+                self._warn_of_options(checkpoint, planned)
             if config.model_ema:
                 self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
                 if checkpoint:
@@ -310,6 +317,16 @@ class Trainer:
                 f"The learning rate is {rate:g}, that of the optimizer in '{checkpoint}', not {self.setup.lr:g}: "
                 '--no-resume-opt starts a new one.'
             )
+
+    def _warn_of_options(self, checkpoint: Path, planned: list[dict[str, Any]]) -> None:
+        """So do weight decay and momentum, in the place of those that the settings say."""
+        for name in ('weight_decay', 'momentum', 'betas', 'eps'):
+            wanted, found = ([group.get(name) for group in groups] for groups in (planned, self.optimizer.param_groups))
+            if found != wanted:
+                log_warning(
+                    f"The optimizer's {name} is {_shown(found)}, that in '{checkpoint}', not {_shown(wanted)}: "
+                    '--no-resume-opt starts a new one.'
+                )
 
     def _build_schedule(self, checkpoint: Path | None) -> None:
         options = scheduler_kwargs(self.config.view(lr=self.setup.lr), decreasing_metric=self.metric == 'loss')
@@ -384,9 +401,9 @@ class Trainer:
             )
 
     def _has_lost_patience(self, epoch: int) -> bool:
-        """Whether --patience epochs have passed without a better checkpoint; the same on every process."""
+        """Whether a measured epoch is --patience after the best one; the same on every process."""
         patience, best = self.config.patience, self.best[1]
-        if patience is None:
+        if patience is None or not self.is_measured(epoch - 1):
             return False
         over = best is not None and epoch - best > patience
         if world_size() > 1:  # only the first process saves, and knows the best
@@ -396,6 +413,11 @@ class Trainer:
         if over:
             log_info(f'no better {self.metric} for {patience} epochs: stopping after epoch {epoch}')
         return over
+
+
+def _shown(values: list[Any]) -> str:
+    """The different ones of the values of an optimizer's groups."""
+    return ' and '.join(dict.fromkeys(f'{value:g}' if isinstance(value, float) else str(value) for value in values))
 
 
 class _Meter:

@@ -80,6 +80,8 @@ def evaluate_split(
     wanted = wanted or Measures()
     if wanted.fit_temperature and named and data.val_split == data.train_split:
         raise UserError('A temperature is fitted on images that the model was not trained on: name another --split.')
+    if wanted.knn and named and data.val_split == data.train_split:
+        raise UserError('--knn among training images finds each one itself: name another --split.')
     if wanted.tta and wanted.need_outputs:
         raise UserError(
             '--tta is for accuracy: leave out --calibration, --plot, --fit-temperature, --recall, --knn, --ood.'

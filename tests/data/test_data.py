@@ -166,8 +166,9 @@ def test_empty_folder(tmp_path):
         create_splits('--data-dir', tmp_path, '--val-split', '')
 
 
-def test_class_map_sets_the_order(folder, tmp_path):
-    (tmp_path / 'names.txt').write_text('cat\nbee\nant\n')
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])  # the second is what Windows writes
+def test_class_map_sets_the_order(encoding, folder, tmp_path):
+    (tmp_path / 'names.txt').write_text('cat\nbee\nant\n', encoding=encoding)
     splits = create_splits('--data-dir', folder, '--class-map', tmp_path / 'names.txt')
     assert splits.class_names == ['cat', 'bee', 'ant']
     brightest = [i for i, target in enumerate(datasets.targets_of(splits.train)) if target == 0]

@@ -346,6 +346,22 @@ def test_too_large_for_the_disk(run_cli, photos, workdir, monkeypatch):
     assert code == 2 and '--in-memory disk does not work here: it would take' in err
 
 
+def test_what_is_on_disk_already_needs_no_room(run_cli, photos, workdir, cache_folder, monkeypatch):
+    fast = ['--model', 'test_resnet', '--loss', 'ce', '--epochs', '1', '-b', '4', '-j', '0', '--img-size', '32']
+    assert 'images decoded into' in run_cli('timm', 'train.py', '--data-dir', photos, *fast, '--color-jitter', '0')[2]
+    monkeypatch.setattr(image_cache.shutil, 'disk_usage', lambda path: SimpleNamespace(free=1))
+    code, _, err = run_cli('timm', 'train.py', '--data-dir', photos, *fast, '--color-jitter', '0')
+    assert code == 0 and 'are free' not in err
+
+
+def test_processes_that_wait_hear_of_one_that_decodes(cache_folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(image_cache, '_SIGN_OF_LIFE', -1)
+    monkeypatch.setattr(image_cache, 'on_all_processes', lambda done: said.append(done) or done)
+    assert len(cached_images(lambda number: (torch.zeros(3, 2, 2, dtype=torch.uint8), 0), 3, {}, 1)) == 3
+    assert said == [False, False, False, True, True]
+
+
 def test_disk_is_refused_for_images_that_are_no_files(run_cli, workdir):
     code, _, err = run_cli('timm', 'train.py', '--in-memory', 'disk')
     assert code == 2 and '--in-memory disk does not work here: the images are not files' in err

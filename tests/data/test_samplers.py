@@ -3,7 +3,12 @@
 from collections import Counter
 
 import pytest
+import torch
+from PIL import Image
 
+from ccl_timm.data import loaders
+from ccl_timm.data.config import LoaderConfig
+from ccl_timm.data.datasets import create_splits
 from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
 
@@ -53,3 +58,26 @@ def test_processes_share_the_batches():
 def test_impossible_batches_are_refused(batch, samples):
     with pytest.raises(UserError, match='--samples-per-class .* does not make batches'):
         ClassBalancedSampler(TARGETS, batch, samples)
+
+
+@pytest.mark.parametrize('place', ['files', 'memory'])
+def test_order_on_several_processes_depends_on_the_seed(place, monkeypatch, tmp_path):
+    for split in ('train', 'validation'):
+        for number in range(24):
+            path = tmp_path / split / 'ab'[number % 2] / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8)).save(path)
+    monkeypatch.setattr(loaders, 'world_size', lambda: 2)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda *args: 2)
+    monkeypatch.setattr(torch.distributed, 'get_rank', lambda *args: 0)
+    monkeypatch.setattr(torch.distributed, 'is_available', lambda: True)
+    orders = []
+    for seed in (7, 7, 8):
+        config = LoaderConfig(data_dir=str(tmp_path), seed=seed, batch_size=4, workers=0)
+        if place == 'memory':
+            orders.append(list(loaders._sampler(config, [0, 1] * 12)))
+        else:
+            shapes = {'input_size': (3, 8, 8), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bilinear'}
+            dataset = create_splits(config, 3).train
+            orders.append(list(loaders._file_loader(config, 2, torch.device('cpu'), shapes, dataset).sampler))
+    assert orders[0] == orders[1] != orders[2]

@@ -305,10 +305,10 @@ def test_a_folder_is_one_whether_it_was_named_or_not(workdir, run_cli):
 
 
 def test_patience_ends_a_run(workdir, run_cli):
-    write_run('a/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=1)
+    write_run('a/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=2)
     code, out, err = run_cli('ccl-timm', 'report', 'a')
     assert code == 0 and lines_of(out, 'resnet18_cam')[0][3:6] == ['96.50', '1', '3']
-    write_run('b/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=2)
+    write_run('b/seed', TABLE1, [98, 97, 96.5], epochs=300, patience=3)
     code, out, err = run_cli('ccl-timm', 'report', 'b')
     assert code == 2 and 'None of these runs is finished' in err and '3 of 300 epochs' in err
 

@@ -14,6 +14,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ccl_timm.heads import CosineHead
 from ccl_timm.losses import list_losses, loss_class
+from ccl_timm.training import trainer
 from ccl_timm.training.checkpoint_files import read_checkpoint
 from ccl_timm.training.checkpoints import load_trained
 from ccl_timm.training.config import TrainConfig
@@ -364,6 +365,61 @@ def test_a_learning_rate_that_a_checkpoint_overrides_is_named(tiny):
     assert 'The learning rate is' not in tiny(*argv, '--no-resume-opt')[2]
 
 
+def test_options_of_the_optimizer_that_a_checkpoint_overrides_are_named(tiny):
+    assert tiny('--experiment', 'a', '--opt', 'sgd', '--momentum', '0.9')[0] == 0
+    argv = ('--resume', 'output/train/a/last.pth.tar', '--weight-decay', '0.3', '--epochs', '2')
+    said = "The optimizer's weight_decay is 0 and 2e-05, that in 'output/train/a/last.pth.tar', not 0 and 0.3"
+    err = tiny(*argv)[2]
+    assert said in err and 'momentum is' not in err
+    assert "The optimizer's" not in tiny(*argv, '--no-resume-opt')[2]
+
+
+def test_patience_waits_for_an_epoch_that_is_measured(tiny, run_cli):
+    argv = ('--epochs', '8', '--val-interval', '2', '--patience', '1', '--eval-metric', 'top5')  # of 3 classes: 100%
+    code, _, err = tiny(*argv, '--experiment', 'a')
+    assert code == 0 and 'no better top5 for 1 epochs: stopping after epoch 4' in err
+    assert [row['epoch'] for row in summary('output/train/a')] == ['1', '3']
+    code, _, err = run_cli('ccl-timm', 'report', 'output/train/a')
+    assert code == 0 and 'half-written' not in err
+
+
+@pytest.mark.parametrize('loss, smoothing', [('ce', 0.2), ('focal', 0.0)])
+def test_mixup_smooths_for_losses_that_have_it(loss, smoothing, tiny, monkeypatch):
+    seen = []
+    make = trainer.make_loaders
+    monkeypatch.setattr(trainer, 'make_loaders', lambda config, *args: seen.append(config) or make(config, *args))
+    code, out, err = tiny('--model', 'test_resnet', '--loss', loss, '--mixup', '0.2', '--smoothing', '0.2')
+    assert code == 0, err
+    assert seen[0].smoothing == smoothing
+    assert ("0.2 in Mixup's targets" if smoothing else 'not an option of this loss') in out + err
+
+
+def test_classes_without_a_name_have_a_number(tiny, run_cli, folder):
+    assert tiny('--num-classes', '5', '--experiment', 'a')[0] == 0
+    code, _, err = run_cli('timm', 'validate.py', 'output/train/a', '--per-class', 'p.csv', '--confusion', 'c.csv')
+    assert code == 0, err
+    assert [line.split(',')[0] for line in Path('p.csv').read_text().splitlines()[-2:]] == ['3', '4']
+    image = next((folder / 'validation').rglob('*.png'))
+    code, out, err = run_cli('ccl-timm', 'predict', 'output/train/a', image, '--topk', '5')
+    assert code == 0, err
+
+
+def test_neighbours_of_training_images_are_not_sought_among_them(tiny, run_cli):
+    assert tiny('--dataset', 'digits', '--train-fraction', '0.05', '--experiment', 'a', data=False)[0] == 0
+    code, _, err = run_cli('timm', 'validate.py', 'output/train/a', '--split', 'train', '--knn', '1')
+    assert code == 2 and '--knn among training images finds each one itself: name another --split' in err
+
+
+def test_batch_norm_over_processes_needs_accelerators(tiny, monkeypatch):
+    monkeypatch.setattr(trainer, 'world_size', lambda: 2)
+    code, _, err = tiny('--sync-bn', '--device', 'cpu')
+    assert code == 2 and '--sync-bn works on accelerators only: leave it out' in err
+
+
+def test_what_to_do_next_needs_a_split_where_there_was_none(tiny):
+    assert 'next: timm validate.py output/train/a --split NAME' in tiny('--val-split', '', '--experiment', 'a')[2]
+
+
 def test_a_run_that_began_with_a_wider_pedcc_head_is_loaded(tiny, workdir):
     model = timm.create_model('test_resnet_pedcc', num_classes=300)
     save_file(model.state_dict(), 'wide.safetensors')
@@ -430,9 +486,11 @@ def test_accumulated_batches_are_one_step_from_the_start(tiny, monkeypatch):
     assert seen == [0, 1, 2, 3]
 
 
-def test_a_moving_average_is_named_in_the_next_commands(tiny):
+def test_a_moving_average_is_named_in_the_next_commands(tiny, run_cli, folder):
     code, out, err = tiny('--model-ema', '--experiment', 'a')
     assert 'next: timm validate.py output/train/a --use-ema' in err
+    out = run_cli('ccl-timm', 'index', 'output/train/a', folder / 'train', '--use-ema', '-j', '0')[1]
+    assert 'use it: ccl-timm predict output/train/a --use-ema IMAGES' in out
 
 
 def test_initial_checkpoint_of_other_classes_names_what_adapts_it(trained, run_cli, workdir):
