@@ -16,6 +16,7 @@ from ccl_timm.errors import UserError, reason
 from ccl_timm.heads import CAMHead, HeadOutputs, list_heads
 from ccl_timm.losses import Loss, create_loss, loss_options
 from ccl_timm.losses.base import sum_terms
+from ccl_timm.models.adapters import late_dropout
 
 __all__ = ['LossTask', 'ModelWithLoss', 'create_task', 'create_loss_for', 'probe_outputs', 'read_head']
 
@@ -97,6 +98,19 @@ def _trial(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
+@contextlib.contextmanager
+def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The modules with parameters of their own that are called."""
+    called: set[nn.Module] = set()
+    own = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in own]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Run one random image through the model in evaluation mode and return all that a loss could read, by name.
@@ -117,10 +131,14 @@ def probe_outputs(model: TimmModel, input_size: tuple[int, int, int] | None = No
     try:
         with _trial(model):
             x = torch.randn(1, *(input_size or get_model_input_config(model)['input_size'])).to(parameter)
-            feature_map = model.forward_features(x)
-            pooled = model.forward_head(feature_map, pre_logits=True)
-            outputs = read_head(model.get_classifier(), pooled)
-            same = parameter.is_meta or _same(model(x), outputs.logits)
+            with _noting_calls(model) as ours:
+                feature_map = model.forward_features(x)
+                pooled = model.forward_head(feature_map, pre_logits=True)
+                outputs = read_head(classifier := model.get_classifier(), pooled)
+            with _noting_calls(model) as all_calls:
+                # a new batch norm changes nothing yet: what is left out must be found by its calls
+                same = parameter.is_meta or _same(model(x), outputs.logits)
+            same &= all_calls <= {*ours, *classifier.modules()}
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever another's forward raises
@@ -226,6 +244,7 @@ class ModelWithLoss(nn.Module):
         else:
             feature_map = self.model.forward_features(input)
             pooled = self.model.forward_head(feature_map, pre_logits=True)
+            pooled = late_dropout(self.model, pooled)
         outputs = read_head(self.model.get_classifier(), pooled)
         logits = outputs.logits
         if self.requires_feature_map:
@@ -326,6 +345,8 @@ class LossTask(TrainingTask):
         device = next(model.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         available = probe_outputs(model)
+        if not model.num_classes:
+            raise UserError(f'{_name_of(model)} has no classes: give num_classes.')
         if isinstance(loss, str):
             loss = create_loss_for(model, loss, available, **loss_kwargs)
         else:

@@ -112,10 +112,13 @@ def show_comparison(records: Sequence[Mapping[str, Any]], within: float = EQUIVA
     tests = sum(found is not None and found.p is not None for line in lines for found in (line.plain, line.control))
     columns = ('loss', 'head', f'{metric} %', 'seeds', 'minus ce, linear head', 'minus ce, same head')
     rows = [_row(line, within) for line in _best_first(lines)]
+    paired = 'Differences are paired by seed'
+    if len({*map(frozenset, runs.values())}) > 1:
+        paired += ' where both have the same'
     return '\n'.join([
         f'{_backbone(header)}, tuning runs for each loss: {header["trials"]}', '', table(rows, columns), '',
         _conclusion(lines), '',
-        f'{metric} after the last epoch, mean ± standard deviation over the seeds. Differences are paired by seed,',
+        f'{metric} after the last epoch, mean ± standard deviation over the seeds. {paired},',
         f"with their 95% interval. Better and worse: p < 0.05 after Holm's correction for the {tests} tests of",
         f'this table. Equal: within {within:g} points, by two one-sided tests, corrected alike. Where no difference',
         'is shown, one of the size named would have been, with a probability of 80%.',

@@ -286,7 +286,8 @@ def _shown(value: Any) -> str:
 def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     """Our own cross-entropy runs on the same backbone with the same settings; None if there are none.
 
-    Of several, those on the same head, else those with features of the same width, of these those with a linear head.
+    Of several, those on the same head, of these those with the same options; else those with features of the same
+    width, of these those with a linear head.
     Cross-entropy itself has the runs with a linear head, and with that none.
     """
     own = group.settings
@@ -304,9 +305,11 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
     return min(found, key=lambda other: _distance(other.settings, own), default=None)
 
 
-def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, bool, bool]:
+def _distance(settings: dict[str, Any], own: dict[str, Any]) -> tuple[bool, ...]:
     same_width = _width(settings) == _width(own)
-    return not (same_width and head_of(settings) == head_of(own)), not same_width, head_of(settings) != 'linear'
+    same_head = same_width and head_of(settings) == head_of(own)
+    same_options = _model_options(settings) == _model_options(own)
+    return not same_head, not same_width, not (same_head and same_options), head_of(settings) != 'linear'
 
 
 def backbone_of(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -171,7 +171,7 @@ def _data(settings: dict[str, Any]) -> _Data:
         name, repository = Path(settings.get('data_dir') or '').name or 'images', None
     elif dataset.lower() in _OFFICIAL:
         name, repository = _OFFICIAL[dataset.lower()]
-        split = split and 'test'  # timm takes every name but those of the training set for it
+        split = split and ('train' if split in ('train', 'training') else 'test')  # timm takes other names for it
     else:
         name = name or dataset
         repository = name if scheme.lower() in ('hfds', 'hfids') and name.count('/') == 1 else None
@@ -217,12 +217,15 @@ def _loss_reads(settings: dict[str, Any]) -> str:
 def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> dict[str, Any]:
     """What was trained, on what, how."""
     settings, environment, cfg = run.settings, run.environment, config['pretrained_cfg']
+    accumulated = [steps for steps in [settings.get('grad_accum_steps') or 1] if steps > 1]
     command = shlex.split(environment.get('command') or 'timm train.py --config args.yaml')
     return {
         'config': config,
         'cfg': cfg,
         'name': config['architecture'],
         'settings': settings,
+        'epochs': _epochs(run),
+        'batch': ' x '.join(map(str, [settings['batch_size'], *accumulated])),
         'environment': environment,
         'versions': environment.get('versions', {}),
         'data': _data(settings),
@@ -235,6 +238,11 @@ def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> di
         'rate': settings.get('lr') or f'{settings["lr_base"]} for each {settings["lr_base_size"]} images',
         'command': Markdown(shell_text(command)),
     }
+
+
+def _epochs(run: Result) -> str:
+    planned = run.settings['epochs']
+    return f'{run.epochs} of {planned}' if 0 < run.epochs < planned else str(planned)
 
 
 def _loss(settings: dict[str, Any]) -> str:
@@ -280,11 +288,12 @@ def _results(run: Result, measured: dict[str, float], baseline: Result | None) -
         return {'results': values, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
     metric, epoch, data = run.settings.get('eval_metric', 'top1'), int(measured['epoch']), _data(run.settings)
     what = 'the moving average of the weights' if run.settings.get('model_ema') else 'the weights'
-    chosen = len(run.rows) > 1 and measured == run.best_row
+    epochs = sum(f'eval_{metric}' in row for row in run.rows)
+    chosen = epochs > 1 and measured == run.best_row
     return {
         'results': values,
         'measured': f'Measured on "{data.split}" of {data.name}, with {what} after epoch {epoch + 1}.',
-        'selection': _CHOSEN.format(metric=metric, epochs=len(run.rows)) if chosen else _NOT_CHOSEN,
+        'selection': _CHOSEN.format(metric=metric, epochs=epochs) if chosen else _NOT_CHOSEN,
     }
 
 

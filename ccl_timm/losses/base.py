@@ -93,6 +93,8 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0, class_
     smoothing = smoothing if target.ndim == 1 else 0.0
     if class_weight is None:
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    number, classes = len(class_weight), logits.shape[1]
+    require(number == classes, f'class_weight has {number} weights for {classes} classes: give one for each.')
     weight = class_weight.to(logits)
     summed = F.cross_entropy(logits, target, weight, reduction='sum', label_smoothing=smoothing)
     total = weight.index_select(0, target).sum() if target.ndim == 1 else (target @ weight).sum()

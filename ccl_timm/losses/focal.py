@@ -67,6 +67,8 @@ class FocalLoss(Loss):
         super().__init__()
         require(gamma >= 0, f'gamma must be at least 0, not {gamma}.')
         self.gamma = gamma
+        weights = [] if alpha is None else torch.as_tensor(alpha).flatten().tolist()
+        require(all(w >= 0 for w in weights), f'alpha must not be negative, as {min(weights, default=0)} is.')
         self.register_buffer('alpha', None if alpha is None else torch.as_tensor(alpha).float(), persistent=False)
 
     def compute_terms(self, outputs, target):

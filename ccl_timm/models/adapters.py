@@ -17,7 +17,7 @@ from timm.models import (
     model_entrypoint,
 )
 from timm.models.vgg import VGG
-from torch import nn
+from torch import Tensor, nn
 
 from ccl_timm._compat import TimmModel
 from ccl_timm.errors import UserError
@@ -33,6 +33,7 @@ __all__ = [
     'prepare_for_head',
     'registered_cfg',
     'insert_feature_stage',
+    'late_dropout',
     'remove_feature_stage',
 ]
 
@@ -49,6 +50,9 @@ _CLASSIFIERS = {
 
 # where the classifier's own dropout goes with it
 _DROPOUT_IN_CLASSIFIER = ('timm.models.cpubone', 'timm.models.efficientvit_msra', 'timm.models.levit')
+
+# where it comes after what forward_head gives with pre_logits=True
+_DROPOUT_AFTER_HEAD = ('timm.models.lcnetv2', 'timm.models.mvitv2')
 
 # timm module of a family -> path of a stage at the end of the feature map, among what forward_features runs
 _FEATURE_STAGES = {'timm.models.resnet': 'layer4.channels', 'timm.models.vgg': 'features.channels'}
@@ -119,7 +123,8 @@ def prepare_for_head(model: TimmModel) -> None:
     """
     if isinstance(model, VGG):
         model.pre_logits = nn.Identity()  # type: ignore[assignment]  # the two layers in it go
-        model.head.in_features = model.head.num_features = model.head_hidden_size = model.num_features
+        width = model.num_features * model.head.global_pool.feat_mult()
+        model.head.in_features = model.head.num_features = model.head_hidden_size = width
 
 
 def flatten_pooled(model: TimmModel) -> None:
@@ -131,6 +136,13 @@ def flatten_pooled(model: TimmModel) -> None:
         for module in model.modules():
             if isinstance(module, SelectAdaptivePool2d) and module.pool_type:
                 module.flatten = nn.Flatten(1)
+
+
+def late_dropout(model: TimmModel, pooled: Tensor) -> Tensor:
+    """The dropout before the classifier, for families in which ``forward_head(pre_logits=True)`` leaves it out."""
+    if model.training and any(cls.__module__ in _DROPOUT_AFTER_HEAD for cls in type(model).__mro__):
+        return nn.functional.dropout(pooled, model.drop_rate)
+    return pooled
 
 
 def find_feature_stage(family: str) -> str | None:

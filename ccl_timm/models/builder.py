@@ -34,7 +34,7 @@ from ccl_timm.models.adapters import (
     registered_cfg,
 )
 from ccl_timm.models.checkpoints import checkpoint_options, tagged_cfgs
-from ccl_timm.models.variant import attach_head, backbone_class
+from ccl_timm.models.variant import attach_head, backbone_class, check_classifier
 from ccl_timm.models.weights import check_classes, check_model_args, read_hub_weights, read_local_weights
 
 __all__ = ['build_variant', 'options_in', 'register_variant', 'variant_cfg']
@@ -139,6 +139,7 @@ def build_variant(
         pretrained_cfg = variant_cfg(backbone, head_class).to_dict() | {'architecture': name}  # not a registered name
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     num_classes = cfg.num_classes if num_classes is None else num_classes
+    check_classifier(num_classes, kwargs.get('global_pool'))
     options = {k: kwargs.pop(k) for k in head_options(head_class) if k in kwargs}
     weights = _read_weights(cfg, pretrained_cfg_overlay or {}, cache_dir) if pretrained else None
     kind = _kind_of(weights, backbone, head_class, options)

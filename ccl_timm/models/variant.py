@@ -11,7 +11,7 @@ from ccl_timm.errors import UserError
 from ccl_timm.heads import Head
 from ccl_timm.models.adapters import flatten_pooled, insert_feature_stage, remove_feature_stage
 
-__all__ = ['VariantMixin', 'backbone_class', 'attach_head']
+__all__ = ['VariantMixin', 'attach_head', 'backbone_class', 'check_classifier']
 
 
 _Backbone: Any = object  # for a type checker, a class with everything that timm's models have
@@ -31,7 +31,11 @@ class VariantMixin(_Backbone):
             num_classes: new number of classes; 0 removes the head (features come out, as with any timm model).
             global_pool: new pooling, unchanged if None; a pooling of another width makes a new head.
             **kwargs: what the family's own method takes besides, such as ``reset_other``.
+
+        Raises:
+            UserError: there cannot be as many classes, or not without pooling.
         """
+        check_classifier(num_classes, global_pool)
         head = self.get_classifier()
         training = head.training
         remove_feature_stage(self, backbone_class(self).__module__)
@@ -49,6 +53,14 @@ class VariantMixin(_Backbone):
     def __reduce_ex__(self, protocol):
         # the class is made at run time: pickle the recipe for it instead of its name
         return _empty_instance, (backbone_class(self),), self.__getstate__()
+
+
+def check_classifier(num_classes: int, global_pool: str | None) -> None:
+    """Raise a UserError for a negative number of classes, and for a head on features that are not pooled."""
+    if num_classes < 0:
+        raise UserError(f'num_classes={num_classes} must not be negative.')
+    if num_classes and global_pool == '':
+        raise UserError("A head reads pooled features: global_pool='' works with num_classes=0 only.")
 
 
 def attach_head(model: TimmModel, path: str, head_class: type[Head], num_classes: int, options: dict) -> nn.Module:

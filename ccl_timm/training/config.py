@@ -39,7 +39,7 @@ class ModelConfig(Options, title='model'):
     initial_checkpoint: str = option('', metavar='FILE', help='load these weights after building the model')
     model_kwargs: dict[str, Any] = option({}, varies='method', help='small_input=True ...')
     freeze_backbone: bool = option(
-        False, own=True, varies='method', help="train head and loss only, on the backbone's features, computed once"
+        False, own=True, help="train head and loss only, on the backbone's features, computed once"
     )
     feature_views: int = option(
         1, integer(1, 1000), metavar='N', own=True, varies='budget',

@@ -340,6 +340,9 @@ def test_a_result_says_what_it_shows():
     text = show_comparison([header | {'head_options': {'cosine': {'feature_dim': 8}}}, *runs])
     assert text.startswith('network, head cosine with feature_dim=8, tuning runs')
     assert 'another search' in show_comparison([header | {'trials': 3}, *runs])
+    assert 'Differences are paired by seed,' in text
+    fewer = show_comparison(records_of({**near, 'cam:cc': near['cam:cc'][:5]}))
+    assert 'Differences are paired by seed where both have the same,' in fewer
     single = show_comparison(records_of({name: own[:1] for name, own in near.items()}))
     assert single.count('one seed, no test') == 6 and 'better than' not in single
 

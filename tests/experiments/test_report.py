@@ -348,6 +348,21 @@ def test_baseline_is_on_the_same_head_or_the_linear_one_of_that_backbone(workdir
     assert matching.baseline_of(groups[3], groups[1:]) is groups[1]
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+def test_baseline_has_the_same_options_and_trains_as_much(reverse, workdir):
+    groups = {}
+    for name, model, loss, *flags in (
+        ('frozen', 'linear', 'ce', '--freeze-backbone'), ('tuned', 'linear', 'ce'), ('cosine', 'cosine', 'arcface'),
+        ('narrow', 'cam', 'ce', '--model-kwargs', 'reduction=4'), ('cam', 'cam', 'ce'), ('cc', 'cam', 'cc'),
+    ):  # fmt: skip
+        argv = ('--config', 'digits', '--model', f'resnet18_{model}', '--loss', loss, *flags)
+        groups[name] = matching.Group((results.Result.of(RunDir(write_run(name, argv, [1]))),))
+    ordered = [*groups.values()][:: -1 if reverse else 1]
+    assert matching.baseline_of(groups['cosine'], ordered) is groups['tuned']
+    assert matching.baseline_of(groups['cc'], ordered) is groups['cam']
+    assert matching.baseline_of(groups['frozen'], ordered) is None
+
+
 def test_baseline_has_features_as_wide_and_the_same_stem(workdir):
     groups = {}
     for model, loss, *extra in (

@@ -506,6 +506,17 @@ def test_card_says_what_a_note_says_and_that_a_backbone_was_frozen(run_cli, run,
     assert '| epochs | 1 of the classifier; the backbone was frozen, batches of ' in out
 
 
+def test_card_states_what_was_trained_and_measured(run):
+    loaded, result = publish.load_run(run)
+    rows = [{'epoch': epoch, 'train_loss': 1.0} for epoch in range(4)]
+    rows[0]['eval_top1'], rows[3]['eval_top1'] = 60.0, 50.0
+    changed = {'epochs': 30, 'grad_accum_steps': 8, 'batch_size': 16, 'dataset': 'torch/mnist', 'val_split': 'train'}
+    result = replace(result, rows=rows, settings={**result.settings, **changed})
+    text = card.render(publish.model_config(loaded), result, REPO)
+    assert '| epochs | 4 of 30, batches of 16 x 8 |' in text
+    assert 'as the best of 2 epochs' in text and 'Measured on "train" of MNIST' in text
+
+
 def test_card_states_whether_probabilities_are_calibrated(run, workdir):
     assert 'Probabilities are not calibrated.' in publish.write_card(run)
     own = _with_settings(run, workdir / 'own')

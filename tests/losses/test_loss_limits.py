@@ -16,7 +16,7 @@ from ..references import REFERENCES
 from .test_losses import build, ce_of_norm_times_cosine, simplex
 
 OUT_OF_RANGE = {
-    'focal': [{'gamma': -1.0}],
+    'focal': [{'alpha': [-1.0, 1.0]}, {'gamma': -1.0}],
     'asoftmax': [{'margin': 0}, {'margin': 2.5}, {'lambda_min': -1.0}],
     'mc': [{'num_channels': 4}, {'diversity_weight': -1.0}],
     'ical': [{'weight': -1.0}],
@@ -44,6 +44,11 @@ OUT_OF_RANGE = {
 def test_option_out_of_range_is_refused(name, options):
     with pytest.raises(UserError):
         build(name, **options)
+
+
+def test_losses_refuse_another_number_of_class_weights():
+    with pytest.raises(UserError, match='class_weight has 2 weights for 5 classes: give one for each'):
+        build('cc', class_weight=[1.0, 2.0])(make_outputs('cc'), make_target())
 
 
 def test_focal_refuses_another_number_of_class_weights():

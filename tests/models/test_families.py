@@ -214,6 +214,48 @@ def test_weights_of_the_backbone_and_of_a_trained_model_are_distinguished(backbo
     assert all(torch.equal(own[key], value) for key, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize('name', ['mvitv2_tiny', 'lcnetv2_small_cam', 'resnet18'])
+def test_dropout_before_the_classifier_is_that_of_the_family(name):
+    model = ccl_timm.create_model(name, num_classes=5, drop_rate=0.9)
+    size = (3, 224, 224) if 'vit' in name else (3, 32, 32)
+    task = ccl_timm.create_task(model, 'ce')
+    images, target = torch.randn(2, *size), torch.tensor([0, 1])
+    for mode in (True, False):
+        task.train(mode)
+        torch.manual_seed(0)
+        found = task(images, target)['output']
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, model(images))
+
+
+def test_a_stock_classifier_with_a_batch_norm_of_its_own_is_refused():
+    model = timm.create_model('efficientvit_m0', num_classes=5)  # a new batch norm changes nothing in evaluation mode
+    with pytest.raises(ccl_timm.UserError, match='its output is not get_classifier'):
+        ccl_timm.create_task(model, 'ce')
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet18_cam'])
+@pytest.mark.parametrize('loss', ['ce', 'mc', 'cc'])
+def test_a_model_without_classes_is_refused(name, loss):
+    with pytest.raises(ccl_timm.UserError, match='has no classes: give num_classes'):
+        ccl_timm.create_task(ccl_timm.create_model(name, num_classes=0), loss)
+
+
+def test_a_head_reads_pooled_features_and_has_classes():
+    for options in ({'num_classes': -1}, {'num_classes': 5, 'global_pool': ''}):
+        with pytest.raises(ccl_timm.UserError, match='must not be negative|works with num_classes=0 only'):
+            ccl_timm.create_model('resnet18_cam', **options)
+    model = ccl_timm.create_model('resnet18_cam', num_classes=2)
+    with pytest.raises(ccl_timm.UserError, match='num_classes=-1 must not be negative'):
+        model.reset_classifier(-1)
+    assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 2)  # as before
+
+
+def test_vgg_with_a_wider_pooling():
+    model = ccl_timm.create_model('vgg11_cam', num_classes=5, global_pool='catavgmax')
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
 def test_dropout_inside_a_replaced_classifier_is_refused():
     with pytest.raises(ccl_timm.UserError, match="drop_rate=0.1 of 'efficientvit_m0' is inside the classifier"):
         ccl_timm.create_model('efficientvit_m0_cam', drop_rate=0.1)
