@@ -175,8 +175,9 @@ def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, th
         size = file.tell()
     with _replacing(index) as file:  # last: it says that the pixels are whole
         np.savez(file, shapes=shapes, labels=labels)
-    seconds = time.monotonic() - started
-    log_info(f'{count} images decoded into {pixels} ({size / 2**20:.0f} MiB, {seconds:.0f} s); later runs use it')
+    seconds, unreadable = time.monotonic() - started, int((labels < 0).sum())
+    later = f'{unreadable} could not be read, so later runs decode all again' if unreadable else 'later runs use it'
+    log_info(f'{count} images decoded into {pixels} ({size / 2**20:.0f} MiB, {seconds:.0f} s); {later}')
 
 
 def _in_order(read: Callable[[int], Any], count: int, threads: int) -> Iterator[Any]:
