@@ -66,14 +66,15 @@ def test_train_fit_export_and_load(folder, workdir):
 def test_fit_goes_on_with_all_weights_unless_data_are_named(run, folder, workdir):
     begun = run.model.get_classifier().state_dict()
     still = {'epochs': 1, 'lr': 1e-12, 'warmup_epochs': 0}
-    same = run.fit(**still, experiment='same').model.get_classifier().state_dict()
+    same = run.fit(**still, experiment='same')
+    ended = same.model.get_classifier().state_dict()
     assert all(
-        torch.allclose(value, begun[name], atol=1e-6) for name, value in same.items() if value.is_floating_point()
+        torch.allclose(ended[name], value, atol=1e-6) for name, value in begun.items() if value.is_floating_point()
     )
     for split in ('train', 'validation'):
         for name in ('cat', 'dog'):
             shutil.copytree(next((folder / split).iterdir()), Path('pets', split, name))
-    other = run.fit(**still, data_dir='pets', experiment='other')
+    other = same.fit(**still, data_dir='pets', experiment='other')
     assert other.trained.class_names == ['cat', 'dog'] and other.model.num_classes == 2
 
 

@@ -217,7 +217,7 @@ def _loss_reads(settings: dict[str, Any]) -> str:
 def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> dict[str, Any]:
     """What was trained, on what, how."""
     settings, environment, cfg = run.settings, run.environment, config['pretrained_cfg']
-    accumulated = [steps for steps in [settings.get('grad_accum_steps') or 1] if steps > 1]
+    steps = settings.get('grad_accum_steps') or 1
     command = shlex.split(environment.get('command') or 'timm train.py --config args.yaml')
     return {
         'config': config,
@@ -225,7 +225,7 @@ def _training(config: dict[str, Any], run: Result, origin: dict[str, Any]) -> di
         'name': config['architecture'],
         'settings': settings,
         'epochs': _epochs(run),
-        'batch': ' x '.join(map(str, [settings['batch_size'], *accumulated])),
+        'batch': f'{settings["batch_size"]} x {steps}' if steps > 1 else settings['batch_size'],
         'environment': environment,
         'versions': environment.get('versions', {}),
         'data': _data(settings),

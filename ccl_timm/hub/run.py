@@ -200,12 +200,11 @@ class Run:
         if self.trained.epoch is None:
             raise UserError(f"'{self.source}' is no run: use ccl_timm.train(model=..., pretrained_path=...).")
         weights = run.best_or_last_checkpoint() if Path(self.source).is_dir() else Path(self.source)
-        start: dict[str, Any] = {'config': str(run.path / 'args.yaml'), 'pretrained_path': None}
+        start: dict[str, Any] = {'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': str(weights)}
         if {'data_dir', 'dataset'} & settings.keys():
-            start |= {'pretrained_path': str(weights), 'num_classes': None, 'class_names': None, 'class_map': ''}
-        else:
-            start |= {'initial_checkpoint': str(weights)}
-        return train(**{**start, **settings})
+            start = {'pretrained_path': str(weights), 'initial_checkpoint': ''}
+            start |= {'num_classes': None, 'class_names': None, 'class_map': ''}
+        return train(**{'config': str(run.path / 'args.yaml'), **start, **settings})
 
     def export(self, folder: str | os.PathLike, format: str = 'timm') -> list[Path]:
         """Write the model as safetensors and config.json, or as ``'onnx'``; returns the files written.
