@@ -100,10 +100,11 @@ def _trial(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """The modules with parameters of their own that are called."""
+    """The modules within the model, with parameters of their own, that are called."""
     called: set[nn.Module] = set()
-    own = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in own]
+    parts = [each for each in model.modules() if not hasattr(each, 'forward_features')]  # not the model, wrapped or not
+    own = [each for each in parts if any(True for _ in each.parameters(recurse=False))]
+    hooks = [each.register_forward_hook(lambda module, *_: called.add(module)) for each in own]
     try:
         yield called
     finally:
