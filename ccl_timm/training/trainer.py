@@ -319,7 +319,7 @@ class Trainer:
             )
 
     def _warn_of_options(self, checkpoint: Path, planned: list[dict[str, Any]]) -> None:
-        """So do weight decay and momentum, in the place of those that the settings say."""
+        """Weight decay, momentum and the like come with the optimizer's state, too, whatever the settings say."""
         for name in ('weight_decay', 'momentum', 'betas', 'eps'):
             wanted, found = ([group.get(name) for group in groups] for groups in (planned, self.optimizer.param_groups))
             if found != wanted:
