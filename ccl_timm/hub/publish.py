@@ -110,6 +110,7 @@ def _description(trained: Trained) -> dict[str, Any]:
         'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
         'cost': cost(trained.model, trained.data_config['input_size'])._asdict(),
+        **_image_mode(trained),
         **({'calibration': trained.calibration} if trained.calibration else {}),
     }
     remote = {
@@ -120,6 +121,12 @@ def _description(trained: Trained) -> dict[str, Any]:
         'model_config': {'label_names': trained.class_names, 'ccl_timm': needs, 'auto_map': remote},
         'data_config': trained.data_config,
     }
+
+
+def _image_mode(trained: Trained) -> dict[str, str]:
+    """The colour mode of the images, where it is not that of their number of channels."""
+    mode = trained.settings.get('input_img_mode')
+    return {'input_img_mode': mode} if mode else {}
 
 
 def _export_onnx(trained: Trained, folder: Path) -> None:
@@ -139,6 +146,7 @@ def _export_onnx(trained: Trained, folder: Path) -> None:
     )
     model = program.model_proto
     facts = {'architecture': trained.name, 'class_names': trained.class_names, **trained.data_config}
+    facts |= _image_mode(trained)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
     onnx.save(model, folder / 'model.onnx')
 
@@ -154,7 +162,7 @@ def load_run(source: str | os.PathLike, use_ema: bool = False) -> tuple[Trained,
         UserError: the source is not a run, or its results were measured with other weights than those asked for.
     """
     trained = load_trained(source, use_ema)
-    if not trained.settings:
+    if trained.epoch is None:
         raise UserError(f"'{source}' is an exported model: name the folder of its run, which has its settings.")
     run = Result.of(RunDir.of(source))
     if bool(run.settings.get('model_ema')) != use_ema:

@@ -8,10 +8,12 @@ from typing import Any
 import timm.data
 import timm.models
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 
 from ccl_timm import models
+from ccl_timm.data.files import color_mode
 from ccl_timm.errors import LIBRARY_ERRORS, UserError, user_errors
 from ccl_timm.models import weights
 from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
@@ -29,7 +31,7 @@ class Trained:
         model: in evaluation mode, on the CPU.
         data_config: ``input_size``, ``mean``, ``std``, ``crop_pct``, ``interpolation`` as trained.
         class_names: in the order of the logits; None if unknown.
-        settings: those of the run; empty for an export.
+        settings: those of the run; of an export only the ``input_img_mode``, where it has one.
         epoch: of the checkpoint, counted from 0; None for an export.
         ema: whether these are the moving average of the weights.
         calibration: a ``temperature``, and the ``data``, ``split``, number of ``images`` and their ``fingerprint`` that
@@ -44,6 +46,11 @@ class Trained:
     epoch: int | None = None
     ema: bool = False
     calibration: dict[str, Any] | None = None
+
+    @property
+    def image_mode(self) -> str:
+        """Pillow's mode of the images that it takes."""
+        return self.settings.get('input_img_mode') or color_mode(self.data_config['input_size'][0])
 
     @property
     def labels(self) -> list[str]:
@@ -131,13 +138,14 @@ def _load_exported(name: str) -> Trained:
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get('label_names')
     own = weights.read_config(*timm.models.parse_model_name(name)).get('ccl_timm')
-    calibration = own.get('calibration') if isinstance(own, dict) else None
+    own = own if isinstance(own, dict) else {}
+    calibration, mode = own.get('calibration'), own.get('input_img_mode')
     return Trained(
         model.pretrained_cfg['architecture'],
         model,
         config,
         list(names) if names else None,
-        settings={},
+        settings={'input_img_mode': mode} if mode in Image.MODES else {},
         calibration=None if calibration is None else check_calibration(calibration, name),
     )
 

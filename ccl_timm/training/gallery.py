@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccl_timm.data import datasets
-from ccl_timm.data.files import color_mode
 from ccl_timm.data.prepare import open_classes
 from ccl_timm.errors import UserError, require_writable, user_errors
 from ccl_timm.training import measures, retrieval
@@ -144,9 +143,8 @@ def create_gallery(
 
     def compute(source: str | os.PathLike, label: str) -> tuple[Tensor, Tensor, list[str]]:
         reader = open_classes(source)
-        mode = trained.settings.get('input_img_mode') or color_mode(trained.data_config['input_size'][0])
         config = {**trained.data_config, 'batch_size': batch_size}
-        loader = loader_of(datasets.ImageFiles(reader, mode), config, device, workers)
+        loader = loader_of(datasets.ImageFiles(reader, trained.image_mode), config, device, workers)
         found = retrieval.extract_outputs(trained.model, loader, ('features',), label)
         if not len(found['labels']):
             raise UserError(f"Not one image in '{source}' can be read.")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ccl_timm.data.files import UnreadableImage, color_mode, list_images, read_image
+from ccl_timm.data.files import UnreadableImage, list_images, read_image
 from ccl_timm.errors import UserError
 from ccl_timm.heads import HeadOutputs
 from ccl_timm.task import read_head
@@ -180,7 +180,7 @@ def preprocessing(trained: Trained) -> Callable[[Image.Image | str | os.PathLike
     It raises UnreadableImage for a file that cannot be read.
     """
     transform = timm.data.create_transform(**trained.data_config, is_training=False)
-    mode = trained.settings.get('input_img_mode') or color_mode(trained.data_config['input_size'][0])
+    mode = trained.image_mode
 
     def prepare(image: Image.Image | str | os.PathLike) -> Tensor:
         return transform(image.convert(mode) if isinstance(image, Image.Image) else read_image(image, mode))

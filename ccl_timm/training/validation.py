@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ccl_timm.console import log_info, log_warning
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
-from ccl_timm.data.files import FolderReader, color_mode
+from ccl_timm.data.files import FolderReader
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.training import measures, retrieval
 from ccl_timm.training.checkpoints import Trained
@@ -166,8 +166,7 @@ class _Split:
         """All images of a folder, whatever its structure."""
         with user_errors(f"--ood '{folder}' cannot be used", (RuntimeError,)):
             reader = FolderReader(folder)
-        mode = self.trained.settings.get('input_img_mode') or color_mode(self._channels)
-        return datasets.ImageFiles(reader, mode)
+        return datasets.ImageFiles(reader, self.trained.image_mode)
 
     def loader(self, dataset: Any) -> Any:
         config = {**self.trained.data_config, 'batch_size': self.data.batch_size}

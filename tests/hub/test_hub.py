@@ -52,6 +52,23 @@ def test_export_loads_in_a_fresh_process(exported):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 
+def test_an_export_keeps_the_colour_mode_of_its_images(run_cli, folder, workdir):
+    code, _, err = run_cli(
+        'timm', 'train.py', '--model', 'fast_convnet_linear', '--data-dir', folder, '--input-img-mode', 'HSV',
+        '--img-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--output', 'out', '--experiment', 'hsv',
+    )  # fmt: skip
+    assert code == 0, err
+    run = ccl_timm.load('out/hsv')
+    run.export('export')
+    again = ccl_timm.load('export')
+    again.export('again')  # an export of an export
+    red = Image.new('RGB', (32, 32), (200, 30, 30))
+    for other in (again, ccl_timm.load('again')):
+        assert other.predict(red) == run.predict(red)
+        measured = other.evaluate(data_dir=str(folder), split='validation').metrics
+        assert measured == run.evaluate().metrics
+
+
 def test_export_writes_nothing_over(run_cli, trained, exported):
     code, out, err = run_cli('ccl-timm', 'export', trained, exported)
     assert code == 2 and 'already holds model.safetensors' in err
