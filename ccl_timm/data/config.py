@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from PIL import Image
+
 from ccl_timm.console.arguments import COUNT, FRACTION, PROBABILITY, SHARE, WORKERS, integer, real
 from ccl_timm.console.options import Options, option
 
@@ -35,7 +37,10 @@ class DataConfig(Options, title='data'):
         None, COUNT, metavar='N', varies='nothing', help='default: as many as the data has'
     )
     input_img_mode: str | None = option(
-        None, metavar='MODE', help="colour mode of images, default 'RGB', or 'L' for one channel"
+        None,
+        choices=tuple(Image.MODES),
+        metavar='MODE',
+        help="Pillow's colour mode of images, default 'RGB', or 'L' for one channel",
     )
     input_key: str | None = option(None, help='column of images (hfds/)')
     target_key: str | None = option(None, help='column of labels (hfds/)')

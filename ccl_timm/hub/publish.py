@@ -47,9 +47,9 @@ def export(
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm (``local-dir:FOLDER``) and transformers load; it
-            holds mean, std, input size, crop and interpolation as trained, the class names, and which package and
-            plugins the architecture needs; and what transformers reads with ``trust_remote_code=True``. ``'onnx'``:
-            model.onnx with the same in its metadata, for batches of any size.
+            holds mean, std, input size, crop, interpolation and colour mode as trained, the class names, and which
+            package and plugins the architecture needs; and what transformers reads with ``trust_remote_code=True``.
+            ``'onnx'``: model.onnx with the same in its metadata, for batches of any size.
 
     Returns:
         The files written.

@@ -1,6 +1,7 @@
 """Trained models out of a run: export, load, evaluate, predict."""
 
 import csv
+import importlib.util
 import io
 import json
 import subprocess
@@ -52,21 +53,42 @@ def test_export_loads_in_a_fresh_process(exported):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 
-def test_an_export_keeps_the_colour_mode_of_its_images(run_cli, folder, workdir):
+@pytest.fixture
+def run_on_hsv(run_cli, folder, workdir):
+    """A run that takes its images in the colour mode HSV."""
     code, _, err = run_cli(
         'timm', 'train.py', '--model', 'fast_convnet_linear', '--data-dir', folder, '--input-img-mode', 'HSV',
         '--img-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--output', 'out', '--experiment', 'hsv',
     )  # fmt: skip
     assert code == 0, err
-    run = ccl_timm.load('out/hsv')
-    run.export('export')
+    return ccl_timm.load('out/hsv')
+
+
+def test_an_export_keeps_the_colour_mode_of_its_images(run_on_hsv, folder):
+    run_on_hsv.export('export')
     again = ccl_timm.load('export')
     again.export('again')  # an export of an export
     red = Image.new('RGB', (32, 32), (200, 30, 30))
     for other in (again, ccl_timm.load('again')):
-        assert other.predict(red) == run.predict(red)
+        assert other.predict(red) == run_on_hsv.predict(red)
         measured = other.evaluate(data_dir=str(folder), split='validation').metrics
-        assert measured == run.evaluate().metrics
+        assert measured == run_on_hsv.evaluate().metrics
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('onnxscript'), reason='needs the extra onnx')
+def test_onnx_holds_the_colour_mode_of_its_images(run_on_hsv):
+    import onnx
+
+    run_on_hsv.export('onnx', format='onnx')
+    facts = {entry.key: json.loads(entry.value) for entry in onnx.load('onnx/model.onnx').metadata_props}
+    assert facts['input_img_mode'] == 'HSV'
+
+
+def test_a_colour_mode_that_does_not_exist_is_named(run_cli, folder, workdir):
+    code, _, err = run_cli(
+        'timm', 'train.py', '--model', 'test_resnet', '--data-dir', folder, '--input-img-mode', 'hsv'
+    )
+    assert code == 2 and '--input-img-mode' in err and "'hsv'" in err and 'HSV' in err
 
 
 def test_export_writes_nothing_over(run_cli, trained, exported):
