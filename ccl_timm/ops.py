@@ -68,7 +68,7 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # every process's loss holds this process's share, so their gradients add up
-        return all_reduce_sum_no_grad(grad)
+        return _AllSum.apply(grad)
 
 
 def _is_distributed() -> bool:
@@ -138,7 +138,7 @@ class _AllRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # every process computes with all rows, so the gradients of one row add up
-        return all_reduce_sum_no_grad(grad)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return _AllSum.apply(grad)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """CC-Loss (channel correlation), arXiv 2010.05469."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, require, require_smoothing
 from ccl_timm.ops import all_reduce_sum, all_reduce_sum_no_grad, force_fp32
@@ -57,30 +56,47 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c: Tensor, target: Tensor, num_classes: int, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.sum = all_reduce_sum_no_grad if shared else lambda x: x
-        n = ctx.sum(c.new_tensor(float(len(c))))
-        c = c - ctx.sum(c.sum(0)) / n  # distances stay, rounding errors do not
-        counts = ctx.sum(c.new_zeros(num_classes).index_add_(0, target, c.new_ones(len(target))))  # (K,)
-        sums = ctx.sum(c.new_zeros(num_classes, c.shape[1]).index_add_(0, target, c))  # (K, D)
-        means = sums / counts.clamp_min(1)[:, None]
-        residual = c.sub_(means.index_select(0, target))
-        means = means - sums.sum(0) / n  # what rounding left of the centre would be in every row of the gradient
+        ctx.sum, ctx.num_classes = _sum_over_processes if shared else lambda x: x, num_classes
+        n, counts, means, residual = _about_means(c, target, num_classes, ctx.sum)
         scatter = torch.linalg.vector_norm(residual, dim=1).square()  # (N,) squared distance to the own class's mean
         own = counts.index_select(0, target)  # (N,) size of the own class
         intra = ctx.sum((own * scatter).sum())
         inter = ctx.sum(((n - own) * scatter).sum()) + n * (counts * means.square().sum(1)).sum()
-        ctx.save_for_backward(residual, own, means, target, n)
+        ctx.save_for_backward(c, target, n, own, means, residual)
         ctx.mark_non_differentiable(counts)
         return intra, inter, counts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_intra: Tensor, grad_inter: Tensor, _) -> tuple[Tensor, None, None, None]:
-        residual, own, means, target, n = ctx.saved_tensors
+        c, target, n, own, means, residual = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives: means and residuals again, with their graph
+            means, residual = _about_means(c, target, ctx.num_classes, ctx.sum)[2:]
         grad_intra, grad_inter = ctx.sum(torch.stack([grad_intra, grad_inter]))  # each process's loss has all pairs
         factor = 2 * (grad_intra * own + grad_inter * (n - own))
         grad = (2 * n * grad_inter * means).index_select(0, target)
         return grad.addcmul_(residual, factor[:, None]), None, None, None
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    return all_reduce_sum(x) if torch.is_grad_enabled() else all_reduce_sum_no_grad(x)
+
+
+def _about_means(
+    c: Tensor, target: Tensor, num_classes: int, total: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples in all, samples of each class (K,), class means about the batch mean (K, D), differences to them (N, D).
+
+    ``total`` sums over processes.
+    """
+    n = total(c.new_tensor(float(len(c))))
+    c = c - total(c.sum(0)) / n  # distances stay, rounding errors do not
+    counts = total(c.new_zeros(num_classes).index_add_(0, target, c.new_ones(len(target))))
+    sums = total(c.new_zeros(num_classes, c.shape[1]).index_add_(0, target, c))
+    means = sums / counts.clamp_min(1)[:, None]
+    subtract = torch.sub if torch.is_grad_enabled() else torch.Tensor.sub_  # in place, unless autograd has kept c
+    residual = subtract(c, means.index_select(0, target))
+    # what rounding left of the centre would be in every row of the gradient
+    return n, counts, means - sums.sum(0) / n, residual
 
 
 def _soft_pair_sums(c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.gradcheck import GradcheckError, gradcheck
+from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 
 from ccl_timm import models
 from ccl_timm._compat import TimmModel
@@ -232,7 +232,7 @@ def equals_reference(case: LossCase) -> None:
 
 
 def gradient_is_the_derivative(case: LossCase) -> None:
-    """torch's gradcheck in float64: the gradient is that of the value, with nothing detached."""
+    """torch's gradcheck in float64: the gradient is that of the value, with nothing detached, and differentiable."""
     outputs = case.example(4, 3, 4)
     loss, target = case.build(torch.float64, 3, 4), make_target(4, 3)
     names = tuple(outputs.leaves)
@@ -247,7 +247,9 @@ def gradient_is_the_derivative(case: LossCase) -> None:
         leaves = tuple(outputs.leaves.values())
         try:
             # a feature map has hundreds of entries: random directions then, in place of each entry
-            gradcheck(function, leaves, fast_mode=sum(leaf.numel() for leaf in leaves) > 200)
+            fast_mode = sum(leaf.numel() for leaf in leaves) > 200
+            gradcheck(function, leaves, fast_mode=fast_mode)
+            gradgradcheck(function, leaves, fast_mode=fast_mode)
         except GradcheckError as error:
             sentence = ' '.join(str(error).split())[:400]
             raise AssertionError(

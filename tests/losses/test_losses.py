@@ -846,8 +846,17 @@ def process(rank, folder):
             results.append(run_steps(module, slice(4 * rank, 4 * rank + 4)))
         except Exception:
             results.append(traceback.format_exc())
+    results.append([penalty_gradient(soft, slice(4 * rank, 4 * rank + 4)) for soft in (False, True)])
     torch.save(results, f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
+
+
+def penalty_gradient(soft, rows):
+    """Gradient, on some rows of the attention, of the squared length of CC's gradient."""
+    attention = make_outputs('cc').attention.detach()[rows].requires_grad_()
+    loss = channel_correlation(attention, make_target(soft=soft)[rows], 5)
+    (gradient,) = torch.autograd.grad(loss, attention, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), attention)[0]
 
 
 @pytest.fixture(scope='module')
@@ -875,6 +884,13 @@ def test_two_processes_are_one(case, two_processes):
         for key, tensor in state.items():
             torch.testing.assert_close(its_state[key], tensor, rtol=1e-6, atol=1e-9)
             assert torch.equal(its_state[key], two_processes[0][case][1][key]), f'{key} differs between the processes'
+
+
+@pytest.mark.parametrize('soft', [False, True], ids=['indices', 'probabilities'])
+def test_second_derivatives_of_two_processes_are_those_of_one(soft, two_processes):
+    expected = 4 * penalty_gradient(soft, slice(0, 8))  # both processes have the loss, so that gradients are doubled
+    found = torch.cat([results[-1][soft] for results in two_processes])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_every_loss_has_a_reference():
