@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
+    'FullPrecisionBuffers',
     'all_gather_rows',
     'all_reduce_sum',
     'full_precision',
@@ -33,6 +34,27 @@ def outside_autocast(device: torch.device) -> AbstractContextManager:
 def full_precision(x: Tensor) -> Tensor:
     """Return ``x`` in float32 (float64 stays float64)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class FullPrecisionBuffers(nn.Module):
+    """A module whose floating-point buffers stay float32 or float64 in ``.half()`` and ``.to(torch.bfloat16)``.
+
+    Running means would stand still in half precision, where 256 + 1 is 256; those of submodules stay, too.
+    """
+
+    def _apply(self, fn, recurse=True):
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in kept:
+            device = getattr(module, name).device
+            if getattr(module, name).dtype.itemsize < torch.float32.itemsize <= buffer.dtype.itemsize:
+                setattr(module, name, buffer.to(device))
+        return self
 
 
 def force_fp32(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import ccl_timm
 from ccl_timm.losses import Loss, list_losses, loss_class, takes_soft_targets
 from ccl_timm.task import ModelWithLoss, probe_outputs
+from ccl_timm.testing import LossCase
 
 
 @pytest.fixture
@@ -325,6 +326,22 @@ def test_autocast_computes_the_loss_in_full_precision(model, batch, dtype):
     assert result['loss'].dtype == torch.float32
     result['loss'].backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', list_losses())
+def test_the_state_of_a_loss_stays_in_full_precision(name, dtype):
+    loss = LossCase(name, {'momentum': 0.9} if name == 'fical' else {}).build()
+    before = copy.deepcopy(loss.state_dict())
+    for key, value in nn.Sequential(loss).to(dtype)[0].state_dict().items():
+        assert value.dtype == before[key].dtype and torch.equal(value, before[key])
+
+
+def test_a_mean_over_many_images_goes_on_in_a_model_of_bfloat16():
+    task = ccl_timm.create_task(ccl_timm.create_model('test_resnet_pedcc', num_classes=4), 'nac').to(torch.bfloat16)
+    task.loss.count.fill_(256.0)
+    task.train()(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16), torch.tensor([0]))
+    assert task.loss.count == 257
 
 
 def test_gradient_checkpointing_and_channels_last(model, batch):

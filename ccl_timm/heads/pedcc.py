@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from ccl_timm.heads.base import Head, HeadOutputs, require_positive, transformers_initializes
 from ccl_timm.heads.centroids import pedcc_centroids
 from ccl_timm.heads.cosine import cosine_logits
+from ccl_timm.ops import FullPrecisionBuffers
 
 __all__ = ['PEDCCHead']
 
 torch.fx.wrap('cosine_logits')
 
 
-class PEDCCHead(Head):
+class PEDCCHead(FullPrecisionBuffers, Head):
     """``f = Linear(F)``; logits are the scaled cosines of f and K fixed, evenly distributed centroids.
 
     The class is that of the nearest centroid, as POD-Loss has it. The losses made for this head read the features, so
@@ -80,11 +81,3 @@ class PEDCCHead(Head):
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features (N, in_features) to logits (N, K)."""
         return self.outputs(pooled).logits
-
-    def _apply(self, fn, recurse=True):
-        # what .half() and .to(torch.bfloat16) go through
-        centroids = self.weight
-        super()._apply(fn, recurse)
-        if self.weight.dtype.itemsize < torch.float32.itemsize:
-            self.weight = centroids.to(self.weight.device)
-        return self

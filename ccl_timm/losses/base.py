@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccl_timm.errors import UserError
-from ccl_timm.ops import full_precision, outside_autocast
+from ccl_timm.ops import FullPrecisionBuffers, full_precision, outside_autocast
 
 __all__ = [
     'Loss',
@@ -131,7 +131,7 @@ class Range(NamedTuple):
         return min(max(value, self.low), self.high)
 
 
-class Loss(nn.Module):
+class Loss(FullPrecisionBuffers):
     """Base of all losses. A subclass declares facts and computes named terms.
 
     Class attributes (tests read them):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
 from ccl_timm.losses.base import Loss, Range, class_weight_buffer, cross_entropy, require, require_smoothing
-from ccl_timm.ops import all_gather_rows
+from ccl_timm.ops import all_gather_rows, full_precision
 
 __all__ = ['PREFIX', 'PMLLoss', 'list_pml_losses', 'pml_class', 'pml_options']
 
@@ -107,7 +107,9 @@ class PMLLoss(Loss):
             return features.sum()
         advance = self.training and torch.is_grad_enabled()
         before = dict(self.metric.named_buffers(recurse=False))
-        value = self.metric(features, target, self.miner(features, target) if self.miner else None)
+        parameters = {name: full_precision(p) for name, p in self.metric.named_parameters()}  # proxies may be bfloat16
+        pairs = self.miner(features, target) if self.miner else None
+        value = torch.func.functional_call(self.metric, parameters, (features, target, pairs))
         for name, state in before.items():  # DynamicSoftMarginLoss updates it in evaluation, too, with its graph
             setattr(self.metric, name, getattr(self.metric, name).detach() if advance else state)
         return value

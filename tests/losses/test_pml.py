@@ -67,6 +67,13 @@ def test_each_loss_trains_on_a_model_and_its_state_is_saved(name):
 
 
 @needs_pml
+def test_proxies_keep_the_precision_of_the_model():
+    task = make_task('pml:ProxyAnchorLoss').to(torch.bfloat16)
+    task.train()(torch.randn(16, 3, 32, 32, dtype=torch.bfloat16), TARGET)['loss'].backward()
+    assert task.loss.metric.proxies.dtype == task.loss.metric.proxies.grad.dtype == torch.bfloat16
+
+
+@needs_pml
 @pytest.mark.parametrize('head', ['cam', 'mc', 'pedcc'])
 def test_on_every_head(head):
     task = make_task('pml:SupConLoss', head)
