@@ -261,6 +261,7 @@ def _work(
                     'A process of the comparison was killed, perhaps for lack of memory: give fewer --jobs. Finished '
                     'runs are kept.'
                 ) from error
+            _require_measured(line, comparison)
             _append(comparison.file, line)
             progress.log(job.state.entry, line, comparison.metric)
             ready.extend(_after(comparison, job, line))
@@ -309,6 +310,18 @@ def _next_jobs(comparison: Comparison, state: _State, known: list[dict[str, Any]
 def _missing(comparison: Comparison, states: list[_State], known: list[dict[str, Any]]) -> int:
     done = sum(len(state.trials) for state in states) + sum(map(len, final_runs(known).values()))
     return len(states) * (comparison.trials + comparison.seeds) - done
+
+
+def _require_measured(line: dict[str, Any], comparison: Comparison) -> None:
+    """Raise a UserError for a run without the measure that is compared: retrieval of images each of its own class."""
+    metric = comparison.metric.removeprefix('unseen_') if 'trial' in line else comparison.metric
+    if 'error' in line or metric in line:
+        return
+    images = 'that tuning holds out' if 'trial' in line else f'of {comparison.unseen or "the validation split"}'
+    raise UserError(
+        f'{metric} cannot be measured: among the images {images} no class has two, so that there is none of the same '
+        'class to find. Take more images, or --metric top1.'
+    )
 
 
 def _score(line: dict[str, Any], metric: str) -> float:

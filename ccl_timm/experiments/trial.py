@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import time
 import warnings
@@ -37,7 +38,8 @@ def run_trial(argv: list[str], complete: bool = False, unseen: str | None = None
     Returns:
         ``top1`` after the last epoch, ``curve`` of top-1 by epoch, ``seconds`` and ``ms_per_step``; complete, also
         ``nll``, ``ece``, ``recall_at_1``, ``map_at_r``, and with a folder ``unseen_recall_at_1`` and
-        ``unseen_map_at_r``. Of a run that cannot be trained, ``error``: the reason.
+        ``unseen_map_at_r``; retrieval only where a class has two images. Of a run that cannot be trained, ``error``:
+        the reason.
     """
     with _silence():
         try:
@@ -79,7 +81,7 @@ def _measures(trainer: Trainer, unseen: str | None) -> dict[str, float]:
 
 def _retrieval(features: Tensor, labels: Tensor) -> dict[str, float]:
     found = retrieval(features, labels)
-    return {name: found[name] for name in ('recall_at_1', 'map_at_r')}
+    return {name: found[name] for name in ('recall_at_1', 'map_at_r') if not math.isnan(found[name])}
 
 
 @torch.inference_mode()

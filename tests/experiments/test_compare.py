@@ -31,6 +31,8 @@ from ccl_timm.training.measures import retrieval
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
 
+from ..conftest import write_folder
+
 PROBE = ('--config', 'probe', '--img-size', '16', '--crop-pct', '1.0', '--batch-size', '8', '--workers', '0')
 
 
@@ -233,6 +235,16 @@ def test_retrieval_of_unseen_classes(settings, folder, workdir):
     expected = retrieval(features.views[0], features.labels)
     assert found['unseen_recall_at_1'] == pytest.approx(expected['recall_at_1'], abs=1e-3)
     assert found['unseen_map_at_r'] == pytest.approx(expected['map_at_r'], abs=1e-3)
+
+
+def test_retrieval_where_no_class_has_two_images(settings, run_cli, workdir):
+    write_folder(workdir / 'few', train=4, validation=1)
+    argv = ['--backbone', 'test_resnet', '--seeds', '1', '--losses', 'cc', '--config', settings[1], '--', *settings[2:]]
+    argv += ['--data-dir', 'few']
+    code, out, err = run_cli('ccl-timm', 'compare', '--metric', 'recall_at_1', *argv)
+    assert code == 2 and 'recall_at_1 cannot be measured: among the images of the validation split no class' in err
+    code, out, err = run_cli('ccl-timm', 'compare', *argv)
+    assert code == 0 and 'NLL' in out and 'R@1' not in out, err
 
 
 def test_compare_as_a_user_runs_it(settings, run_cli, workdir):
