@@ -159,6 +159,8 @@ def knn_accuracy(
 ) -> float:
     """Accuracy in percent of the k-nearest-neighbour classifier, in which neighbours vote with their cosine.
 
+    Only classes of neighbours can be chosen, which counts where all cosines are negative.
+
     Args:
         features: (N, D).
         labels: (N,).
@@ -169,8 +171,10 @@ def knn_accuracy(
     classes = int(torch.cat([labels, known_labels]).max()) + 1
     hits = 0
     for rows, cosine, index in nearest(features, known_features, neighbours):
-        votes = torch.zeros(len(cosine), classes, device=cosine.device).scatter_add_(1, known_labels[index], cosine)
-        hits += (votes.argmax(1) == labels[rows]).sum().item()
+        among = known_labels[index]
+        votes = torch.zeros(len(cosine), classes, device=cosine.device).scatter_add_(1, among, cosine)
+        chosen = torch.full_like(votes, -math.inf).scatter_(1, among, votes.gather(1, among)).argmax(1)
+        hits += (chosen == labels[rows]).sum().item()
     return 100 * hits / len(features)
 
 

@@ -134,6 +134,8 @@ def test_neighbours_vote_as_sklearns_do():
     known, labels, unknown = torch.randn(60, 5), torch.randint(3, (60,)), torch.randn(40, 5)
     reference = KNeighborsClassifier(7, metric='cosine', weights=lambda distance: 1 - distance).fit(known, labels)
     assert knn_accuracy(unknown, torch.from_numpy(reference.predict(unknown)), known, labels, 7) == 100.0
+    away = torch.tensor([[1.0, 0.0]])  # the cosine of its two neighbours is negative
+    assert knn_accuracy(away, torch.tensor([2]), -away.repeat(2, 1), torch.tensor([2, 2]), 2) == 100.0
 
 
 def test_separation_is_sklearns():
