@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ccl_timm.errors import UserError
-from ccl_timm.ops import l2_normalize
+from ccl_timm.ops import l2_normalize, outside_autocast
 
 __all__ = ['max_cosine', 'pedcc_centroids']
 
 # the energy is the soft maximum of all cosines; each temperature starts where the one before has ended
 _SHARPNESS = (16, 64, 256, 1024, 4096)
-_ITERATIONS = 60  # at each of them
+_LBFGS: dict[str, Any] = dict(max_iter=60, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
 
 
 def pedcc_centroids(num_classes: int, dim: int, seed: int = 0) -> Tensor:
@@ -106,19 +106,20 @@ def _random_columns(dim: int, number: int, generator: torch.Generator) -> Tensor
 
 
 def _minimise_energy(start: Tensor) -> Tensor:
-    points = l2_normalize(start).float().requires_grad_()  # half the time of float64, and the minimum is as good
-
-    def energy(sharpness: float) -> Tensor:
-        points.grad = None
-        rows = l2_normalize(points)
-        cosines = (sharpness * rows @ rows.T).fill_diagonal_(-math.inf)
-        value = cosines.flatten().logsumexp(0) / sharpness
-        value.backward()
-        return value
-
-    options: dict[str, Any] = dict(max_iter=_ITERATIONS, history_size=10, tolerance_grad=1e-7, tolerance_change=1e-9)
-    with torch.enable_grad():
+    # the caller may be in inference mode, or in autocast, whose half precision would end elsewhere
+    with torch.inference_mode(False), torch.enable_grad(), outside_autocast(start.device):
+        points = l2_normalize(start).float().requires_grad_()  # half the time of float64, and the minimum is as good
         for sharpness in _SHARPNESS:
-            optimizer = torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **options)
-            optimizer.step(functools.partial(energy, sharpness))
-    return l2_normalize(points.detach().double())
+            optimizer = torch.optim.LBFGS([points], line_search_fn='strong_wolfe', **_LBFGS)
+            optimizer.step(functools.partial(_backward_energy, points, sharpness))
+        return l2_normalize(points.detach().double())
+
+
+def _backward_energy(points: Tensor, sharpness: float) -> Tensor:
+    """The soft maximum of all cosines, with its gradient in ``points.grad``."""
+    points.grad = None
+    rows = l2_normalize(points)
+    cosines = (sharpness * rows @ rows.T).fill_diagonal_(-math.inf)
+    value = cosines.flatten().logsumexp(0) / sharpness
+    value.backward()
+    return value

@@ -1,6 +1,7 @@
 """Every head: traced, compiled, in low precision; and the centroids of the head ``pedcc`` where they are exact."""
 
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -99,6 +100,13 @@ def test_centroids_are_root_systems_where_these_are_known(classes, dim, neighbou
 @pytest.mark.parametrize('classes, best', [(7, 0.2101), (8, 0.2612), (9, 1 / 3), (10, 0.4044), (12, 5**-0.5)])
 def test_centroids_by_energy_are_near_the_best_known_in_three_dimensions(classes, best):
     assert best - 1e-4 < ccl_timm.max_cosine(ccl_timm.pedcc_centroids(classes, 3)) < best + 2e-3
+
+
+@pytest.mark.parametrize('context', [torch.inference_mode, partial(torch.autocast, 'cpu', torch.bfloat16)])
+def test_centroids_are_the_same_wherever_they_are_made(context):
+    expected = ccl_timm.pedcc_centroids(9, 3)
+    with context():
+        assert torch.equal(ccl_timm.pedcc_centroids(9, 3), expected)
 
 
 @pytest.mark.parametrize('name', ['cosine', 'pedcc'])
