@@ -241,9 +241,11 @@ def read_local_weights(folder: str | Path) -> dict[str, Any]:
 
 
 def _no_safetensors(location: str | Path) -> UserError:
+    remedy = (
+        'give safe_serialization=True to save_for_hf' if Path(location).is_dir() else 'ask its owner for safetensors'
+    )
     return UserError(
-        f"'{location}' has no {WEIGHTS}, and weights in other formats are not read: they can hold code. "
-        'Ask its owner for safetensors.'
+        f"'{location}' has no {WEIGHTS}, and weights in other formats are not read: they can hold code; {remedy}."
     )
 
 
