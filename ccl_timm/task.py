@@ -198,6 +198,9 @@ def _check_fit(model: TimmModel, loss: Loss, loss_name: str, available: dict[str
             f'{tuple(available["feature_map"].shape)}: use a convolutional network.'
         )
     if not missing:
+        for key, value in _facts(available).items():
+            if (given := getattr(loss, key, value)) != value:
+                raise UserError(f"loss '{loss_name}' was built with {key}={given}; {name} has {value}.")
         return
     if not model.num_classes:
         raise UserError(
@@ -324,11 +327,13 @@ class LossTask(TrainingTask):
 
     Epochs are those of :meth:`set_epoch`. Without it, one begins when ``train()`` is called, as timm's scripts do,
     after two training batches or more. Where ``train()`` is called at every step (Hugging Face's Trainer) or never
-    (Lightning), epochs are not counted, and a loss that depends on them warns once. A loop that evaluates and calls
-    ``train()`` within an epoch must call :meth:`set_epoch`.
+    (Lightning), epochs are not counted, and a loss that depends on them warns once. A loop that calls ``train()`` only
+    once, which nothing tells from a long first epoch, or within an epoch, after evaluation, must call
+    :meth:`set_epoch`.
 
     Steps are those of :meth:`update_ema`, which timm's scripts call after each optimizer step, EMA or not, or
-    of :meth:`set_num_updates`. Without either, each training batch is one: call one of them where gradients accumulate.
+    of :meth:`set_num_updates`. Without either, each training batch is one: where gradients accumulate, call one of them
+    after each optimizer step, and ``set_num_updates(steps)`` before the first batch, also of a resumed training.
 
     ``ccl_timm.integrations`` has callbacks that do both for Hugging Face's Trainer and for Lightning.
     """
@@ -352,6 +357,11 @@ class LossTask(TrainingTask):
             loss = create_loss_for(model, loss, available, **loss_kwargs)
         else:
             name = type(loss).__name__
+            if not isinstance(loss, Loss):
+                raise UserError(
+                    f'{loss!r} is none of our losses: give a name, or an object of a subclass of ccl_timm.Loss; '
+                    'a criterion of logits and targets becomes one by ccl_timm.losses.LogitsLoss(criterion).'
+                )
             if loss_kwargs:
                 raise UserError(f'{name} is built already: give its options {sorted(loss_kwargs)} to its constructor.')
             _check_fit(model, loss, name, available)
@@ -428,7 +438,15 @@ class LossTask(TrainingTask):
             self(images, nn.functional.one_hot(target, soft_classes).to(images) if soft_classes else target)
 
     def train_on_features(self) -> None:
-        """From now on inputs are what the model's head reads, (N, D) as in evaluation, and not images."""
+        """From now on inputs are what the model's head reads, (N, D) as in evaluation, and not images.
+
+        Raises:
+            UserError: the loss requires the feature map, which is pooled by then.
+        """
+        if self._bare().requires_feature_map:
+            raise UserError(
+                f'{type(self.loss).__name__} requires the feature map, which pooled features no longer have.'
+            )
         self._bare().takes_features = True
 
     def set_epoch(self, epoch: int) -> None:

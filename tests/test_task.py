@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import ccl_timm
+from ccl_timm import losses
 from ccl_timm.losses import Loss, list_losses, loss_class, takes_soft_targets
 from ccl_timm.task import ModelWithLoss, probe_outputs
 from ccl_timm.testing import LossCase
@@ -340,8 +341,8 @@ def test_the_state_of_a_loss_stays_in_full_precision(name, dtype):
 def test_a_mean_over_many_images_goes_on_in_a_model_of_bfloat16():
     task = ccl_timm.create_task(ccl_timm.create_model('test_resnet_pedcc', num_classes=4), 'nac').to(torch.bfloat16)
     task.loss.count.fill_(256.0)
-    task.train()(torch.randn(1, 3, 32, 32, dtype=torch.bfloat16), torch.tensor([0]))
-    assert task.loss.count == 257
+    task.train()(torch.randn(3, 3, 32, 32, dtype=torch.bfloat16), torch.arange(3))
+    assert task.loss.count == 259
 
 
 def test_gradient_checkpointing_and_channels_last(model, batch):
@@ -356,6 +357,34 @@ def test_targets_of_a_wrong_kind_are_refused(model, batch):
     task = ccl_timm.create_task(model, 'cc')
     with pytest.raises(ccl_timm.UserError, match=r'target of shape \(8,\) and type torch.float32'):
         task(batch[0], batch[1].float())
+
+
+@pytest.mark.parametrize(
+    'loss, message',
+    [
+        (nn.CrossEntropyLoss(), r'CrossEntropyLoss\(\) is none of our losses.*losses\.LogitsLoss\(criterion\)'),
+        (losses.MCLoss, 'MCLoss.* is none of our losses'),
+        (losses.MCLoss(3, 12), "'MCLoss' was built with num_classes=3; test_resnet_mc has 4"),
+        (losses.MCLoss(4, 20), 'num_channels=20; test_resnet_mc has 12'),
+        (losses.CenterLoss(4, 1), 'num_features=1; test_resnet_mc has 12'),
+    ],
+)
+def test_a_loss_that_is_none_or_of_another_size_is_refused(loss, message):
+    model = ccl_timm.create_model('test_resnet_mc', num_classes=4)
+    with pytest.raises(ccl_timm.UserError, match=message):
+        ccl_timm.create_task(model, loss)
+
+
+def test_a_criterion_becomes_a_loss(model, batch):
+    task = ccl_timm.create_task(model, losses.LogitsLoss(nn.CrossEntropyLoss()))
+    result = task(*batch)
+    torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], batch[1]))
+
+
+def test_a_loss_of_the_feature_map_does_not_train_on_features():
+    task = ccl_timm.create_task(ccl_timm.create_model('test_resnet_mc', num_classes=4), 'mc')
+    with pytest.raises(ccl_timm.UserError, match='MCLoss requires the feature map'):
+        task.train_on_features()
 
 
 def test_a_scale_for_thousands_of_classes_warns_once():

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccl_timm.errors import UserError
 from ccl_timm.ops import FullPrecisionBuffers, full_precision, outside_autocast
@@ -26,6 +26,13 @@ __all__ = [
     'sum_terms',
     'mask_class',
 ]
+
+
+# which dimensions of what a loss reads are samples and classes
+_DIMENSIONS: dict[str, tuple[int | None, ...]] = {
+    'logits': (0, 1), 'cosine': (0, 1), 'features': (0,), 'feature_map': (0,), 'attention': (0,),
+    'centroids': (None, 0), 'weight': (None, 0),
+}  # fmt: skip
 
 
 def require(condition: bool, message: str) -> None:
@@ -170,14 +177,14 @@ class Loss(FullPrecisionBuffers):
         """Check the target, leave autocast, and return :meth:`compute_terms` of the outputs in full precision.
 
         Raises:
-            UserError: the target's shape does not fit, or it is soft and the loss takes class indices only.
+            UserError: the target's shape does not fit the outputs, or it is soft and the loss takes class indices only.
         """
         if missing := [name for name in self.requires if getattr(outputs, name, None) is None]:
             head = f": take those of the head '{self.head}'" if self.head else ''
             raise UserError(f"{type(self).__name__} requires '{missing[0]}', which these outputs do not have{head}.")
         required = {name: full_precision(getattr(outputs, name)) for name in self.requires}
         first = next(iter(required.values()))
-        target = self._checked(target, first)
+        target = self._checked(target, required)
         with outside_autocast(first.device):
             return self.compute_terms(_carrier(outputs, required), target)
 
@@ -215,18 +222,23 @@ class Loss(FullPrecisionBuffers):
     def caution(self, num_classes: int) -> str | None:
         """What speaks against these options for this number of classes, as a sentence; None if nothing does."""
 
-    def _checked(self, target: Tensor, read: Tensor) -> Tensor:
-        name = type(self).__name__
-        if target.ndim == 1 and not target.is_floating_point():
-            return target.long()
-        if target.ndim != 2 or not target.is_floating_point():
+    def _checked(self, target: Tensor, read: dict[str, Tensor]) -> Tensor:
+        """The target as int64 indices, or as probabilities in the type of the outputs."""
+        name, found = type(self).__name__, f'a target of shape {tuple(target.shape)}'
+        indices = target.ndim == 1 and not target.is_floating_point()
+        if not indices and (target.ndim != 2 or not target.is_floating_point()):
             raise UserError(
-                f'{name} got a target of shape {tuple(target.shape)} and type {target.dtype}; it takes integer class '
-                f'indices of shape (N,)' + (' or float probabilities of shape (N, K).' if self.soft_targets else '.')
+                f'{name} got {found} and type {target.dtype}; it takes integer class indices of shape (N,)'
+                + (' or float probabilities of shape (N, K).' if self.soft_targets else '.')
             )
-        if not self.soft_targets:
+        if not indices and not self.soft_targets:
             raise UserError(
                 f'{name} got soft targets of shape {tuple(target.shape)} but takes class indices only: '
                 'turn Mixup and CutMix off, or choose a loss with soft targets.'
             )
-        return target.to(torch.promote_types(read.dtype, torch.float32))
+        for key, output in read.items():
+            pairs = zip(target.shape, _DIMENSIONS.get(key, ()), strict=False)
+            if any(dim is not None and size != output.shape[dim] for size, dim in pairs):
+                raise UserError(f"{name} got {found} for '{key}' of shape {tuple(output.shape)}: they must agree.")
+        dtype = next(iter(read.values())).dtype
+        return target.long() if indices else target.to(torch.promote_types(dtype, torch.float32))

@@ -84,6 +84,8 @@ class CenterLoss(Loss):
         require(weight >= 0, f'weight must not be negative, as {weight} is.')
         require(0 <= alpha <= 1, f'alpha must be in [0, 1], not {alpha}.')
         require(reduction in ('mean', 'sum'), f"reduction is 'mean' or 'sum', not '{reduction}'.")
+        self.num_classes = num_classes
+        self.num_features = num_features
         self.weight = weight
         self.alpha = alpha
         self.reduction = reduction

@@ -95,8 +95,9 @@ def combined_margin(
 
     m1 is SphereFace's margin, m2 ArcFace's, m3 that of AM-Softmax. ``cos(m1 theta + m2)`` falls up to the angle
     ``limit = (pi - m2) / m1`` and would rise again beyond. With ``threshold`` the target's logit goes on there as
-    ``scale * (cos(theta) - (pi - limit) * sin(pi - limit) - m3)``: ArcFace's own continuation for m1 = 1, where that
-    angle is m2, and the same idea for another m1 [assumption].
+    ``scale * (cos(theta) - max(b sin(b), 1 - cos(b)) - m3)`` with ``b = pi - limit``. For m1 = 1, where b is m2, and
+    m2 up to 2.33, that is ArcFace's own ``m2 sin(m2)``; beyond, the value would rise at the limit, which
+    ``1 - cos(b)`` prevents [assumption, as is any m1 but 1].
 
     Args:
         cosine: (N, K), cosines of features and class vectors, clamped to +-(1 - 1e-7); half precision is computed in
@@ -217,8 +218,8 @@ class ArcFaceLoss(_ScaledMarginLoss):
     Args:
         scale: s > 0; 64 in the official code.
         margin: m in radians, 0 <= m < pi; 0.5 in the official code.
-        threshold: continue as ``cos(theta) - m sin(m)`` beyond ``theta = pi - m``, as the first official code does;
-            False for ``cos(theta + m)`` everywhere, as the later ones do.
+        threshold: continue as ``cos(theta) - m sin(m)`` beyond ``theta = pi - m``, as the first official code does
+            (for m up to 2.33, see there); False for ``cos(theta + m)`` everywhere, as the later ones do.
 
     Shapes: cosine (N, K); target (N,) indices or (N, K) probabilities.
     Terms: ``arcface``.

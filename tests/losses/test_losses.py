@@ -121,6 +121,14 @@ def test_docstring_names_the_terms(name):
     assert loss_class(name).paper
 
 
+@pytest.mark.parametrize('shape', [(7,), (1,), (8, 1), (1, 5), (8, 6)], ids=str)
+@pytest.mark.parametrize('name', ALL)
+def test_a_target_that_would_be_broadcast_is_refused(name, shape):
+    target = torch.zeros(shape, dtype=torch.int64 if len(shape) == 1 else torch.float64)
+    with pytest.raises(UserError, match=rf'of shape {re.escape(str(shape))} (for .* agree|but takes class indices)'):
+        build(name)(make_outputs(name), target)
+
+
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 

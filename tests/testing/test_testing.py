@@ -157,7 +157,7 @@ class HiddenTerm(Good):
 
 class HalfPrecision(Good):
     def loss_dict(self, outputs, target):
-        target = self._checked(target, outputs.logits)
+        target = self._checked(target, {'logits': outputs.logits})
         far = (outputs.features - self.mean.to(outputs.features.dtype)).square().sum(1).mean()
         self.advance(outputs.features.to(self.mean.dtype))
         return {'ce': F.cross_entropy(outputs.logits, target), 'far': far}
