@@ -6,8 +6,6 @@ called. Nothing here imports torch, so that the list of commands appears at once
 """
 
 import ast
-import contextlib
-import ctypes
 import os
 import shlex
 import sys
@@ -21,6 +19,7 @@ from types import ModuleType
 from ccl_timm import registry
 from ccl_timm.console import log_error, log_info, was_error_logged
 from ccl_timm.console.arguments import Parser, integer
+from ccl_timm.console.memory import keep_freed_memory
 from ccl_timm.errors import UserError, did_you_mean
 
 __all__ = ['COMMANDS', 'main', 'timm']
@@ -29,7 +28,6 @@ COMMANDS = (
     'train', 'validate', 'predict', 'index', 'embed', 'bench', 'export', 'push', 'card', 'release', 'run', 'data',
     'losses', 'models', 'recipes', 'reproduce', 'compare', 'report', 'features', 'plugins', 'new-plugin',
 )  # fmt: skip
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _BUILT_IN = {'train.py': 'train', 'validate.py': 'validate'}
 _TIMM_USAGE = """\
 usage: timm SCRIPT ...
@@ -122,25 +120,13 @@ def _load(module: str) -> ModuleType:
     return import_module(f'{__package__}.{module}')
 
 
-def _keep_freed_memory() -> None:
-    """Let the GNU C library keep what is freed for what comes next, in the place of giving it back to the system.
-
-    Otherwise each large tensor on a CPU is made of new pages, which the system has to find and clear: up to a third of
-    the time of a training step. It changes the whole process, which a library must not do, and a program may.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library has no such function
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(_M_MMAP_MAX, 0)
-        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def _run_command(name: str, argv: list[str], prog: str) -> int:
     command = _load(_module(name))
     parser = Parser(prog=prog, description=command.HELP)
     command.add_arguments(parser)
     args = parser.parse_strictly(argv)
     args.prog, args.argv = prog, argv
-    _keep_freed_memory()
+    keep_freed_memory()
     return command.run(args)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from ccl_timm import losses
 from ccl_timm.console import log_info, show_duration
+from ccl_timm.console.memory import keep_freed_memory
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
 from ccl_timm.experiments.trial import run_trial
@@ -347,13 +348,18 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + '\n')
 
 
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
 @contextmanager
 def _workers(jobs: int) -> Iterator[Callable[..., Future]]:
     """A function that starts a call in one of several processes, which live until the end; one job stays here."""
     if jobs == 1:
         yield _call_here
         return
-    pool = ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker)
     try:
         yield pool.submit
     finally:
