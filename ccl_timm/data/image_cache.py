@@ -104,7 +104,8 @@ def cached_images(
 ) -> ImageCache | None:
     """Images from the cache, into which they are written first if need be; by the first process on each machine.
 
-    They are read anew, too, if not all could be read the last time: a file server may have been away.
+    Those that could not be read the last time are tried again, since a file server may have been away: if one can be
+    read now, all are written anew.
 
     Args:
         read: takes a number below ``count``, returns an image (C, H, W) uint8 and its label; called by several threads.
@@ -117,7 +118,7 @@ def cached_images(
     """
     stem = _stem(count, facts)
     found = _opened(stem)
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and (found is None or len(found.readable) < count):
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and (found is None or _more_can_be_read(found, read)):
         try:
             _build(stem, read, count, max(workers, 1))
         except OSError as error:
@@ -126,6 +127,10 @@ def cached_images(
         pass
     cache = _opened(stem)
     return cache if on_all_processes(cache is not None) else None
+
+
+def _more_can_be_read(cache: ImageCache, read: Callable[[int], tuple[Tensor, int]]) -> bool:
+    return any(read(number)[1] >= 0 for number in torch.nonzero(cache.labels < 0).flatten().tolist())
 
 
 def is_cached(count: int, facts: dict[str, Any]) -> bool:
@@ -176,7 +181,7 @@ def _build(stem: Path, read: Callable[[int], tuple[Tensor, int]], count: int, th
     with _replacing(index) as file:  # last: it says that the pixels are whole
         np.savez(file, shapes=shapes, labels=labels)
     seconds, unreadable = time.monotonic() - started, int((labels < 0).sum())
-    later = f'{unreadable} could not be read, so later runs decode all again' if unreadable else 'later runs use it'
+    later = 'later runs use it' + (f', and try the {unreadable} again that could not be read' if unreadable else '')
     log_info(f'{count} images decoded into {pixels} ({size / 2**20:.0f} MiB, {seconds:.0f} s); {later}')
 
 
