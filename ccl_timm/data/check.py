@@ -19,6 +19,7 @@ from ccl_timm.console import Progress, table
 from ccl_timm.console.escape import terminal_text, utf8_text
 from ccl_timm.data.datasets import SPLITS
 from ccl_timm.data.files import UnreadableImage, open_regular, scan, unreadable_if_it_fails
+from ccl_timm.data.photos import is_turned
 from ccl_timm.errors import UserError
 
 __all__ = ['PROBLEMS', 'Facts', 'Report', 'check_folder', 'inspect']
@@ -38,6 +39,7 @@ PROBLEMS = {
     'empty_split': Problem('splits without an image', True),
     'unknown_class': Problem('classes that the training split lacks', True),
     'missing_class': Problem('classes of the training split that another split lacks', False),
+    'deep_class': Problem('class folders inside other folders, whose names do not count', False),
     'empty_class': Problem('class folders without an image', False),
     'several_splits': Problem('same file in several splits, which makes accuracies too good', False),
     'several_classes': Problem('same file in several classes', False),
@@ -45,6 +47,7 @@ PROBLEMS = {
     'sixteen_bit': Problem('more than 8 bits per pixel, clipped to white at 255 on conversion', False),
     'cmyk': Problem('CMYK; colours shift on conversion', False),
     'alpha': Problem('transparency, which is dropped', False),
+    'turned': Problem('turned or mirrored by their EXIF data, which scripts do not heed: turn the pixels', False),
     'palette': Problem('palette of colours, expanded on conversion', False),
     'not_utf8': Problem('names that are not UTF-8, shown with escapes', False),
     'other_file': Problem('files whose ending scripts do not read', False),
@@ -169,6 +172,8 @@ def _traits(image: Image.Image) -> Iterable[str]:
         yield 'cmyk'
     if image.has_transparency_data:
         yield 'alpha'
+    if is_turned(image):
+        yield 'turned'
     if image.mode in ('P', 'PA'):
         yield 'palette'
 
@@ -189,6 +194,8 @@ def _list(root: Path, split: str, place: Path, listing: _Listing) -> None:
         ]
         if not label:
             listing.problems['no_class'] += [_name(path, root) for path in images]
+        elif images and here.parent != place:
+            listing.problems['deep_class'].append(_name(here, root))
         elif not images and not subfolders:
             listing.problems['empty_class'].append(_name(here, root))
     for kind in ('hidden', 'repeated', 'closed'):

@@ -24,7 +24,7 @@ from ccl_timm.ops import on_all_processes
 
 __all__ = ['DecodedImages', 'ImageCache', 'cached_images', 'free_space', 'is_cached']
 
-_FORMAT = 1  # of the files: another number makes them unknown
+_FORMAT = 2  # of the files: another number makes them unknown
 _SIGN_OF_LIFE = 60  # seconds after which processes that wait hear that another is at work: they give up after minutes
 
 

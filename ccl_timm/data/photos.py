@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from ccl_timm.data.image_cache import ImageCache
 from ccl_timm.data.in_memory import random_boxes
 from ccl_timm.data.threads import image_threads
 
-__all__ = ['RandomPhotos', 'decode_resized', 'resized', 'shrunk_size']
+__all__ = ['RandomPhotos', 'decode_resized', 'is_turned', 'resized', 'shrunk_size']
 
 
 def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -62,12 +62,20 @@ def decode_resized(file: BinaryIO, mode: str, size_of: Callable[[tuple[int, int]
         reduced = image.height >= 2 * height and image.width >= 2 * width
         if reduced:
             image.draft(None, (width, height))
-        whole_jpeg = (image.format, image.mode) == ('JPEG', mode) and not reduced
-        pixels = _decode_jpeg(file) if whole_jpeg else None
+        plain_jpeg = (image.format, image.mode) == ('JPEG', mode) and not reduced and not is_turned(image)
+        pixels = _decode_jpeg(file) if plain_jpeg else None
         if pixels is None:
             rows = np.array(image if image.mode == mode else image.convert(mode))
             pixels = torch.from_numpy(rows).view(*rows.shape[:2], -1).permute(2, 0, 1)
     return resized(pixels, (height, width))
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF data ask to turn or mirror it when it is shown, as those of phones do.
+
+    Pillow, timm and so all of our scripts leave the pixels as they are; torchcodec would turn them.
+    """
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _decode_jpeg(file: BinaryIO) -> Tensor | None:

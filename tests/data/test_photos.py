@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import transforms
 
 from ccl_timm.data import image_cache
@@ -101,6 +101,15 @@ def test_decoded_pixels_are_pillows(case, photo):
     assert file.closed
 
 
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_orientation_is_not_heeded_as_elsewhere(orientation, photo):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = encoded(photo, format='JPEG', exif=exif)
+    theirs = pixels_of(Image.open(io.BytesIO(file.getvalue())))
+    assert torch.equal(decode_resized(file, 'RGB', lambda size: size), theirs)
+
+
 @pytest.mark.parametrize('size', [(420, 640), (40, 60)])
 def test_without_torchcodec_pixels_are_the_same(photo, size, monkeypatch):
     file = encoded(photo, format='JPEG')
@@ -154,6 +163,7 @@ def test_sizes_shrink_where_that_saves():
 
 def test_boxes_of_images_of_several_sizes_are_distributed_as_timms():
     torch.manual_seed(0)
+    random.seed(0)
     sizes = torch.tensor([[40, 90], [90, 30]])
     height, width = sizes.repeat(4000, 1).unsqueeze(-1).unbind(1)
     boxes = random_boxes(height, width, (0.08, 1.0), (3 / 4, 4 / 3)).double()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ccl_timm.data import archives, check, datasets, prepare
 from ccl_timm.training.config import TrainConfig
@@ -248,6 +248,10 @@ def messy(tmp_path):
     put(root / 'validation/bee/clear.png', (1, 2, 3, 4), 'RGBA')
     put(root / 'validation/bee/palette.png', 3, 'P')
     put(root / 'validation/bee/deep.png', 300, 'I;16')
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (8, 6), 5).save(root / 'validation/bee/turned.jpg', exif=exif)
+    put(root / 'validation/2024/ant/1.png', (78, 0, 0))
     put(root / 'validation/dog/0.png', (5, 5, 5))
     put(root / 'validation/loose.png', (6, 6, 6))
     whole = put(tmp_path / 'whole.jpg', (9, 8, 7), size=(90, 90)).read_bytes()
@@ -273,6 +277,7 @@ MESS = {
     'empty_split': ['test'],
     'unknown_class': ['validation/dog'],
     'missing_class': ['validation/cat'],
+    'deep_class': ['validation/2024/ant'],
     'empty_class': ['train/empty'],
     'several_splits': ['train/bee/3.png = validation/bee/leak.png'],
     'several_classes': ['train/ant/2.png = train/bee/ant.png'],
@@ -280,6 +285,7 @@ MESS = {
     'sixteen_bit': ['validation/bee/deep.png'],
     'cmyk': ['validation/bee/cmyk.jpg'],
     'alpha': ['validation/bee/clear.png'],
+    'turned': ['validation/bee/turned.jpg'],
     'palette': ['validation/bee/palette.png'],
     'other_file': ['train/bee/photo.webp'],
     'not_utf8': [r'train/ant/\xff.png'],
