@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import re
 import stat
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -11,7 +12,6 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.utils.misc import natural_key
 
 from ccl_timm.console import first_few, log_warning
 from ccl_timm.console.escape import utf8_text
@@ -162,6 +162,23 @@ def list_images(root: str | os.PathLike, suffixes: set[str] | None = None) -> li
     )
 
 
+def natural_key(name: str) -> list[int | str]:
+    """timm's sorting key, by which 'img10' follows 'img9'; timm's own fails at digits such as those of '10²'."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
+
+
+def _warn_of_merged_classes(pairs: list[tuple[str, str]]) -> None:
+    folders = defaultdict(set)
+    for path, label in pairs:
+        folders[label].add(os.path.dirname(path))
+    merged = sorted(label for label, own in folders.items() if len(own) > 1)
+    if merged:
+        log_warning(
+            f'{len(merged)} classes are spread over several folders, such as {first_few(sorted(folders[merged[0]]))}: '
+            'the class of an image is the name of the folder that it lies in.'
+        )
+
+
 class FolderReader(ReaderImageFolder):
     """timm's reader of a folder, with the same classes, numbers and order, over what :func:`list_images` finds.
 
@@ -180,6 +197,8 @@ class FolderReader(ReaderImageFolder):
         pairs = [(path, self._label(path, by_top_folder)) for path in list_images(root, suffixes)]
         if by_top_folder:
             pairs = [(path, label) for path, label in pairs if label]
+        else:
+            _warn_of_merged_classes(pairs)
         if not pairs:
             known = ', '.join(sorted(suffixes) if suffixes else get_img_extensions())
             raise RuntimeError(f'Found 0 images in subfolders of {root}. Supported image extensions are {known}')

@@ -32,7 +32,7 @@ def embed(
 
     Returns:
         Arrays by name, in the order of the paths: ``path`` (N,) below the folder; ``label`` (N,), the name of the
-        folder in it that has the image, empty for images that are in no such folder; ``features`` (N, D),
+        folder below it that the image lies in, its class in training, or empty; ``features`` (N, D),
         ``logits`` (N, K) and ``attention`` (N, C), float32. And the files that cannot be read, with the reason.
 
     Raises:
@@ -55,7 +55,7 @@ def embed(
         batches.append(outputs)
     if not paths:
         raise UserError(f"Not one image in '{folder}' can be read.")
-    labels = [path.split('/')[0] if '/' in path else '' for path in paths]
+    labels = [path.split('/')[-2] if '/' in path else '' for path in paths]  # the class, as in training
     arrays = {name: torch.cat([outputs[name] for outputs in batches]).numpy() for name in batches[0]}
     return {'path': np.array(paths), 'label': np.array(labels), **arrays}, unreadable
 

@@ -154,6 +154,23 @@ def test_links_that_loop_pipes_and_hidden_files_are_no_images(folder, tmp_path, 
     assert len(list((tmp_path / 'new').rglob('*.png'))) == 24
 
 
+def test_names_with_digits_that_are_no_numbers(tmp_path):
+    root = write_folder(tmp_path, ('10²', '1²2', '9', '10'), train=1, validation=1) / 'train'
+    os.rename(root / '9' / '0.png', root / '9' / '3④4.png')
+    assert [*FolderReader(root).class_to_idx] == ['1²2', '9', '10', '10²']
+
+
+def test_classes_of_the_same_name_in_several_folders_are_one_with_a_warning(folder, tmp_path, capsys):
+    for year in ('2023', '2024'):
+        shutil.copytree(folder / 'train' / 'ant', tmp_path / year / 'ant')
+    shutil.copytree(folder / 'train' / 'bee', tmp_path / '2024' / 'bee')
+    assert timm.data.create_dataset('', root=str(tmp_path), search_split=False).reader.class_to_idx == (
+        FolderReader(tmp_path).class_to_idx
+    )
+    err = capsys.readouterr().err
+    assert '1 classes are spread over several folders' in err and '2023/ant' in err and '2024/ant' in err
+
+
 def test_names_that_are_not_utf8(folder, tmp_path, run_cli, monkeypatch, trained):
     monkeypatch.chdir(tmp_path)
     root = shutil.copytree(folder, tmp_path / 'images')

@@ -1,5 +1,7 @@
 """embed: rows and columns of its files, what is left out, what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -36,11 +38,13 @@ def test_images_that_cannot_be_read_are_named_and_left_out(trained, folder, work
     images = workdir / 'images'
     images.mkdir()
     (images / 'a.png').write_bytes((folder / 'train' / 'ant' / '0.png').read_bytes())
+    shutil.copytree(folder / 'train' / 'bee', images / 'train' / 'bee')
     (images / 'b.png').write_text('nonsense')
     code, out, err = run_cli('ccl-timm', 'embed', trained, images, '-o', 'x.npz')
     assert code == 1 and "b.png' is not a readable image" in err
     with np.load('x.npz') as file:
-        assert file['path'].tolist() == ['a.png'] and file['label'].tolist() == ['']
+        assert file['path'].tolist() == ['a.png', *(f'train/bee/{number}.png' for number in range(8))]
+        assert file['label'].tolist() == ['', *['bee'] * 8]  # as training names it, however deep it lies
 
 
 @pytest.mark.parametrize(
