@@ -1,6 +1,6 @@
 """Loaders of the scripts: timm's, or one over images in memory; with pad-crop, Mixup and CutMix as the settings say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import timm.data
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 
+from ccl_timm._compat import TimmModel
 from ccl_timm.console import log_info
 from ccl_timm.data import keeping
 from ccl_timm.data.config import LoaderConfig
@@ -24,7 +25,22 @@ from ccl_timm.data.samplers import ClassBalancedSampler
 from ccl_timm.errors import UserError
 from ccl_timm.ops import on_all_processes, rank, world_size
 
-__all__ = ['create_loader', 'evaluation_loader', 'loaders_in_memory', 'make_loaders', 'ordered_training_loader']
+__all__ = [
+    'create_loader', 'evaluation_loader', 'loaders_in_memory', 'make_loaders', 'ordered_training_loader',
+    'resolve_preprocessing',
+]  # fmt: skip
+
+
+def resolve_preprocessing(model: TimmModel, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """timm's ``resolve_data_config``, with one mean and standard deviation for each channel of the model's images.
+
+    Args:
+        model: has the defaults.
+        settings: of train.py, such as ``img_size`` and ``mean``.
+    """
+    found = timm.data.resolve_data_config(dict(settings or {}), model=model)
+    channels = found['input_size'][0]
+    return found | {name: tuple(adapt_to_chs(found[name], channels)) for name in ('mean', 'std')}
 
 
 def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):
@@ -119,7 +135,7 @@ def evaluation_loader(
             return loader
         images, labels = cache.stacked(), cache.labels[cache.readable]
     sampler = OrderedDistributedSampler(labels) if distributed else SequentialSampler(labels)
-    shared = (preprocessing['batch_size'], *_channels(preprocessing), device)
+    shared = (preprocessing['batch_size'], preprocessing['mean'], preprocessing['std'], device)
     return InMemoryLoader(Augment(images, images.shape[-2:]), labels, sampler, *shared)
 
 
@@ -248,7 +264,7 @@ def _memory_loader(
         vflip=0.0 if config.no_aug else config.vflip,
     )
     log_info(f'{len(labels)} training images in memory, {augment.images.numel() / 2**20:.0f} MiB')
-    return _over_decoded(augment, labels, _channels(data_config), config, num_classes, device)
+    return _over_decoded(augment, labels, (data_config['mean'], data_config['std']), config, num_classes, device)
 
 
 def _disk_loader(
@@ -280,7 +296,7 @@ def _disk_loader(
     one_by_one = config.train_interpolation not in RandomPhotos.interpolations and not config.pad_crop
     if not config.no_aug and (one_by_one or keeping.single_image_steps(config)):
         return _file_loader(config, num_classes, device, data_config, DecodedImages(cache, targets_of(dataset)))
-    labels, channels = cache.labels[cache.readable], _channels(data_config)
+    labels, channels = cache.labels[cache.readable], (data_config['mean'], data_config['std'])
     if config.no_aug:
         return _over_decoded(Augment(cache.stacked(), size), labels, channels, config, num_classes, device)
     names = ('pad_crop', 'scale', 'ratio', 'hflip', 'vflip', 'workers')
@@ -304,11 +320,6 @@ def _over_decoded(
     options = {'drop_last': True, 'random_erasing': erasing, 'mixup': _mixing(config, num_classes, Mixup)}
     sampler = _sampler(config, labels.tolist())
     return InMemoryLoader(images, labels, sampler, config.batch_size, *channels, device, **options)
-
-
-def _channels(preprocessing: dict[str, Any]) -> tuple[Any, Any]:
-    """Mean and standard deviation of each channel."""
-    return tuple(adapt_to_chs(preprocessing[name], preprocessing['input_size'][0]) for name in ('mean', 'std'))
 
 
 def _check_channels(dataset: Dataset, channels: int) -> None:

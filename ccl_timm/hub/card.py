@@ -14,6 +14,7 @@ from ccl_timm import losses, models
 from ccl_timm.console import show_share
 from ccl_timm.console.escape import markdown_code, markdown_text, shell_text
 from ccl_timm.data.datasets import is_folder
+from ccl_timm.data.files import color_mode
 from ccl_timm.errors import UserError
 from ccl_timm.experiments.matching import rows_of
 from ccl_timm.experiments.results import Result
@@ -188,7 +189,7 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
     return {
         'model': Markdown(repr(f'hf-hub:{repo_id}')),
         'loader': Markdown('timm' if models.known_to_timm(name) else 'ccl_timm'),
-        'image_mode': 'L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
+        'image_mode': _image_mode(config),
         'class_names': config.get('label_names'),
         'version': needs['version'],
         'cost': needs.get('cost'),
@@ -202,9 +203,13 @@ def _use(config: dict[str, Any], settings: dict[str, Any], repo_id: str) -> dict
     }
 
 
+def _image_mode(config: dict[str, Any]) -> str:
+    return config['ccl_timm'].get('input_img_mode') or color_mode(config['pretrained_cfg']['input_size'][0])
+
+
 def _in_transformers(config: dict[str, Any]) -> bool:
-    """Whether its pipeline takes the model, which makes every image one of three channels."""
-    return models.known_to_timm(config['architecture']) and config['pretrained_cfg']['input_size'][0] == 3
+    """Whether its pipeline takes the model, which makes every image an RGB one."""
+    return models.known_to_timm(config['architecture']) and _image_mode(config) == 'RGB'
 
 
 def _loss_reads(settings: dict[str, Any]) -> str:

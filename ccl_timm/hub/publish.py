@@ -47,8 +47,9 @@ def export(
         folder: where to write; may exist, but not hold a model.
         use_ema: the moving average instead of the weights.
         form: ``'timm'``: model.safetensors and config.json, which timm (``local-dir:FOLDER``) and transformers load; it
-            holds mean, std, input size, crop, interpolation and colour mode as trained, the class names, and which
-            package and plugins the architecture needs; and what transformers reads with ``trust_remote_code=True``.
+            holds mean, std, input size, crop, interpolation and colour mode as trained, the class names, the
+            temperature, and which package and plugins the architecture needs; and what transformers reads with
+            ``trust_remote_code=True``.
             ``'onnx'``: model.onnx with the same in its metadata, for batches of any size.
 
     Returns:
@@ -67,13 +68,16 @@ def export(
         raise UserError("ONNX needs two more packages: `pip install 'ccl-timm[onnx]'`.")
     trained = load_trained(source, use_ema)
     check_outputs(trained)
-    {'timm': _export_timm, 'onnx': _export_onnx}[form](trained, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # an export that fails leaves no half of a model
+        {'timm': _export_timm, 'onnx': _export_onnx}[form](trained, Path(part))
+        for path in Path(part).iterdir():
+            os.replace(path, folder / path.name)
     return [folder / name for name in names]
 
 
 def _export_timm(trained: Trained, folder: Path) -> dict[str, Any]:
     """Write the weights, the code for transformers and config.json, and return the content of that."""
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_REMOTE_CODE, folder / _REMOTE_CODE.name)
     facts = {'format': 'pt', 'package': 'ccl-timm', 'version': registry.version(), 'architecture': trained.name}
     if loss := trained.settings.get('loss'):
@@ -110,8 +114,7 @@ def _description(trained: Trained) -> dict[str, Any]:
         'plugins': registry.used_plugins(),
         'epoch': trained.epoch,
         'cost': cost(trained.model, trained.data_config['input_size'])._asdict(),
-        **_image_mode(trained),
-        **({'calibration': trained.calibration} if trained.calibration else {}),
+        **_further_facts(trained),
     }
     remote = {
         'AutoModel': f'{_REMOTE_CODE.stem}.TimmWrapperModel',
@@ -123,16 +126,15 @@ def _description(trained: Trained) -> dict[str, Any]:
     }
 
 
-def _image_mode(trained: Trained) -> dict[str, str]:
-    """The colour mode of the images, where it is not that of their number of channels."""
-    mode = trained.settings.get('input_img_mode')
-    return {'input_img_mode': mode} if mode else {}
+def _further_facts(trained: Trained) -> dict[str, Any]:
+    """The colour mode of images, where it is not that of their number of channels, and the temperature, if fitted."""
+    facts = {'input_img_mode': trained.settings.get('input_img_mode'), 'calibration': trained.calibration}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _export_onnx(trained: Trained, folder: Path) -> None:
     import onnx
 
-    folder.mkdir(parents=True, exist_ok=True)
     # two images: torch.export takes a batch of one for a constant
     images = torch.randn(2, *trained.data_config['input_size'])
     program = torch.onnx.export(
@@ -146,7 +148,7 @@ def _export_onnx(trained: Trained, folder: Path) -> None:
     )
     model = program.model_proto
     facts = {'architecture': trained.name, 'class_names': trained.class_names, **trained.data_config}
-    facts |= _image_mode(trained)
+    facts |= _further_facts(trained)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
     onnx.save(model, folder / 'model.onnx')
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import timm.models
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from torch import nn
 
 from ccl_timm import models
 from ccl_timm.data.files import color_mode
+from ccl_timm.data.loaders import resolve_preprocessing
 from ccl_timm.errors import LIBRARY_ERRORS, UserError, user_errors
 from ccl_timm.models import weights
 from ccl_timm.training.checkpoint_files import check_intact, read_checkpoint
@@ -118,7 +118,7 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     model = build_model({**settings, 'model_kwargs': {**found, **settings.get('model_kwargs', {})}})
     model.load_state_dict(state)
     _check_finite(model, checkpoint_file)
-    config = timm.data.resolve_data_config(settings, model=model)
+    config = resolve_preprocessing(model, settings)
     names = settings.get('class_names')
     epoch = checkpoint['epoch']
     calibration = RunDir.of(checkpoint_file).calibration(epoch, use_ema)
@@ -135,7 +135,7 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 def _load_exported(name: str) -> Trained:
     model = models.create_model(name, pretrained=True).eval()
     _check_finite(model, name)
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_preprocessing(model)
     names = model.pretrained_cfg.get('label_names')
     own = weights.read_config(*timm.models.parse_model_name(name)).get('ccl_timm')
     own = own if isinstance(own, dict) else {}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from ccl_timm.console import Progress, log_info, log_warning
 from ccl_timm.data.datasets import create_splits
-from ccl_timm.data.loaders import make_loaders
+from ccl_timm.data.loaders import make_loaders, resolve_preprocessing
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.ops import rank, world_size
 from ccl_timm.task import create_task
@@ -218,7 +217,7 @@ class Trainer:
         config = self.config
         num_classes, weights = count_classes(config, self.splits), class_weights(config, self.splits)
         model = build_model({**config.settings(), 'num_classes': num_classes}, **weight_options(config))
-        data_config = resolve_data_config(config.settings(), model=model)
+        data_config = resolve_preprocessing(model, config.settings())
         memory_format = _memory_format(config, self.device, model)
         cropped = crop_kernels(model) if self.device.type == 'cpu' else 0
         model.to(self.device, memory_format=memory_format)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import ccl_timm
+from ccl_timm.hub import publish
 from ccl_timm.hub.publish import export
 from ccl_timm.training.checkpoints import load_trained
 
@@ -54,14 +55,45 @@ def test_export_loads_in_a_fresh_process(exported):
 
 
 @pytest.fixture
-def run_on_hsv(run_cli, folder, workdir):
-    """A run that takes its images in the colour mode HSV."""
-    code, _, err = run_cli(
-        'timm', 'train.py', '--model', 'fast_convnet_linear', '--data-dir', folder, '--input-img-mode', 'HSV',
-        '--img-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--output', 'out', '--experiment', 'hsv',
-    )  # fmt: skip
+def run_on(run_cli, folder, workdir):
+    """Train on images of a colour mode."""
+
+    def run(mode, *more):
+        code, _, err = run_cli(
+            'timm', 'train.py', '--model', 'fast_convnet_linear', '--data-dir', folder, '--input-img-mode', mode,
+            '--img-size', '32', '--epochs', '1', '-b', '8', '-j', '0', '--output', 'out', '--experiment', mode, *more,
+        )  # fmt: skip
+        assert code == 0, err
+        return ccl_timm.load(f'out/{mode}')
+
+    return run
+
+
+@pytest.fixture
+def run_on_hsv(run_on):
+    return run_on('HSV')
+
+
+@pytest.mark.parametrize('mode, channels', [('L', 1), ('RGBA', 4), ('HSV', 3)])
+def test_whatever_the_channels_the_run_is_used_as_any_other(mode, channels, run_on, run_cli, folder):
+    run = run_on(mode, '--in-chans', channels)
+    image = folder / 'validation' / 'ant' / '0.png'
+    expected = run.predict(str(image))
+    run.export('export')
+    assert ccl_timm.load('export').predict(str(image)) == expected
+    model = timm.create_model('local-dir:export', pretrained=True)
+    assert len(timm.data.resolve_model_data_config(model)['mean']) == channels
+    code, out, err = run_cli('ccl-timm', 'card', f'out/{mode}')
+    assert code == 0 and f".convert('{mode}')" in out and 'from transformers' not in out, err
+    code, out, err = run_cli('ccl-timm', 'embed', f'out/{mode}', folder / 'validation', '-o', 'x.npz')
     assert code == 0, err
-    return ccl_timm.load('out/hsv')
+
+
+def test_an_export_that_fails_leaves_nothing(run_on_hsv, monkeypatch, workdir):
+    monkeypatch.setattr(publish, 'save_config_for_hf', lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_on_hsv.export('export')
+    assert [*(workdir / 'export').iterdir()] == []
 
 
 def test_an_export_keeps_the_colour_mode_of_its_images(run_on_hsv, folder):
@@ -76,12 +108,14 @@ def test_an_export_keeps_the_colour_mode_of_its_images(run_on_hsv, folder):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('onnxscript'), reason='needs the extra onnx')
-def test_onnx_holds_the_colour_mode_of_its_images(run_on_hsv):
+def test_onnx_holds_the_colour_mode_of_its_images_and_the_temperature(run_on_hsv):
     import onnx
 
+    fitted = run_on_hsv.evaluate(fit_temperature=True).calibration
+    run_on_hsv = ccl_timm.load('out/HSV')
     run_on_hsv.export('onnx', format='onnx')
     facts = {entry.key: json.loads(entry.value) for entry in onnx.load('onnx/model.onnx').metadata_props}
-    assert facts['input_img_mode'] == 'HSV'
+    assert facts['input_img_mode'] == 'HSV' and facts['calibration'] == fitted
 
 
 def test_a_colour_mode_that_does_not_exist_is_named(run_cli, folder, workdir):
