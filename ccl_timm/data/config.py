@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from PIL import Image
-
 from ccl_timm.console.arguments import COUNT, FRACTION, PROBABILITY, SHARE, WORKERS, integer, real
 from ccl_timm.console.options import Options, option
 
 __all__ = ['AugmentConfig', 'DataConfig', 'LoaderConfig']
+
+
+_MODES = ('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV')  # of Pillow, a byte for each channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class DataConfig(Options, title='data'):
     )
     input_img_mode: str | None = option(
         None,
-        choices=tuple(Image.MODES),
+        choices=_MODES,
         metavar='MODE',
         help="Pillow's colour mode of images, default 'RGB', or 'L' for one channel",
     )

@@ -23,16 +23,17 @@ import torch
 from ccl_timm import losses
 from ccl_timm.console import log_info, show_duration
 from ccl_timm.console.memory import keep_freed_memory
+from ccl_timm.data.datasets import content_hash, create_splits
 from ccl_timm.errors import UserError, user_errors
 from ccl_timm.experiments.tables import to_cli_args
-from ccl_timm.experiments.trial import run_trial
+from ccl_timm.experiments.trial import run_trial, unseen_images
 from ccl_timm.experiments.tuning import best_params, search_space, suggest
 from ccl_timm.heads import head_class
 from ccl_timm.training.checks import check_config, check_fit
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.folder_lock import FolderLock
 from ccl_timm.training.provenance import environment
-from ccl_timm.training.setup import learning_rate
+from ccl_timm.training.setup import input_channels, learning_rate
 
 __all__ = ['METRICS', 'RECORDS', 'Comparison', 'Entry', 'entries_of', 'final_runs', 'read_records', 'run_comparison']
 
@@ -168,7 +169,13 @@ class _State:
 
     entry: Entry
     trials: list[tuple[dict[str, float], float]] = field(default_factory=list)
+    trainable: bool = False  # with the settings of one trial at least
     params: dict[str, float] | None = None
+
+    def add_trial(self, line: dict[str, Any], metric: str) -> None:
+        """Take in a trial's record; a run that failed has the lowest score."""
+        self.trials.append((line['params'], float(line.get(metric.removeprefix('unseen_'), 0.0))))
+        self.trainable |= 'error' not in line
 
 
 @dataclass(frozen=True)
@@ -233,9 +240,11 @@ def run_comparison(comparison: Comparison, jobs: int) -> None:
 
 
 def _run(comparison: Comparison, jobs: int) -> None:
-    known = read_records(comparison.file, comparison.key)
+    known, data = read_records(comparison.file, comparison.key), _fingerprint(comparison)
     if not known:
-        _append(comparison.file, _header(comparison))
+        _append(comparison.file, {**_header(comparison), 'data': data})
+    elif known[0].get('data', data) != data:
+        raise UserError(f"The data are no longer those of the runs in '{comparison.file}': give another --output.")
     states = [_State(entry) for entry in comparison.entries]
     ready = deque(job for state in states for job in _next_jobs(comparison, state, known))
     total = len(states) * (comparison.trials + comparison.seeds)
@@ -283,7 +292,7 @@ def _after(comparison: Comparison, job: _Job, line: dict[str, Any]) -> Iterator[
         if 'error' in line:
             raise UserError(f"'{job.state.entry.name}' cannot be trained: {line['error']}")
         return
-    job.state.trials.append((job.params, _score(line, comparison.metric)))
+    job.state.add_trial(line, comparison.metric)
     yield from _next_jobs(comparison, job.state, [])
 
 
@@ -296,8 +305,8 @@ def _next_jobs(comparison: Comparison, state: _State, known: list[dict[str, Any]
         if recorded is None:
             yield _Job(state, suggest(ranges, start, state.trials, comparison.seed), None)
             return
-        state.trials.append((recorded['params'], _score(recorded, comparison.metric)))
-    if state.trials and not max(score for _, score in state.trials):
+        state.add_trial(recorded, comparison.metric)
+    if state.trials and not state.trainable:
         raise UserError(f"No trial of '{state.entry.name}' could be trained: see {comparison.file}.")
     state.params = best_params(state.trials) if state.trials else {}
     done = {
@@ -325,9 +334,12 @@ def _require_measured(line: dict[str, Any], comparison: Comparison) -> None:
     )
 
 
-def _score(line: dict[str, Any], metric: str) -> float:
-    """What tuning maximises: for unseen classes the same measure of the held-out share; 0 for a run that failed."""
-    return float(line.get(metric.removeprefix('unseen_'), 0.0))
+def _fingerprint(comparison: Comparison) -> str:
+    """Of all images: trained on, validated on, and unseen."""
+    config = TrainConfig.resolve(comparison.argv(comparison.entries[0], {}))
+    channels = input_channels(config)
+    found = create_splits(config, channels).fingerprint
+    return found + (f'-{content_hash(unseen_images(comparison.unseen, channels))}' if comparison.unseen else '')
 
 
 def _header(comparison: Comparison) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def _without_defaults(groups: list[Group]) -> list[dict[str, Any]]:
     """The settings of each group, without those options of the loss that have their default."""
     found = []
     for group in groups:
-        defaults, options = default_options(group.settings['loss']), group.settings['loss_kwargs']
+        defaults, options = default_options(group.settings), group.settings['loss_kwargs']
         changed = {key: value for key, value in options.items() if defaults.get(key) != value}
         found.append({**group.settings, 'loss_kwargs': changed})
     return found

@@ -306,7 +306,9 @@ def show_differences(first: Path, second: Path) -> str:
     one, two = (Result.of(RunDir(path)).finished() for path in (first, second))
     before, now = one.environment, two.environment
     sections = {
-        'other settings, of those that change what is computed': diff_settings(one.comparable, two.comparable),
+        'other settings, of those that change what is computed': diff_settings(
+            one.comparable, two.comparable, ['data']
+        ),
         'settings that only one of them has': sorted({*one.settings} ^ {*two.settings}),
         'other versions': _changes(_versions(before), _versions(now)),
         'other machine': _changes(before, now, ('device', 'platform', 'threads', 'processes')),

@@ -1,7 +1,7 @@
 """Finished runs, read from their folders or from files of recorded runs (one line per run), and recorded in these."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,8 +54,13 @@ class Result:
 
     @cached_property
     def comparable(self) -> dict[str, Any]:
-        """The settings in a form in which those of two runs can be compared; see :func:`comparable`."""
-        return comparable(self.settings)
+        """The settings in a form in which those of two runs can be compared; see :func:`comparable`.
+
+        With ``data``, the fingerprint, unless a share is held out, which differs with the seed.
+        """
+        data = str(self.environment.get('data_fingerprint') or '')
+        known = '-' in data and not self.settings.get('val_fraction')  # there was no second part once
+        return comparable(self.settings) | ({'data': data} if known else {})
 
     @property
     def seed(self) -> int:
@@ -171,7 +176,7 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in one form where several mean the same: with the loss's default options, and data by its name only."""
     settings = {**settings, 'loss': settings.get('loss') or 'ce'}
     settings.setdefault('train_fraction', None)  # runs from before there was such a share
-    settings['loss_kwargs'] = {**default_options(settings['loss']), **(settings.get('loss_kwargs') or {})}
+    settings['loss_kwargs'] = {**default_options(settings), **(settings.get('loss_kwargs') or {})}
     settings['data_dir'] = Path(settings.get('data_dir') or '').name
     settings['dataset'] = '' if is_folder(settings.get('dataset')) else settings['dataset']
     if 'pretrained' in settings:
@@ -179,15 +184,23 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def default_options(loss: str) -> dict[str, Any]:
-    """Options of a loss that have a default; none of one that is not here, such as a plugin's on another machine."""
+def default_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a run's loss has without ``loss_kwargs``: its defaults, and the smoothing of the other settings.
+
+    None of a loss that is not here, such as a plugin's on another machine.
+    """
+    loss = settings['loss']
     if losses.is_timm_loss(loss):
         return {}  # its options follow from other settings
     try:
         known = losses.loss_options(loss)
     except UserError:
         return {}
-    return {key: option.default for key, option in known.items() if isinstance(option.default, (bool, int, float, str))}
+    found = {key: o.default for key, o in known.items() if isinstance(o.default, (bool, int, float, str))}
+    if 'smoothing' in found:
+        mixes = any(settings.get(key) for key in ('mixup', 'cutmix', 'cutmix_minmax'))
+        found['smoothing'] = 0.0 if mixes else settings.get('smoothing', found['smoothing'])
+    return found
 
 
 def is_record(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ccl_timm.data.datasets import create_split
 from ccl_timm.errors import UserError
@@ -24,7 +25,7 @@ from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.setup import input_channels
 from ccl_timm.training.trainer import Trainer
 
-__all__ = ['run_trial']
+__all__ = ['run_trial', 'unseen_images']
 
 
 def run_trial(argv: list[str], complete: bool = False, unseen: str | None = None) -> dict[str, Any]:
@@ -98,11 +99,15 @@ def _outputs(trainer: Trainer, loader: Any) -> tuple[Tensor, Tensor, Tensor]:
     return logits[labels >= 0], features[labels >= 0], labels[labels >= 0]
 
 
-def _unseen_loader(trainer: Trainer, folder: str) -> Any:
+def unseen_images(folder: str, channels: int) -> Dataset:
     """Images of other classes, numbered by their own folder."""
-    config = trainer.config
     data = TrainConfig.from_settings(data_dir=os.path.dirname(folder.rstrip('/')) or '.', config='')
-    dataset = create_split(data, os.path.basename(folder.rstrip('/')), input_channels(config), None)
+    return create_split(data, os.path.basename(folder.rstrip('/')), channels, None)
+
+
+def _unseen_loader(trainer: Trainer, folder: str) -> Any:
+    config = trainer.config
+    dataset = unseen_images(folder, input_channels(config))
     if config.freeze_backbone:
         model = trainer.task.get_eval_model()
         found = features_of(config, model, trainer.device, trainer.setup.data_config, dataset)

@@ -332,6 +332,11 @@ class Trainer:
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer, **options, updates_per_epoch=self.updates_per_epoch
         )
+        if self.start_epoch >= self.epochs > 0 and not self.run.resumes:
+            raise UserError(
+                f"'{checkpoint}' has {self.start_epoch} epochs already, which count among the {self.epochs} of the new "
+                'run: give more --epochs.'
+            )
         if not self.start_epoch or self.scheduler is None:
             return
         if isinstance(self.scheduler, PlateauLRScheduler):

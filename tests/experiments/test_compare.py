@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,22 @@ def test_retrieval_where_no_class_has_two_images(settings, run_cli, workdir):
     assert code == 2 and 'recall_at_1 cannot be measured: among the images of the validation split no class' in err
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0 and 'NLL' in out and 'R@1' not in out, err
+
+
+def test_a_comparison_is_of_one_data_set(settings, trials, folder, workdir):
+    shutil.copytree(folder, workdir / 'images')
+    own = (*settings, '--data-dir', 'images')
+    run_comparison(comparison(own, trials=0, seeds=1), jobs=1)
+    run_comparison(comparison(own, trials=0, seeds=2), jobs=1)
+    (workdir / 'images' / 'train' / 'bee' / '0.png').unlink()
+    with pytest.raises(UserError, match='no longer those of the runs'):
+        run_comparison(comparison(own, trials=0, seeds=3), jobs=1)
+
+
+def test_a_trial_without_a_hit_is_a_trial(settings, trials):
+    trials.score = lambda argv: 0.0
+    run_comparison(comparison(settings, ['cc'], trials=2, seeds=1), jobs=1)
+    assert len(trials.argv) == 2 * len(entries_of(['cc'])) + len(entries_of(['cc']))
 
 
 def test_compare_as_a_user_runs_it(settings, run_cli, workdir):

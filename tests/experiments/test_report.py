@@ -296,6 +296,19 @@ def test_other_epochs_are_no_other_seeds(runs_of_table1, run_cli):
     }
 
 
+def test_options_of_the_loss_and_data_separate_runs(workdir, run_cli):
+    write_run('runs/a', TABLE1, [90.0], seed=0, environment={'data_fingerprint': 'aa-aa'})
+    write_run('runs/b', TABLE1, [80.0], seed=1, environment={'data_fingerprint': 'aa-aa'})
+    write_run('runs/c', (*TABLE1, '--loss-kwargs', 'smoothing=0.3'), [70.0], seed=1)
+    write_run('runs/d', (*TABLE1, '--smoothing', '0.3'), [60.0], seed=2)
+    write_run('runs/e', TABLE1, [50.0], seed=2, environment={'data_fingerprint': 'bb-aa'})
+    code, out, err = run_cli('ccl-timm', 'report', 'runs', '--format', 'json')
+    groups = {tuple(record['last_epoch']) for record in json.loads(out)['records']}
+    assert groups == {(90.0, 80.0), (70.0,), (60.0,), (50.0,)}, err
+    code, out, err = run_cli('ccl-timm', 'report', '--diff', 'runs/a', 'runs/c')
+    assert "'smoothing': 0.3" in out
+
+
 def test_a_folder_is_one_whether_it_was_named_or_not(workdir, run_cli):
     images = ('--model', 'resnet18_cam', '--loss', 'cc', '--data-dir', 'bees')
     for seed, more in enumerate(((), ('--dataset', 'folder'))):

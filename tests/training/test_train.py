@@ -429,6 +429,12 @@ def test_a_run_that_began_with_a_wider_pedcc_head_is_loaded(tiny, workdir):
     assert load_trained('output/train/a').model.fc.weight.shape == (3, 1024)
 
 
+def test_a_new_run_from_a_checkpoint_needs_more_epochs_than_that_has(tiny, trained):
+    code, out, err = tiny('--model', 'resnet18_cam', '--resume', trained / 'last.pth.tar', '--epochs', '2')
+    assert code == 2 and 'has 2 epochs already, which count among the 2 of the new run: give more --epochs' in err
+    assert not Path('output').exists()
+
+
 def test_a_second_order_optimizer_trains(tiny):
     code, out, err = tiny('--opt', 'adahessian', '--loss', 'ce')
     assert code == 0, err
