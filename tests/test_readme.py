@@ -149,8 +149,16 @@ def test_commands_are_as_users_type_them():
 
 @pytest.mark.parametrize('page', PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r'\]\((?!http)([^)#\s]+)', TEXTS[page]):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for target, heading in re.findall(r'\]\((?!http)([^)#\s]*)#?([^)\s]*)\)', TEXTS[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not heading or heading in anchors_of(path), f'{target}#{heading}'
+
+
+def anchors_of(path):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
 def test_every_loss_and_head_is_in_the_readme():

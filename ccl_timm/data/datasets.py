@@ -339,13 +339,19 @@ def _class_names_from(config: DataConfig) -> list[str] | None:
     if config.class_names and config.class_map:
         raise UserError('--class-names and --class-map mean the same: give one of them.')
     if not config.class_map:
-        return list(config.class_names) if config.class_names else None
+        return _different(config.class_names, '--class-names') if config.class_names else None
     path = Path(config.class_map)
     if not path.is_file() and config.data_dir:
         path = Path(config.data_dir) / config.class_map
     if not path.is_file() or path.suffix == '.pkl':
         raise UserError(f"The class map '{config.class_map}' is not a text file with one class name a line.")
-    return [line.strip() for line in read_lines(path)]
+    return _different([line.strip() for line in read_lines(path)], f"The class map '{config.class_map}'")
+
+
+def _different(names: Sequence[str], where: str) -> list[str]:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{where} names the class '{repeated[0]}' twice.")
+    return list(names)
 
 
 def _names(dataset: Dataset) -> list[str] | None:
@@ -420,12 +426,15 @@ def _column_of_labels(reader: Any, where: str) -> list[int]:
     return labels
 
 
+def has_split(config: DataConfig, split: str) -> bool:
+    """Whether a folder has one of its own for a split."""
+    return os.path.realpath(search_split(config.data_dir, split)) != os.path.realpath(config.data_dir)
+
+
 def _check_has_split(config: DataConfig, split: str, must_exist: bool) -> None:
     """timm takes the whole folder where it finds no split of that name, the other splits included."""
     root = config.data_dir
-    if not is_folder(config.dataset) or not os.path.isdir(root):
-        return
-    if os.path.realpath(search_split(root, split)) != os.path.realpath(root):
+    if not (is_folder(config.dataset) and os.path.isdir(root)) or has_split(config, split):
         return
     others = [name for name in SPLITS if os.path.isdir(os.path.join(root, name))]
     if must_exist or others:
@@ -444,8 +453,12 @@ def _renumber(dataset: Dataset, split: str, names: list[str], train_split: str) 
         return
     unknown = [name for name in own if name not in names]
     if unknown:
-        of_map = '--class-map or --class-names' if split == train_split else 'training'
-        remedy = 'name it there' if split == train_split else 'remove them from it, or add training images'
+        of_map = '--class-map, --class-names or the recipe' if split == train_split else 'training'
+        remedy = (
+            "name it there (a run's args.yaml has the classes of its own data as class_names)"
+            if split == train_split
+            else 'remove them from it, or add training images'
+        )
         raise UserError(
             f"Split '{split}' has {len(unknown)} classes that are not among the {len(names)} of {of_map}, such as "
             f"'{unknown[0]}': {remedy}."

@@ -214,13 +214,22 @@ def open_for(
         class_names: of the model; None if unknown.
         training: of a training split divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
             one divided by ``val_fraction``, the share held out, unless the split was named.
-        named: the split was named by the user.
+        named: the split was named by the user. Of a folder without splits, which ``val_fraction`` divides, its training
+            and validation split are the two shares.
     """
+    if named and config.val_fraction is not None and _names_a_share(config, split):
+        named, training = False, training or split == config.train_split
     divided = config.val_fraction is not None and (training or not named)
     if not divided and not (training and config.train_fraction):
         return datasets.create_split(config, split, channels, class_names, named)
     splits = datasets.create_splits(config, channels)
     return splits.train if training else splits.validation
+
+
+def _names_a_share(config: DataConfig, split: str) -> bool:
+    """Whether a split is one of the two into which ``val_fraction`` divides a folder that has none."""
+    known = split in (config.train_split, config.val_split or 'validation')
+    return known and datasets.is_folder(config.dataset) and not datasets.has_split(config, split)
 
 
 def check_labels(dataset: Any, trained: Any) -> None:

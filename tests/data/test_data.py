@@ -88,7 +88,9 @@ def test_images_outside_the_folders_of_classes_are_an_error(split, place, tmp_pa
 
 def test_a_class_that_a_map_lacks_is_named(tmp_path):
     root = write_folder(tmp_path)
-    with pytest.raises(UserError, match=r"not among the 2 of --class-map or --class-names, such as 'cat': name it"):
+    with pytest.raises(
+        UserError, match=r"not among the 2 of --class-map, --class-names or the recipe, such as 'cat': name it"
+    ):
         create_splits('--data-dir', root, '--class-names', 'ant', 'bee')
 
 

@@ -15,7 +15,7 @@ from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.evaluation import choose_data, evaluate, open_for
 from ccl_timm.training.run_dir import RunDir
 
-from ..conftest import results, write_folder
+from ..conftest import TINY, results, write_folder
 
 
 def batches(logits, target, size=7):
@@ -104,6 +104,15 @@ def test_a_foreign_extra_splits_csv_stays(run_cli, trained, workdir):
         code == 2 and 'was not written by' in err and Path('run/extra_splits.csv').read_text() == 'screw,price\n1,2\n'
     )
     assert "left out: 'run/extra_splits.csv'" in run_cli('ccl-timm', 'report', 'run')[2]
+
+
+def test_a_folder_without_splits_has_the_two_shares_that_a_run_made_of_it(run_cli, folder, workdir):
+    argv = ('--data-dir', folder / 'train', '--val-fraction', '0.25', '--output', 'out', '--experiment', 'a')
+    assert run_cli('timm', 'train.py', *TINY, *argv)[0] == 0
+    for split, images in (('train', 18), ('validation', 6), ('', 6)):
+        flags = ['--split', split] if split else []
+        code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', *flags)
+        assert code == 0 and f'{images} images' in err, err
 
 
 def test_neighbours_are_sought_among_the_images_trained_on(workdir):
