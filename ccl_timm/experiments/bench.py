@@ -114,8 +114,9 @@ def bench_cc(samples: int, width: int, classes: int, rounds: int, device: torch.
 
 
 def _kept(form: Callable[..., Tensor], *inputs: Any) -> int:
-    """Bytes that the forward pass keeps for the backward pass."""
+    """Bytes that the forward pass keeps for the backward pass, beside its inputs."""
     kept: dict[int, int] = {}
+    own = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
 
     def pack(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -123,7 +124,7 @@ def _kept(form: Callable[..., Tensor], *inputs: Any) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         form(*inputs)
-    return sum(kept.values())
+    return sum(size for place, size in kept.items() if place not in own)
 
 
 def bench_steps(
