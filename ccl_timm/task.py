@@ -234,6 +234,7 @@ class ModelWithLoss(nn.Module):
         self.loss = loss
         self.requires_feature_map = 'feature_map' in loss.requires
         self.takes_features = False
+        self.feature_drop_rate = 0.0
         device = next(model.parameters()).device
         for name in _COUNTERS:
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
@@ -244,7 +245,7 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.takes_features:
-            pooled = nn.functional.dropout(input, getattr(self.model, 'drop_rate', 0.0), self.training)
+            pooled = nn.functional.dropout(input, self.feature_drop_rate, self.training)
         else:
             feature_map = self.model.forward_features(input)
             pooled = self.model.forward_head(feature_map, pre_logits=True)
@@ -437,8 +438,11 @@ class LossTask(TrainingTask):
             target = torch.zeros(2, dtype=torch.long, device=images.device)
             self(images, nn.functional.one_hot(target, soft_classes).to(images) if soft_classes else target)
 
-    def train_on_features(self) -> None:
+    def train_on_features(self, drop_rate: float = 0.0) -> None:
         """From now on inputs are what the model's head reads, (N, D) as in evaluation, and not images.
+
+        Args:
+            drop_rate: of the dropout before the head in training; families keep their own in several places.
 
         Raises:
             UserError: the loss requires the feature map, which is pooled by then.
@@ -447,7 +451,7 @@ class LossTask(TrainingTask):
             raise UserError(
                 f'{type(self.loss).__name__} requires the feature map, which pooled features no longer have.'
             )
-        self._bare().takes_features = True
+        self._bare().takes_features, self._bare().feature_drop_rate = True, drop_rate
 
     def set_epoch(self, epoch: int) -> None:
         """Tell that an epoch (0-based) begins; from then on epochs are no longer detected.

@@ -381,6 +381,18 @@ def test_a_criterion_becomes_a_loss(model, batch):
     torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], batch[1]))
 
 
+@pytest.mark.parametrize('name', ['test_resnet_linear', 'test_vit_linear'])  # which keep dropout in two places
+def test_dropout_acts_on_features_too(name):
+    model = ccl_timm.create_model(name, num_classes=4, drop_rate=0.5)
+    task = ccl_timm.create_task(model, 'ce')
+    features, target = torch.randn(4, model.head_hidden_size), torch.arange(4)
+    for rate, same in ((0.5, False), (0.0, True)):
+        task.train_on_features(rate)
+        outputs = [task.train()(features, target)['output'] for _ in range(2)]
+        assert torch.equal(*outputs) == same
+        assert torch.equal(*(task.eval()(features, target)['output'] for _ in range(2)))
+
+
 def test_a_loss_of_the_feature_map_does_not_train_on_features():
     task = ccl_timm.create_task(ccl_timm.create_model('test_resnet_mc', num_classes=4), 'mc')
     with pytest.raises(ccl_timm.UserError, match='MCLoss requires the feature map'):

@@ -5,6 +5,7 @@ And of CC-Loss's attention: whether harder classes get more channels, as that pa
 
 import numpy as np
 from scipy import stats
+from scipy.spatial import distance
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 __all__ = [
@@ -68,8 +69,7 @@ def class_distances(features: np.ndarray, labels: np.ndarray) -> tuple[float, fl
     """
     classes, centres = class_centres(features, labels)
     intra = np.linalg.norm(features - centres[np.searchsorted(classes, labels)], axis=1).mean()
-    first, second = np.triu_indices(len(classes), 1)
-    between = np.linalg.norm(centres[first] - centres[second], axis=1)
+    between = distance.pdist(centres)
     return float(intra), float(between.mean()) if between.size else float('nan')
 
 

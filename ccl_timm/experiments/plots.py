@@ -153,6 +153,9 @@ def in_the_plane(splits: dict[str, tuple[np.ndarray, np.ndarray]], limit: int) -
     for name, (features, labels) in splits.items():
         order = np.sort(np.random.default_rng(0).permutation(len(labels))[:limit])
         chosen[name] = features[order], labels[order]
+    if all(features.shape[1] == 1 for features, _ in chosen.values()):
+        line = {name: (np.pad(features, ((0, 0), (0, 1))), labels) for name, (features, labels) in chosen.items()}
+        return line, 'the one feature, from left to right'
     from sklearn.manifold import TSNE  # takes a second: only when it is drawn
 
     together = np.concatenate([features for features, _ in chosen.values()])

@@ -111,6 +111,6 @@ def _unseen_loader(trainer: Trainer, folder: str) -> Any:
     if config.freeze_backbone:
         model = trainer.task.get_eval_model()
         found = features_of(config, model, trainer.device, trainer.setup.data_config, dataset)
-        return [(found.views[0], found.labels)]
+        return [(found.views[0], found.labels.to(trainer.device))]
     preprocessing = {**trainer.setup.data_config, 'batch_size': config.batch_size}
     return loader_of(dataset, preprocessing, trainer.device, config.workers)

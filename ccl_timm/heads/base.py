@@ -66,7 +66,7 @@ class Head(nn.Module):
 
     @classmethod
     def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Options that a state_dict of this head shows, where their default depends on the classes; none by default."""
+        """Options that a state_dict of this head shows, such as widths, which nobody then has to repeat; none here."""
         return {}
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:

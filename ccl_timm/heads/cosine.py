@@ -1,5 +1,8 @@
 """The classifier of the margin losses: cosines between features and learnt class vectors."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +85,11 @@ class CosineHead(Head):
         self.initial_scale = float(scale)
         self.register_buffer('scale', torch.tensor(self.initial_scale, device=device))
         self._init_weight()
+
+    @classmethod
+    def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The width of the embedding, if there is one."""
+        return {'feature_dim': len(state['embedding.0.weight'])} if 'embedding.0.weight' in state else {}
 
     def reset(self, num_classes: int) -> None:
         """Replace the class vectors, keep the scale."""

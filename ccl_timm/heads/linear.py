@@ -1,5 +1,8 @@
 """The plain classifier: one linear layer, behind any stem that our variants can have."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from ccl_timm.heads.base import Head, HeadOutputs, require_positive
@@ -51,6 +54,11 @@ class LinearHead(HeadWithLinear):
         self.in_features = in_features
         self.hidden = nn.Linear(in_features, feature_dim, device=device, dtype=dtype) if feature_dim else nn.Identity()
         self.out = nn.Linear(feature_dim or in_features, num_classes, device=device, dtype=dtype)
+
+    @classmethod
+    def options_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The width of the layer before the last, if there is one."""
+        return {'feature_dim': len(state['hidden.weight'])} if 'hidden.weight' in state else {}
 
     def outputs(self, pooled: Tensor) -> HeadOutputs:
         """Pooled features (N, in_features) to logits (N, K), features (N, D), weight (K, D)."""

@@ -287,7 +287,7 @@ def _results(run: Result, measured: dict[str, float], baseline: Result | None) -
     for row in run.extra_splits:
         if row['epoch'] == measured.get('epoch'):  # with the same weights
             values.append((f'this model on "{row["split"]}", {row["images"]:.0f} images', f'{row["top1"]:.2f}'))
-    values.append(_baseline_value(run, baseline) if baseline else ('cross-entropy, same recipe', 'not run'))
+    values.append(_baseline_value(run, baseline, measured) if baseline else ('cross-entropy, same recipe', 'not run'))
     values += _paper_values(run)
     if 'eval_top1' not in measured:
         return {'results': values, 'measured': 'No images were held out to measure on.', 'selection': _NOT_CHOSEN}
@@ -302,7 +302,8 @@ def _results(run: Result, measured: dict[str, float], baseline: Result | None) -
     }
 
 
-def _baseline_value(run: Result, baseline: Result) -> tuple[str, str]:
+def _baseline_value(run: Result, baseline: Result, measured: dict[str, float]) -> tuple[str, str]:
+    """Of its best epoch, if the run's is that, else of the same epoch or its last."""
     settings = baseline.settings
     if _loss(settings) != 'ce':
         raise UserError(f"The baseline '{baseline.source}' was trained with '{_loss(settings)}': name a run with "
@@ -313,7 +314,12 @@ def _baseline_value(run: Result, baseline: Result) -> tuple[str, str]:
     if 'eval_top1' not in baseline.best_row:
         raise UserError(f"The baseline '{baseline.source}' was never measured: its summary.csv has no eval_top1.")
     name = f'cross-entropy, same recipe: {markdown_code(settings["model"])}, seed {markdown_text(settings["seed"])}'
-    return Markdown(name), f'{baseline.best:.2f}'
+    if measured == run.best_row:
+        return Markdown(name), f'{baseline.best:.2f}'
+    values = dict(baseline.curve)
+    epoch = min(int(measured.get('epoch', 0)) + 1, max(values))
+    epoch = epoch if epoch in values else max(values)
+    return Markdown(f'{name}, after epoch {epoch}'), f'{values[epoch]:.2f}'
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def build_variant(
     check_classifier(num_classes, kwargs.get('global_pool'))
     options = {k: kwargs.pop(k) for k in head_options(head_class) if k in kwargs}
     weights = _read_weights(cfg, pretrained_cfg_overlay or {}, cache_dir) if pretrained else None
-    kind = _kind_of(weights, backbone, head_class, options)
-    found = options_in(weights, backbone, head_class) if kind == 'own' and weights else {}
-    options = {**found, **options}
+    found = options_in(weights, backbone, head_class) if weights else {}
+    kind = _kind_of(weights, backbone, head_class, {**found, **options})
+    if kind == 'own':
+        options = {**found, **options}
     if pretrained_model_args is not None or cfg.source in ('hf-hub', 'local-dir'):
         kind = _check_foreign(name, cfg, pretrained_cfg_overlay or {}, pretrained_model_args or {}, weights) or kind
     if kind != 'stock':

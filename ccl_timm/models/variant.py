@@ -44,6 +44,8 @@ class VariantMixin(_Backbone):
         self.num_classes = num_classes
         if num_classes == 0:
             return
+        pooling = getattr(self, 'global_pool', None)
+        check_classifier(num_classes, getattr(pooling, 'pool_type', pooling))  # it may be off from before
         if isinstance(head, nn.Identity) or head.in_features != self.head_hidden_size:
             head = _new_head(self, self._head_class, num_classes, self._head_options)
         else:

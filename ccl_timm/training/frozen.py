@@ -28,6 +28,7 @@ from ccl_timm.data.cache import cache_dir
 from ccl_timm.data.datasets import Splits, base_of, content_hash
 from ccl_timm.errors import UserError
 from ccl_timm.heads import Head, head_options
+from ccl_timm.models import split_variant
 from ccl_timm.ops import on_all_processes, rank, world_size
 from ccl_timm.task import read_head
 from ccl_timm.training.config import TrainConfig
@@ -154,14 +155,14 @@ def features_of(
 
 def _facts(config: TrainConfig, model: nn.Module, data_config: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """What features depend on."""
-    classifier = model.get_classifier()
+    classifier, name = model.get_classifier(), model.pretrained_cfg.get('architecture', type(model).__name__)
     of_head = head_options(type(classifier)) if isinstance(classifier, Head) else []
     head = {id(tensor) for tensor in classifier.state_dict(keep_vars=True).values()}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in head}
     return {
         'data': content_hash(dataset),
         'images': len(dataset),
-        'backbone': model.pretrained_cfg.get('architecture', type(model).__name__).rpartition('_')[0],
+        'backbone': variant[0] if isinstance(classifier, Head) and (variant := split_variant(name)) else name,
         'weights': _hash(*(text for name, value in state.items() for text in (name.encode(), _bytes(value)))),
         'options': {name: value for name, value in config.model_kwargs.items() if name not in of_head},
         'settings': [config.gp, config.bn_eps, config.input_img_mode],

@@ -103,7 +103,7 @@ class Gallery:
         cosines = F.normalize(features.float(), dim=1) @ self.features.T
         index = self.labels.expand(len(cosines), -1)
         of_class = torch.full((len(cosines), len(self.class_names)), -2.0).scatter_reduce(1, index, cosines, 'amax')
-        best = of_class.topk(min(topk, len(self.class_names)), dim=1)
+        best = of_class.topk(min(topk, len(self.labels.unique())), dim=1)  # of the classes that have an image
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [
             {

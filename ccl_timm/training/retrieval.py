@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ccl_timm.console import Progress
+from ccl_timm.heads import CAMHead, MLPHead
 from ccl_timm.task import read_head
 from ccl_timm.training.step_timing import likely_layout
 
@@ -21,7 +22,8 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
         model: a timm model, ours or any other.
         loader: of images and labels; an image of label -1 could not be read, and is left out.
         names: of outputs with one row per image: ``features``, ``logits``, ``attention`` ..., and ``hidden``, the
-            output of the first linear layer of the heads ``cam`` and ``mlp``; those that the head lacks are left out.
+            output of the first layer of the heads ``cam`` (linear, before its gate) and ``mlp`` (with its ReLU); those
+            that the head lacks are left out.
         label: name in front of the progress.
 
     Returns:
@@ -36,7 +38,7 @@ def extract_outputs(model: nn.Module, loader: Any, names: Collection[str], label
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         head = model.get_classifier()
         outputs = read_head(head, pooled)._asdict()
-        if 'hidden' in names and hasattr(head, 'hidden'):
+        if 'hidden' in names and isinstance(head, (CAMHead, MLPHead)):
             outputs['hidden'] = head.hidden(pooled)
         readable = target >= 0
         rows = {name: outputs[name].float() for name in names if outputs.get(name) is not None}

@@ -245,7 +245,7 @@ class Trainer:
             if config.freeze_backbone:
                 loaders = feature_loaders(config, model, self.device, data_config, self.splits)
                 memory_format = torch.contiguous_format  # of features; the backbone keeps its own
-                self.task.train_on_features()
+                self.task.train_on_features(config.drop)
             else:
                 own = dataclasses.replace(config, smoothing=mixup_smoothing(config))
                 loaders = make_loaders(own, num_classes, self.device, data_config, self.splits)
@@ -362,6 +362,9 @@ class Trainer:
     def _begin_epoch(self, epoch: int) -> None:
         # an epoch's randomness depends on the seed and the epoch alone: a resumed run repeats it
         random_seed(self.config.seed + 1000 * epoch, rank())
+        own = getattr(self.optimizer, 'generator', None)  # of adahessian, the same on all processes
+        if isinstance(own, torch.Generator):
+            own.manual_seed(self.config.seed + 1000 * epoch)
         if hasattr(self.loader.sampler, 'set_epoch'):
             self.loader.sampler.set_epoch(epoch)
         if self.config.mixup_off_epoch and epoch >= self.config.mixup_off_epoch:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ccl_timm.errors import UnknownNameError, UserError
-from ccl_timm.experiments import compare, tables, tuning
+from ccl_timm.experiments import compare, tables, trial, tuning
 from ccl_timm.experiments.compare import Comparison, entries_of, final_runs, read_records, run_comparison
 from ccl_timm.experiments.compare_result import compare_runs, epochs_to, show_comparison
 from ccl_timm.experiments.trial import run_trial
@@ -27,7 +28,7 @@ from ccl_timm.heads import head_class
 from ccl_timm.losses import Range, list_losses, loss_class
 from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.folder_lock import FolderLock
-from ccl_timm.training.frozen import features_of
+from ccl_timm.training.frozen import Features, features_of
 from ccl_timm.training.measures import retrieval
 from ccl_timm.training.run_dir import RunDir
 from ccl_timm.training.trainer import Trainer
@@ -246,6 +247,16 @@ def test_retrieval_where_no_class_has_two_images(settings, run_cli, workdir):
     assert code == 2 and 'recall_at_1 cannot be measured: among the images of the validation split no class' in err
     code, out, err = run_cli('ccl-timm', 'compare', *argv)
     assert code == 0 and 'NLL' in out and 'R@1' not in out, err
+
+
+def test_unseen_features_and_labels_are_on_one_device(folder, monkeypatch):
+    views, device = torch.zeros(1, 2, 3, device='meta'), torch.device('meta')
+    monkeypatch.setattr(trial, 'features_of', lambda *args: Features(views, torch.tensor([0, 1])))
+    task = SimpleNamespace(get_eval_model=lambda: None)
+    config = TrainConfig.resolve(['--freeze-backbone'])
+    trainer = SimpleNamespace(config=config, task=task, device=device, setup=SimpleNamespace(data_config={}))
+    ((features, labels),) = trial._unseen_loader(trainer, str(folder / 'validation'))
+    assert features.device == labels.device == device
 
 
 def test_a_comparison_is_of_one_data_set(settings, trials, folder, workdir):

@@ -294,10 +294,14 @@ def test_the_layer_that_the_paper_draws(place_of_runs, run_cli, folder, tmp_path
     code, out, err = run_cli('ccl-timm', 'features', run, '--layer', 'hidden', '-j', '0', '-o', tmp_path)
     assert code == 0 and (tmp_path / 'hidden.png').exists() and not (tmp_path / 'features.png').exists()
     assert 'cosine with class vectors' not in out, err
-    argv = ['--data-dir', folder, *TINY, '--model', 'test_resnet_cosine', '--loss', 'ce', '--epochs', '1']
-    assert run_cli('timm', 'train.py', *argv, '--output', tmp_path, '--experiment', 'other')[0] == 0
-    code, out, err = run_cli('ccl-timm', 'features', tmp_path / 'other', '--layer', 'hidden', '-j', '0')
-    assert code == 2 and 'Only the heads cam and mlp have --layer hidden; this model has a CosineHead.' in err
+    for head, name in (('cosine', 'CosineHead'), ('linear', 'LinearHead')):
+        argv = ['--data-dir', folder, *TINY, '--model', f'test_resnet_{head}', '--loss', 'ce', '--epochs', '1']
+        argv += ['--model-kwargs', 'feature_dim=1', '--output', tmp_path, '--experiment', head]
+        assert run_cli('timm', 'train.py', *argv)[0] == 0
+        code, out, err = run_cli('ccl-timm', 'features', tmp_path / head, '--layer', 'hidden', '-j', '0')
+        assert code == 2 and f'Only the heads cam and mlp have --layer hidden; this model has a {name}.' in err
+    code, out, err = run_cli('ccl-timm', 'features', tmp_path / 'linear', '-j', '0', '-o', tmp_path / 'one')
+    assert code == 0 and (tmp_path / 'one' / 'features.png').exists(), err  # of a single feature
 
 
 def test_features_two_wide_in_another_folder(place_of_runs, run_cli):

@@ -382,6 +382,21 @@ def test_card_parses_back_to_its_results(run_cli, run, baseline):
         assert part in out
 
 
+@pytest.mark.parametrize(
+    'own, shown', [((70, 60), 'seed 7 | 90.00'), ((60, 70), 'seed 7, after epoch 1 | 62.00')], ids=['best', 'not best']
+)
+def test_a_card_compares_best_with_best_and_else_the_same_epoch(own, shown, run_cli, run, baseline, workdir):
+    folders = [Path(shutil.copytree(source, workdir / source.name)) for source in (run, baseline)]
+    for folder, values in zip(folders, (own, (62, 90)), strict=True):
+        rows = list(csv.DictReader((folder / 'summary.csv').open()))
+        with (folder / 'summary.csv').open('w') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows({**rows[-1], 'epoch': epoch, 'eval_top1': value} for epoch, value in enumerate(values))
+    code, out, err = run_cli('ccl-timm', 'card', folders[0], '--baseline', folders[1])  # the weights are of epoch 1
+    assert code == 0 and shown in out, err
+
+
 def test_card_and_record_of_hostile_names_and_private_settings(run_cli, run, workdir):
     """Names cannot act as markup or code, and no folder, account or password of this machine goes up."""
     folder = _with_settings(

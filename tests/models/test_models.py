@@ -153,6 +153,29 @@ def test_a_missing_embedding_is_refused_with_other_classes_too(tmp_path):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=5, feature_dim=7)
 
 
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_weights_say_how_wide_their_embedding_is(head, tmp_path):
+    source = timm.create_model(f'test_resnet_{head}', num_classes=9, feature_dim=7)
+    save_file(source.state_dict(), tmp_path / 'weights.safetensors')
+    overlay = {'file': str(tmp_path / 'weights.safetensors'), 'num_classes': 9}
+    for classes in (9, 5):
+        model = timm.create_model(
+            f'test_resnet_{head}', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
+        )
+        own, theirs = (m.fc.embedding[0] if head == 'cosine' else m.fc.hidden for m in (model, source))
+        assert torch.equal(own.weight, theirs.weight) and model.num_classes == classes
+
+
+@pytest.mark.parametrize('name', ['test_resnet_linear', 'test_vit_linear'])
+def test_no_classes_without_pooling(name):
+    model = timm.create_model(name, num_classes=9)
+    model.reset_classifier(0, '')
+    with pytest.raises(ccl_timm.UserError, match="global_pool='' works with num_classes=0 only"):
+        model.reset_classifier(5)
+    model.reset_classifier(5, 'avg')
+    assert model(torch.randn(1, *model.pretrained_cfg['input_size'])).shape == (1, 5)
+
+
 def test_copies_of_a_compiled_model_have_weights_of_their_own():
     model = timm.create_model('test_resnet_cam', num_classes=5).eval()
     model.compile(backend='eager')

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 import ccl_timm
@@ -13,6 +14,7 @@ from ccl_timm.data.cache import cache_dir
 from ccl_timm.losses import list_losses, loss_class
 from ccl_timm.training import frozen
 from ccl_timm.training.checkpoint_files import read_checkpoint
+from ccl_timm.training.config import TrainConfig
 from ccl_timm.training.run_dir import RunDir
 
 from ..conftest import TINY, results, write_folder
@@ -86,6 +88,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(fit, workdir):
     assert code == 0, err
     whole, resumed = (read_checkpoint(runs / name / 'last.pth.tar')['state_dict'] for name in ('whole', 'resumed'))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    'name, backbone',
+    [
+        ('resnet18', 'resnet18'),
+        ('resnetblur18', 'resnetblur18'),
+        ('test_vit', 'test_vit'),
+        ('test_vit_cam', 'test_vit'),
+    ],
+)
+def test_the_cache_knows_the_backbone(name, backbone, monkeypatch):
+    """The first two have weights of the same names and shapes."""
+    monkeypatch.setattr(frozen, 'content_hash', lambda dataset: '')
+    config = TrainConfig.resolve(['--model', name])
+    model = ccl_timm.create_model(name, num_classes=3)
+    facts = frozen._facts(config, model, timm.data.resolve_model_data_config(model), [])
+    assert facts['backbone'] == backbone
 
 
 def test_features_are_read_again_and_computed_anew_where_they_must(fit, cache, monkeypatch):

@@ -31,6 +31,8 @@ def test_the_nearest_feature_names_the_class(tmp_path):
     assert [[p['class'] for p in row['predictions']] for row in found] == [['bee', 'ant'], ['ant', 'bee']]
     assert found[0]['predictions'][0] == {'class': 'bee', 'index': 1, 'similarity': 1.0}
     assert all(row['known'] for row in found)
+    first = Gallery(gallery().features, torch.tensor([0, 0, 0]), ['ant', 'bee'], 'm', 'w', None)
+    assert [p['class'] for p in first.classify(torch.ones(1, 2), topk=2)[0]['predictions']] == ['ant']  # no bee there
     limited = gallery(0.99)
     middle = torch.tensor([[1.0, 1.0]])
     assert not limited.classify(middle)[0]['known'] and limited.classify(middle, threshold=0.5)[0]['known']

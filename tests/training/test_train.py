@@ -98,9 +98,11 @@ def test_args_yaml_repeats_the_run_with_identical_numbers(tiny, run_cli):
     assert summary('output/train/a') == summary('output/train/a-1')
 
 
-@pytest.mark.parametrize('loss', ['cc', 'ce'])
-def test_resumed_equals_uninterrupted(loss, tiny, monkeypatch):
-    flags = ['--loss', loss, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
+@pytest.mark.parametrize(
+    'more', [('--loss', 'cc'), ('--loss', 'ce'), ('--loss', 'cc', '--opt', 'adahessian')], ids=' '.join
+)
+def test_resumed_equals_uninterrupted(more, tiny, monkeypatch):
+    flags = [*more, '--epochs', '3', '--model-ema', '--model-ema-decay', '0.5', '--sched-on-updates']
     assert tiny(*flags, '--experiment', 'whole')[0] == 0
     step, seen = Trainer.train_step, []
 
