@@ -179,7 +179,8 @@ def build_variant(
 def options_in(weights: Mapping[str, Any], backbone: str, head_class: type[Head]) -> dict[str, Any]:
     """Options of a head that the state_dict of a whole model shows; see ``Head.options_from``."""
     path = f'{classifier_path(backbone)}.'
-    return head_class.options_from({k.removeprefix(path): value for k, value in weights.items() if k.startswith(path)})
+    found = head_class.options_from({k.removeprefix(path): v for k, v in weights.items() if k.startswith(path)})
+    return {key: value for key, value in found.items() if key in head_options(head_class)}  # a base class's may be more
 
 
 def _attach(model: TimmModel, backbone: str, head_class: type[Head], num_classes: int, options: dict[str, Any]) -> None:
