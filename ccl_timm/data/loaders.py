@@ -32,15 +32,18 @@ __all__ = [
 
 
 def resolve_preprocessing(model: TimmModel, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """timm's ``resolve_data_config``, with one mean and standard deviation for each channel of the model's images.
+    """timm's ``resolve_data_config``, with the channels of ``in_chans``, and a mean and standard deviation for each.
 
     Args:
         model: has the defaults.
         settings: of train.py, such as ``img_size`` and ``mean``.
     """
-    found = timm.data.resolve_data_config(dict(settings or {}), model=model)
-    channels = found['input_size'][0]
-    return found | {name: tuple(adapt_to_chs(found[name], channels)) for name in ('mean', 'std')}
+    settings = dict(settings or {})
+    found = timm.data.resolve_data_config(settings, model=model)
+    channels, *size = found['input_size']
+    channels = settings.get('in_chans') or channels  # which timm heeds together with a size only
+    adapted = {name: tuple(adapt_to_chs(found[name], channels)) for name in ('mean', 'std')}
+    return {**found, 'input_size': (channels, *size), **adapted}
 
 
 def create_loader(dataset: Dataset, *args: Any, pad_crop: int = 0, make: Callable | None = None, **kwargs: Any):

@@ -7,10 +7,10 @@ import json
 from types import SimpleNamespace
 
 import torch
-from timm.data import resolve_data_config
 from timm.optim import list_optimizers
 
 from ccl_timm import losses, models
+from ccl_timm.data.loaders import resolve_preprocessing
 from ccl_timm.errors import UserError, did_you_mean, require_finite, user_errors
 from ccl_timm.task import create_loss_for, probe_outputs
 from ccl_timm.training.checkpoints import build_model
@@ -129,5 +129,5 @@ def _shapes(name, options, num_classes, input_size, img_size, in_chans):
     settings = {'model': name, 'model_kwargs': json.loads(options), 'num_classes': num_classes}
     settings |= {'input_size': input_size, 'img_size': img_size, 'in_chans': in_chans}
     model = build_model(settings, device='meta')
-    size = resolve_data_config(settings, model=model)['input_size']
+    size = resolve_preprocessing(model, settings)['input_size']
     return model, probe_outputs(model, size)

@@ -63,6 +63,8 @@ def count_classes(config: TrainConfig, splits: Splits) -> int:
 
 def input_channels(config: TrainConfig) -> int:
     """Number of image channels that the settings, or else the model's default, ask for."""
+    if config.in_chans:
+        return config.in_chans
     source, name = parse_model_name(config.model)
     cfg = get_pretrained_cfg(name) if source is None and is_model(name.split('.')[0]) else None
     size = {key: value for key, value in config.settings().items() if key not in ('mean', 'std')}

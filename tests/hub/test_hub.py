@@ -89,6 +89,14 @@ def test_whatever_the_channels_the_run_is_used_as_any_other(mode, channels, run_
     assert code == 0, err
 
 
+def test_channels_need_no_size(run_cli, folder, workdir):
+    """The network's own size, as a user would type it."""
+    argv = ('--model', 'fast_convnet_cam', '--loss', 'cc', '--data-dir', folder, '--in-chans', '1', '--epochs', '1')
+    code, _, err = run_cli('timm', 'train.py', *argv, '-b', '8', '-j', '0', '--output', 'out', '--experiment', 'grey')
+    assert code == 0 and '1x32x32' in err, err
+    assert len(ccl_timm.load('out/grey').predict(str(folder / 'validation' / 'ant' / '0.png'))) == 1
+
+
 def test_an_export_that_fails_leaves_nothing(run_on_hsv, monkeypatch, workdir):
     monkeypatch.setattr(publish, 'save_config_for_hf', lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
