@@ -162,7 +162,7 @@ def list_images(root: str | os.PathLike, suffixes: set[str] | None = None) -> li
     )
 
 
-def natural_key(name: str) -> list[int | str]:
+def _natural_key(name: str) -> list[int | str]:
     """timm's sorting key, by which 'img10' follows 'img9'; timm's own fails at digits such as those of '10²'."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())]
 
@@ -203,10 +203,10 @@ class FolderReader(ReaderImageFolder):
             known = ', '.join(sorted(suffixes) if suffixes else get_img_extensions())
             raise RuntimeError(f'Found 0 images in subfolders of {root}. Supported image extensions are {known}')
         names = sorted({label for _, label in pairs})
-        names.sort(key=None if by_top_folder else natural_key)
+        names.sort(key=None if by_top_folder else _natural_key)
         self.class_to_idx = {name: number for number, name in enumerate(names)}
         self.samples = sorted(
-            ((path, self.class_to_idx[label]) for path, label in pairs), key=lambda sample: natural_key(sample[0])
+            ((path, self.class_to_idx[label]) for path, label in pairs), key=lambda sample: _natural_key(sample[0])
         )
 
     def _label(self, path: str, by_top_folder: bool) -> str:

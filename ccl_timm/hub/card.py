@@ -317,7 +317,7 @@ def _baseline_value(run: Result, baseline: Result, measured: dict[str, float]) -
     if measured == run.best_row:
         return Markdown(name), f'{baseline.best:.2f}'
     values = dict(baseline.curve)
-    epoch = min(int(measured.get('epoch', 0)) + 1, max(values))
+    epoch = int(measured.get('epoch', 0)) + 1
     epoch = epoch if epoch in values else max(values)
     return Markdown(f'{name}, after epoch {epoch}'), f'{values[epoch]:.2f}'
 
