@@ -39,7 +39,7 @@ PROBLEMS = {
     'empty_split': Problem('splits without an image', True),
     'unknown_class': Problem('classes that the training split lacks', True),
     'missing_class': Problem('classes of the training split that another split lacks', False),
-    'deep_class': Problem('class folders inside other folders, whose names do not count', False),
+    'deep_class': Problem('class folders that lie deeper; the names of the folders around them do not count', False),
     'empty_class': Problem('class folders without an image', False),
     'several_splits': Problem('same file in several splits, which makes accuracies too good', False),
     'several_classes': Problem('same file in several classes', False),

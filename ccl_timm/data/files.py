@@ -1,6 +1,7 @@
 """Image files as people have them: folders listed once and without loops, images read through one reader."""
 
 import contextlib
+import functools
 import os
 import re
 import stat
@@ -173,10 +174,16 @@ def _warn_of_merged_classes(pairs: list[tuple[str, str]]) -> None:
         folders[label].add(os.path.dirname(path))
     merged = sorted(label for label, own in folders.items() if len(own) > 1)
     if merged:
-        log_warning(
+        _warn_once(
             f'{len(merged)} classes are spread over several folders, such as {first_few(sorted(folders[merged[0]]))}: '
             'the class of an image is the name of the folder that it lies in.'
         )
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    """A folder is listed for each of its splits."""
+    log_warning(sentence)
 
 
 class FolderReader(ReaderImageFolder):
