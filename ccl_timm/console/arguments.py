@@ -5,6 +5,7 @@ import ast
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ccl_timm.errors import UserError, did_you_mean
@@ -167,11 +168,13 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         trailing: name for the arguments after ``--``, which belong to another program; None if there are none.
+        shorthands: pairs of arguments, and what they stand for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.trailing: str | None = None
+        self.shorthands: dict[tuple[str, str], list[str]] = {}
 
     def error(self, message: str) -> None:
         """Raise instead of leaving the process."""
@@ -182,11 +185,17 @@ class Parser(argparse.ArgumentParser):
     def parse_strictly(self, argv: list[str]) -> argparse.Namespace:
         """Parse all of ``argv``; a flag that is not ours is named, with where it can be used."""
         cut = argv.index('--') if self.trailing and '--' in argv else len(argv)
-        args, rest = self.parse_known_args(argv[:cut])
+        args, rest = self.parse_known_args(self._spell_out(argv[:cut]))
         check_flags(rest, getattr(args, 'parser', self))
         if self.trailing:
             setattr(args, self.trailing, argv[cut + 1 :])
         return args
+
+    def _spell_out(self, argv: list[str]) -> list[str]:
+        found = [index for index, pair in enumerate(pairwise(argv)) if pair in self.shorthands]
+        for index in reversed(found):
+            argv = [*argv[:index], *self.shorthands[argv[index], argv[index + 1]], *argv[index + 2 :]]
+        return argv
 
 
 def check_flags(rest: list[str], parser: argparse.ArgumentParser) -> None:

@@ -111,11 +111,13 @@ class OptimConfig(Options, title='optimizer and device'):
     device_modules: list[str] | None = option(
         None, nargs='+', metavar='MODULE', varies='nothing', help='modules to import first'
     )
-    amp: bool = option(False, varies='budget', help='mixed precision')
-    amp_dtype: str = option(
-        'float16', choices=('float16', 'bfloat16', 'auto'), varies='budget',
-        help='auto: the fastest of these and float32, timed before training',
+    amp: bool = option(
+        False, varies='budget',
+        help="mixed precision; '--amp auto': the fastest of float32, float16 and bfloat16, timed before training",
     )  # fmt: skip
+    amp_dtype: str = option(
+        'float16', choices=('float16', 'bfloat16', 'auto'), varies='budget', help="auto: as '--amp auto'"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,7 @@ class TrainConfig(RunConfig, ScheduleConfig, OptimConfig, LossConfig, ModelConfi
         """Add the data folder and a flag for each setting; what is not given is absent from the parser's result."""
         parser.add_argument('data', nargs='?', metavar='DIR', help='data folder, the same as --data-dir')
         super().add_arguments(parser)
+        parser.shorthands['--amp', 'auto'] = ['--amp', '--amp-dtype', 'auto']
 
     @classmethod
     def resolve(cls, argv: list[str], prog: str = 'timm train.py') -> 'TrainConfig':

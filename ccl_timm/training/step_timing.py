@@ -171,8 +171,8 @@ def fastest_choice(
         log_info(timed if len(dtypes) > 1 else f'{before.dtype} is taken: this processor is slower in other precisions')
     best = min(found, key=found.__getitem__)
     if best.dtype not in (before.dtype, *dtypes) and found[chosen] >= _GAIN * found[best]:
-        flags = 'without --amp' if best.dtype == 'float32' else f'with --amp --amp-dtype {best.dtype}'
-        log_info(f'steps would be {found[chosen] / found[best]:.2f} times as fast {flags}')
+        how = 'without --amp' if best.dtype == 'float32' else f'in {best.dtype}: --amp auto'
+        log_info(f'steps would be {found[chosen] / found[best]:.2f} times as fast {how}')
     return chosen
 
 

@@ -266,8 +266,8 @@ class Trainer:
         can_time = not config.freeze_backbone and world_size() == 1 and hasattr(self.splits.train, '__len__')
         if open_dtypes and (config.deterministic or not can_time):
             raise UserError(
-                '--amp-dtype auto times steps of one process that trains on images, without --deterministic: give '
-                'float16 or bfloat16.'
+                '--amp auto times steps of one process that trains on images, without --deterministic: give '
+                '--amp-dtype float16 or bfloat16.'
             )
         if not can_time or (fixed and not open_dtypes):
             return memory_format, dtype

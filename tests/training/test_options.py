@@ -71,6 +71,17 @@ def test_without_data_the_digits_recipe_is_the_base():
     assert TrainConfig.resolve(['--data-dir', 'x']).config == ''
 
 
+@pytest.mark.parametrize(('argv', 'precision'), [
+    (['--amp', 'auto', 'images'], (True, 'auto')),
+    (['images', '--amp', 'auto'], (True, 'auto')),
+    (['--amp', 'images'], (True, 'float16')),
+    (['--amp', 'auto', 'images', '--amp-dtype', 'bfloat16'], (True, 'bfloat16')),
+])  # fmt: skip
+def test_amp_takes_the_word_auto_and_leaves_a_folder_alone(argv, precision):
+    config = TrainConfig.resolve(argv)
+    assert (config.amp, config.amp_dtype) == precision and config.data_dir == 'images'
+
+
 @pytest.mark.parametrize('name', recipes.list_recipes())
 def test_packaged_recipe_is_sound(name):
     config = TrainConfig.resolve(['--config', name, '--data-dir', 'x'])

@@ -78,10 +78,10 @@ def test_another_precision_is_recommended_not_taken(task, clock, capsys):
     seconds, _ = clock
     seconds[Choice('channels_last', 'bfloat16')] = 0.4
     assert fastest(task) == 'channels_last'
-    assert 'steps would be 2.50 times as fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    assert 'steps would be 2.50 times as fast in bfloat16: --amp auto' in capsys.readouterr().err
     seconds[Choice('contiguous', 'float16')] = 5.0
     assert fastest(task, dtype='float16') == 'channels_last'
-    assert 'fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    assert 'fast in bfloat16: --amp auto' in capsys.readouterr().err
     seconds[Choice('channels_last', 'bfloat16')] = 4.0
     assert fastest(task, dtype='bfloat16') == 'contiguous'
     assert '4.00 times as fast with --memory-format contiguous' in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_steps_that_do_not_work_are_not_chosen(task, clock, capsys, monkeypatch)
 
     monkeypatch.setattr(step_timing, 'time_step', step)
     assert fastest(task, batch_size=8) == 'channels_last'
-    assert 'steps would be 2.00 times as fast with --amp --amp-dtype bfloat16' in capsys.readouterr().err
+    assert 'steps would be 2.00 times as fast in bfloat16: --amp auto' in capsys.readouterr().err
     for choice in seconds:
         seconds[choice] = float('inf')
     assert fastest(task, 'bfloat16', batch_size=16) == 'channels_last' and not capsys.readouterr().err
@@ -190,14 +190,14 @@ def test_a_run_takes_the_fastest_precision_and_records_it(clock, folder, run_cli
     seconds, _ = clock
     for choice in seconds:
         seconds[choice] = {'channels_last': 1.0, 'contiguous': 1.1}[choice.layout] * (1 + (choice.dtype == 'float32'))
-    argv = ['--amp', '--amp-dtype', 'auto', '--experiment', 'run']
+    argv = ['--amp', 'auto', '--experiment', 'run']
     code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv)
     assert code == 0, err
     assert 'steps are 2.00 times as fast with bfloat16' in err and 'mixed bfloat16' in err
     assert RunDir('output/train/run').environment()['precision'] == 'bfloat16'
     for flag in ('--freeze-backbone', '--deterministic'):
-        code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:3], flag)
-        assert code == 2 and '--amp-dtype auto times steps of one process that trains on images' in err
+        code, out, err = run_cli('timm', 'train.py', '--data-dir', folder, *TINY, *argv[:2], flag)
+        assert code == 2 and '--amp auto times steps of one process that trains on images' in err
 
 
 @pytest.mark.parametrize('use', [
