@@ -226,11 +226,12 @@ def _cautions(trainer: 'Trainer') -> Iterator[str]:
             f"loss '{config.loss}' compares the images of a batch, and sees {config.batch_size * world_size()} at a "
             f'time, not the {batch} of {config.grad_accum_steps} accumulated batches.'
         )
-    if trainer.scheduler is not None and config.warmup_epochs >= trainer.epochs and config.warmup_lr < lr:
-        highest = config.warmup_lr + (lr - config.warmup_lr) * (trainer.epochs - 1) / config.warmup_epochs
+    reached = trainer.epochs if config.sched_on_updates else trainer.epochs - 1  # of warm-up, by the last step
+    if trainer.scheduler is not None and config.warmup_epochs > reached and config.warmup_lr < lr:
+        highest = config.warmup_lr + (lr - config.warmup_lr) * reached / config.warmup_epochs
         yield (
-            f'the warm-up takes {config.warmup_epochs} epochs, the run {trainer.epochs}: the learning rate ends near '
-            f'{highest:.2g} and does not reach {lr:g}; give a shorter --warmup-epochs.'
+            f'--warmup-epochs is {config.warmup_epochs}, the run has {trainer.epochs}: the learning rate ends near '
+            f'{highest:.2g} and does not reach {lr:g}; give a shorter warm-up.'
         )
     if config.lr_batch and config.lr_batch != batch and not config.scale_lr:
         yield (

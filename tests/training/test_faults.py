@@ -456,9 +456,10 @@ def test_one_image_at_a_time_is_refused_where_batch_norm_cannot_take_it(fit):
 
 def test_a_warm_up_that_outlasts_the_run_is_warned_of(fit):
     code, out, err = fit('--warmup-epochs', '5', '--epochs', '1')
-    assert code == 0 and 'warning: the warm-up takes 5 epochs, the run 1: the learning rate ends near' in err
-    code, out, err = fit('--warmup-epochs', '1', '--epochs', '2', '--experiment', 'b')
-    assert code == 0 and 'the warm-up takes' not in err
+    assert code == 0 and 'warning: --warmup-epochs is 5, the run has 1: the learning rate ends near 1e-05' in err
+    for name, argv in {'b': ['--epochs', '2'], 'c': ['--epochs', '1', '--sched-on-updates']}.items():
+        code, out, err = fit('--warmup-epochs', '1', *argv, '--experiment', name)
+        assert code == 0 and '--warmup-epochs is' not in err
 
 
 @pytest.mark.parametrize(
