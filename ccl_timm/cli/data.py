@@ -67,7 +67,8 @@ def _digits(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     source = SOURCES[args.name]
     if args.folder is None:
-        raise UserError(f'{source.get} With that folder: `{args.prog} {args.name} SRC DIR`.')
+        then = f' With that folder: `{args.prog} {args.name} SRC DIR`.' if source.layout else ''
+        raise UserError(f'{source.get}{then}')
     options = {name: getattr(args, name) for name in source.options}
     return _write(source.prepare(args.source, **options), args)
 

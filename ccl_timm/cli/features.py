@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     title, last = describe(trained), list(splits)[-1]
     drawn = draw(splits, trained.labels, title, folder, args.limit, args.layer, args.format)
     if args.layer == 'features':
-        channels, names = trained.data_config['input_size'][0], trained.class_names
-        dataset = open_for(data, data.val_split, channels, names, named=args.split is not None)
+        dataset = open_for(data, data.val_split, trained, named=args.split is not None)
         path, title = folder / f'retrieval.{args.format}', f'{title}\n{last} split'
         drawn += draw_neighbours(dataset, splits[last], trained.labels, title, path)
     for path in drawn:

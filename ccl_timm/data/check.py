@@ -56,6 +56,7 @@ PROBLEMS = {
 }
 _HEADER = ('split', 'images', 'classes', 'images per class', 'width min / median / max', 'height min / median / max')
 _LITTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}
+_UNSEEN = 'unseen'  # what `data split --held-out-classes` keeps out of the splits: classes of its own
 _CHUNK = 16  # files that a thread takes at a time
 
 
@@ -136,7 +137,10 @@ def check_folder(folder: str | os.PathLike) -> Report:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
-    splits = {name: root / name for name in SPLITS if (root / name).is_dir()} or {'': root}
+    splits = {name: root / name for name in SPLITS if (root / name).is_dir()}
+    if splits and (root / _UNSEEN).is_dir():
+        splits[_UNSEEN] = root / _UNSEEN
+    splits = splits or {'': root}
     listing = _Listing()
     for split, place in splits.items():
         _list(root, split, place, listing)
@@ -247,7 +251,7 @@ def _compare_classes(splits: list[str], listing: _Listing) -> None:
     training = next((split for split in splits if split.startswith('train')), None)
     if training is None:
         return
-    for split in splits:
+    for split in (split for split in splits if split != _UNSEEN):
         listing.problems['unknown_class'] += [f'{split}/{name}' for name in sorted(classes[split] - classes[training])]
         if classes[split]:
             missing = sorted(classes[training] - classes[split])

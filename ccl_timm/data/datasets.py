@@ -197,7 +197,7 @@ class Splits:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies this data: see :func:`ccl_timm.data.fingerprint.fingerprint`."""
-        return fingerprint(*(own and _content(own) for own in (self.train, self.validation)))
+        return fingerprint(_content(self.train), None if self.validation is None else _content(self.validation))
 
 
 def create_splits(config: DataConfig, channels: int) -> Splits:
@@ -246,7 +246,13 @@ def create_split(
     """
     mode = config.input_img_mode or color_mode(channels)
     if config.dataset == 'digits':
-        return Digits(split, mode)
+        digits = Digits(split, mode)
+        if names and names != digits.classes:
+            raise UserError(
+                f'The embedded digits have the classes 0 to 9, in this order, and not those of the model or of your '
+                f'settings: {first_few(names)}.'
+            )
+        return digits
     _check_name(config.dataset)
     if is_folder(config.dataset):
         _check_is_folder(config.data_dir)
@@ -494,6 +500,11 @@ def _check_labels(config: DataConfig, targets: list[int] | None, names: list[str
             + (f" ('{names[highest]}')" if names else '')
             + f'; give --num-classes {highest + 1}, or leave it out.'
         )
+    if names and config.num_classes is not None and len(names) > config.num_classes:
+        raise UserError(
+            f'--num-classes {config.num_classes} is too small for {len(names)} class names: give --num-classes '
+            f'{len(names)}, or leave it out.'
+        )
 
 
 def stratified_holdout(files: list[str], targets: list[int], fraction: float, seed: int) -> set[int]:
@@ -527,6 +538,10 @@ def _hold_out(config, dataset, targets, channels, names):
         )
     files = file_names(dataset)
     held = stratified_holdout(files, targets, config.val_fraction, config.seed)
+    if not held:
+        raise UserError(
+            f"No class in '{config.data_dir or config.dataset}' has two images: there is nothing to hold out."
+        )
     again = create_split(
         config, config.train_split, channels, names
     )  # a second one, since each split has its own transform

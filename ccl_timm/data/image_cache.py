@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,7 @@ def _opened(stem: Path) -> ImageCache | None:
             shapes, labels = arrays['shapes'], arrays['labels']
         # copy on write: torch refuses memory that it may not write to, and nobody writes
         mapped = np.memmap(pixels, np.uint8, 'c')
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):  # none, or a damaged one
         return None
     return ImageCache(mapped, shapes, labels, stem) if len(mapped) == shapes.prod(axis=1).sum() else None
 

@@ -134,7 +134,7 @@ def evaluation_loader(
         images = images.to(device)
     else:
         cache = keeping.transformed_on_disk(dataset, dataset.transform, workers)
-        if cache is None:
+        if cache is None or not len(cache.readable):  # of no image that can be read, whoever reads the loader says so
             return loader
         images, labels = cache.stacked(), cache.labels[cache.readable]
     sampler = OrderedDistributedSampler(labels) if distributed else SequentialSampler(labels)

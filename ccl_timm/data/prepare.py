@@ -57,6 +57,8 @@ def write_links(layout: Layout, folder: str | os.PathLike, source: str | os.Path
     """
     if Path(folder).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"'{folder}' lies in '{source}', which is not changed: name a folder outside of it.")
+    if not layout:
+        raise UserError(f"There is no image to link to in '{source}'.")
     _check_names(layout, source)
     missing = [path for path in layout.values() if not path.is_file()]
     if missing:

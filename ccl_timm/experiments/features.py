@@ -54,15 +54,12 @@ def split_outputs(
         the model has it, ``attention`` (N, C).
 
     Raises:
-        UserError: the data does not fit the model, the run had no validation split, or the model lacks the layer.
+        UserError: the data does not fit the model, or the model lacks the layer.
     """
-    if not data.val_split:
-        raise UserError('The run had no split to validate on: give --split NAME.')
     config = {**trained.data_config, 'batch_size': data.batch_size}
     model, splits = trained.model.to(device), {}
     for split, name in {'training': data.train_split, data.val_split: data.val_split}.items():
-        training, channels = split == 'training', config['input_size'][0]
-        dataset = evaluation.open_for(data, name, channels, trained.class_names, training=training, named=named)
+        dataset = evaluation.open_for(data, name, trained, training=split == 'training', named=named)
         evaluation.check_labels(dataset, trained)
         loader = evaluation.loader_of(dataset, config, device, workers)
         found = retrieval.extract_outputs(model, loader, (layer, 'logits', 'attention'), f'{split} split')

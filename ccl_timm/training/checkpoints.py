@@ -36,6 +36,7 @@ class Trained:
         ema: whether these are the moving average of the weights.
         calibration: a ``temperature``, and the ``data``, ``split``, number of ``images`` and their ``fingerprint`` that
             it was fitted on; None if none was.
+        fingerprint: of the data that a share was held out of; empty if none was.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Trained:
     epoch: int | None = None
     ema: bool = False
     calibration: dict[str, Any] | None = None
+    fingerprint: str = ''
 
     @property
     def image_mode(self) -> str:
@@ -121,8 +123,11 @@ def load_trained(source: str | os.PathLike, use_ema: bool = False) -> Trained:
     config = resolve_preprocessing(model, settings)
     names = settings.get('class_names')
     epoch = checkpoint['epoch']
-    calibration = RunDir.of(checkpoint_file).calibration(epoch, use_ema)
-    return Trained(settings['model'], model.eval(), config, names, settings, epoch, use_ema, calibration)
+    run = RunDir.of(checkpoint_file)
+    held_out = settings.get('val_fraction') is not None
+    data = run.environment().get('data_fingerprint', '') if held_out else ''
+    calibration = run.calibration(epoch, use_ema)
+    return Trained(settings['model'], model.eval(), config, names, settings, epoch, use_ema, calibration, data)
 
 
 def _settings_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:

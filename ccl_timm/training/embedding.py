@@ -32,8 +32,9 @@ def embed(
 
     Returns:
         Arrays by name, in the order of the paths: ``path`` (N,) below the folder; ``label`` (N,), the name of the
-        folder below it that the image lies in, its class in training, or empty; ``features`` (N, D),
-        ``logits`` (N, K) and ``attention`` (N, C), float32. And the files that cannot be read, with the reason.
+        folder below it that the image lies in, or empty: its class in training, except for ``torch/image_folder``,
+        whose classes are the uppermost folders; ``features`` (N, D), ``logits`` (N, K) and ``attention`` (N, C),
+        float32. And the files that cannot be read, with the reason.
 
     Raises:
         UserError: there is no such folder or no image in it, or the model computes numbers that are not finite.

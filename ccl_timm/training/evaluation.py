@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ccl_timm.console import Progress, log_warning
 from ccl_timm.data import datasets
 from ccl_timm.data.config import DataConfig
+from ccl_timm.data.fingerprint import change
 from ccl_timm.data.loaders import evaluation_loader
 from ccl_timm.errors import UserError
 from ccl_timm.training.interrupts import WholeBatches
@@ -173,7 +174,7 @@ def choose_data(
         batch_size: images per batch.
 
     Raises:
-        UserError: there is no data.
+        UserError: there is no data, or no split to evaluate on.
     """
     settings = {**settings, 'batch_size': batch_size}
     if data_dir is not None:
@@ -185,6 +186,10 @@ def choose_data(
         settings |= {'val_split': settings.get('val_split') or 'validation', 'val_fraction': None}
     if split:
         settings['val_split'] = split
+    if not settings.get('val_split', 'validation'):
+        if settings.get('val_fraction') is None:
+            raise UserError('The run had no split to validate on: give --split NAME.')
+        settings['val_split'] = 'validation'
     config = DataConfig.of(settings)
     if config.data_dir is None and not config.dataset:
         raise UserError('No data to evaluate on: give --data-dir or --dataset.')
@@ -197,38 +202,40 @@ def loader_of(dataset: Any, config: dict[str, Any], device: torch.device, worker
     return evaluation_loader(dataset, {name: config[name] for name in names}, device, workers)
 
 
-def open_for(
-    config: DataConfig,
-    split: str,
-    channels: int,
-    class_names: list[str] | None,
-    training: bool = False,
-    named: bool = False,
-) -> Any:
+def open_for(config: DataConfig, split: str, trained: Any, training: bool = False, named: bool = False) -> Any:
     """A split of a run's data; of a training split that the run divided, the share that it used.
 
     Args:
         config: where the data is.
         split: its name.
-        channels: of the images.
-        class_names: of the model; None if unknown.
+        trained: the model, whose class names and number of channels count.
         training: of a training split divided by ``val_fraction`` or ``train_fraction``, the share trained on; else, of
             one divided by ``val_fraction``, the share held out, unless the split was named.
         named: the split was named by the user. Of a folder without splits, which ``val_fraction`` divides, its training
             and validation split are the two shares.
+
+    Raises:
+        UserError: there is no such split, or the images have changed and with them the share held out.
     """
+    channels = trained.data_config['input_size'][0]
     if named and config.val_fraction is not None and _names_a_share(config, split):
         named, training = False, training or split == config.train_split
     divided = config.val_fraction is not None and (training or not named)
     if not divided and not (training and config.train_fraction):
-        return datasets.create_split(config, split, channels, class_names, named)
+        return datasets.create_split(config, split, channels, trained.class_names, named)
     splits = datasets.create_splits(config, channels)
+    before = trained.fingerprint
+    if not training and before and change(before, splits.fingerprint) == 'files':
+        raise UserError(
+            'The data has changed after training, and with it which images --val-fraction holds out: give others, '
+            'which the model was not trained on, with --data-dir.'
+        )
     return splits.train if training else splits.validation
 
 
 def _names_a_share(config: DataConfig, split: str) -> bool:
     """Whether a split is one of the two into which ``val_fraction`` divides a folder that has none."""
-    known = split in (config.train_split, config.val_split or 'validation')
+    known = split in (config.train_split, 'validation', 'val')
     return known and datasets.is_folder(config.dataset) and not datasets.has_split(config, split)
 
 

@@ -53,7 +53,8 @@ class Gallery:
         require_writable(path)
         known = {'class_names': self.class_names, 'threshold': self.threshold}
         metadata = {'model': self.model, 'weights': self.weights, 'gallery': json.dumps(known)}
-        save_file({'features': self.features, 'labels': self.labels}, path, metadata)
+        with user_errors(f"'{path}' cannot be written", (SafetensorError, OSError)):
+            save_file({'features': self.features, 'labels': self.labels}, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Gallery':

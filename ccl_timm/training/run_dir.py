@@ -13,7 +13,7 @@ from typing import Any
 
 from timm.utils import update_summary
 
-from ccl_timm.console import log_warning
+from ccl_timm.console import log_info, log_warning
 from ccl_timm.console.escape import csv_text
 from ccl_timm.data.fingerprint import change
 from ccl_timm.errors import UserError, reason, user_errors
@@ -99,6 +99,8 @@ class RunDir:
             except BaseException:
                 run._lock.release()
                 raise
+        elif config.resume == 'auto':
+            log_info(f"there is no run in '{run.path}' to resume: it begins")
         return run
 
     def _choose_again(self, config: TrainConfig) -> None:

@@ -78,14 +78,7 @@ def evaluate_split(
         UserError: the data does not fit the model, no image can be read, or the model diverged.
     """
     wanted = wanted or Measures()
-    if wanted.fit_temperature and named and data.val_split == data.train_split:
-        raise UserError('A temperature is fitted on images that the model was not trained on: name another --split.')
-    if wanted.knn and named and data.val_split == data.train_split:
-        raise UserError('--knn among training images finds each one itself: name another --split.')
-    if wanted.tta and wanted.need_outputs:
-        raise UserError(
-            '--tta is for accuracy: leave out --calibration, --plot, --fit-temperature, --recall, --knn, --ood.'
-        )
+    _check_wanted(wanted, data, named)
     split = _Split(trained, data, named, device, workers)
     dataset, same_classes = split.open(wanted)
     if wanted.fit_temperature:
@@ -116,6 +109,20 @@ def evaluate_split(
     return found
 
 
+def _check_wanted(wanted: Measures, data: DataConfig, named: bool) -> None:
+    """Raise a UserError for what cannot be measured together, or on this data."""
+    if wanted.fit_temperature and named and data.val_split == data.train_split:
+        raise UserError('A temperature is fitted on images that the model was not trained on: name another --split.')
+    if wanted.knn and named and data.val_split == data.train_split:
+        raise UserError('--knn among training images finds each one itself: name another --split.')
+    if wanted.tta and wanted.need_outputs:
+        raise UserError(
+            '--tta is for accuracy: leave out --calibration, --plot, --fit-temperature, --recall, --knn, --ood.'
+        )
+    if wanted.ood and not os.path.isdir(wanted.ood):
+        raise UserError(f"There is no folder '{wanted.ood}' for --ood.")
+
+
 @dataclass(frozen=True)
 class _Split:
     """How to open and read the data of an evaluation."""
@@ -126,27 +133,23 @@ class _Split:
     device: torch.device
     workers: int
 
-    @property
-    def _channels(self) -> int:
-        return self.trained.data_config['input_size'][0]
-
     def open(self, wanted: Measures) -> tuple[Any, bool]:
         """The split to evaluate on, and whether its classes are the model's."""
-        split, names = self.data.val_split, self.trained.class_names
+        split = self.data.val_split
         try:
-            dataset = open_for(self.data, split, self._channels, names, named=self.named)
+            dataset = open_for(self.data, split, self.trained, named=self.named)
             check_labels(dataset, self.trained)
             return dataset, True
         except UserError:
             if wanted != Measures(recall=True):
                 raise
-        dataset = open_for(self.data, split, self._channels, None, named=self.named)
+        dataset = open_for(self.data, split, replace(self.trained, class_names=None), named=self.named)
         log_info('The data has classes that the model was not trained on: only retrieval is measured.')
         return dataset, False
 
     def open_training(self, data: DataConfig | None = None) -> Any:
         data = data or self.data
-        return open_for(data, data.train_split, self._channels, self.trained.class_names, training=True)
+        return open_for(data, data.train_split, self.trained, training=True)
 
     def check_unseen(self, dataset: Any, data: DataConfig) -> None:
         """Raise a UserError if files of a data set are among the training images of some data, if that is here."""

@@ -123,6 +123,25 @@ def test_held_out_share_is_stratified_seeded_and_independent_of_file_order(tmp_p
     assert {name for name, part in other.held_out if part == 'validation'} != held
 
 
+def test_nothing_can_be_held_out_of_single_images(tmp_path):
+    root = write_folder(tmp_path, train=1, validation=0)
+    with pytest.raises(UserError, match="No class in '.*' has two images: there is nothing to hold out"):
+        create_splits('--data-dir', root, '--val-fraction', '0.3')
+
+
+def test_class_names_must_fit(tmp_path):
+    root = write_folder(tmp_path / 'images')
+    (tmp_path / 'map.txt').write_text('ant\nbee\ncat\ndog\n')
+    argv = ('--data-dir', root, '--class-map', tmp_path / 'map.txt')
+    assert create_splits(*argv, '--num-classes', 5).class_names == ['ant', 'bee', 'cat', 'dog']
+    with pytest.raises(UserError, match='--num-classes 3 is too small for 4 class names: give --num-classes 4'):
+        create_splits(*argv, '--num-classes', 3)
+    for names in ('9876543210', 'ab'):
+        with pytest.raises(UserError, match='The embedded digits have the classes 0 to 9, in this order, and not'):
+            create_splits('--dataset', 'digits', '--class-names', *names)
+    assert create_splits('--dataset', 'digits', '--class-names', *'0123456789').class_names == [*'0123456789']
+
+
 def test_each_split_has_its_own_transform(tmp_path):
     splits = create_splits('--data-dir', write_folder(tmp_path), '--val-fraction', '0.5')
     splits.train.transform = lambda image: 'train'

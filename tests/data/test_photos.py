@@ -256,6 +256,10 @@ def test_a_damaged_cache_is_written_anew(cache_folder):
     (pixels,) = cache_folder.glob('*.pixels')
     os.truncate(pixels, 50)
     assert torch.equal(cached_images(read_small, 9, {}, workers=1)[8], read_small(8)[0])
+    (index,) = cache_folder.glob('*.index.npz')
+    for size in (0, index.stat().st_size // 2):
+        os.truncate(index, size)
+        assert torch.equal(cached_images(read_small, 9, {}, workers=1)[8], read_small(8)[0])
 
 
 def test_unreadable_images_are_tried_again(cache_folder):
@@ -313,6 +317,11 @@ def test_unreadable_photos_are_left_out(photos, cache_folder, tmp_path, capsys):
     )
     ((images, labels),) = loader
     assert len(images) == 11 and not labels.any()
+    for path in folder.iterdir():
+        path.write_bytes(b'no image')
+    dataset = create_splits(config, 3).train
+    none = evaluation_loader(dataset, {**data, **UNCHANGED, 'batch_size': 11}, CPU, 0, 'disk')
+    assert all((target == -1).all() for _, target in none)
 
 
 # what is said at the start of a run on photographs, and options

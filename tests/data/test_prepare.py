@@ -72,13 +72,21 @@ def test_imagenet_subset(part, tmp_path, run_cli):
     assert run_cli(*argv, '--classes', tmp_path / 'mine.txt')[0] == 0
     assert set(tree(tmp_path / 'one')) == {'train/n03/a.JPEG', 'validation/n03/b.JPEG'}
     (tmp_path / 'mine.txt').write_text('n03\nn09\n')
+    (tmp_path / 'none.txt').write_text('')
     for argv, message in (
         (['--classes', tmp_path / 'mine.txt'], "has no folder of 1 of the 2 classes, such as 'n09'"),
+        (['--classes', tmp_path / 'none.txt'], 'There is no image to link to in'),
         (['--num-classes', '4'], 'has 3 classes, fewer than --num-classes 4'),
         ([], 'Which classes?'),
     ):
         code, out, err = run_cli('ccl-timm', 'data', 'imagenet-subset', tmp_path / 'have', tmp_path / 'no', *argv)
         assert code == 2 and message in err and not (tmp_path / 'no').exists()
+
+
+def test_a_source_without_a_command_of_its_own_does_not_name_one(run_cli):
+    code, out, err = run_cli('ccl-timm', 'data', 'facescrub')
+    assert code == 2 and 'With that folder' not in err
+    assert 'With that folder' in run_cli('ccl-timm', 'data', 'cars196')[2]
 
 
 def write_cars(root):
@@ -206,6 +214,11 @@ def test_classes_held_out_are_the_last_by_name(workdir, run_cli):
     assert classes == {'train': ['ant', 'bee', 'cat'], 'unseen': ['dog', 'eel']}
     trained = sorted(path.relative_to('half') for path in Path('half').glob('[tv]*/*/*'))
     assert trained == sorted(path.relative_to('all') for path in Path('all').glob('*/[abc]*/*'))
+    code, out, err = run_cli('ccl-timm', 'data', 'check', 'half')
+    assert code == 0 and 'unseen' in out, out
+    (Path('half/unseen/dog/more.png')).write_bytes(b'no image')
+    code, out, err = run_cli('ccl-timm', 'data', 'check', 'half')
+    assert code == 1 and 'unseen/dog/more.png' in out
     code, out, err = run_cli('ccl-timm', 'data', 'split', source, 'none', '--held-out-classes', '0.01')
     assert code == 2 and '0.01 of 5 classes is none or all of them' in err and not Path('none').exists()
 

@@ -88,6 +88,12 @@ def test_folders_that_make_no_gallery(source, validation, message, run_cli, trai
     assert code == 2 and message in err and not Path('gallery.safetensors').exists()
 
 
+def test_a_gallery_that_cannot_be_written(tmp_path):
+    made = Gallery(torch.randn(2, 3), torch.arange(2), ['ant', 'bee'], 'test_resnet', 'hash')
+    with pytest.raises(UserError, match='cannot be written'):
+        made.save('/proc/gallery.safetensors')  # not even root may
+
+
 def test_what_is_no_gallery(run_cli, trained, folder, workdir):
     Path('text.safetensors').write_text('no tensors')
     for argv, message in (

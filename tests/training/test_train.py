@@ -139,6 +139,8 @@ def test_a_run_is_never_written_over(tiny):
     before = Path('output/train/a/summary.csv').read_text()
     code, out, err = tiny('--experiment', 'a')
     assert code == 2 and "'output/train/a' already holds a run: give --resume auto" in err
+    code, out, err = tiny('--experiment', 'b', '--resume', 'auto')
+    assert code == 0 and "there is no run in 'output/train/b' to resume: it begins" in err
     code, out, err = tiny('--experiment', 'a', '--resume', 'auto', '--lr', '0.3', '--seed', '7')
     assert code == 2 and "'output/train/a' holds a run of other settings" in err and 'lr was None, is 0.3' in err
     assert Path('output/train/a/summary.csv').read_text() == before
@@ -187,6 +189,9 @@ def test_batches_without_a_pair_of_one_class_are_warned_of(run_cli, workdir):
     code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'images', '--epochs', '2')
     assert code == 0, err
     assert err.count("warning: loss term 'cc' was zero in 100% of this epoch's batches") == 1
+    write_folder(workdir / 'one', classes=['ant'])
+    code, out, err = run_cli('timm', 'train.py', *TINY, '--data-dir', 'one', '--epochs', '1')
+    assert code == 0 and "'ce' was zero" in err and 'no two images' not in err, err
 
 
 def test_what_a_head_has_to_say_is_passed_on_once(tiny, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,30 @@ def test_a_folder_without_splits_has_the_two_shares_that_a_run_made_of_it(run_cl
         flags = ['--split', split] if split else []
         code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', *flags)
         assert code == 0 and f'{images} images' in err, err
+    code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', '--split', 'tset')
+    assert code == 2 and "has no split 'tset'" in err
+
+
+def test_a_share_that_would_be_drawn_anew_is_no_longer_held_out(run_cli, workdir):
+    images = write_folder(workdir / 'images', validation=0) / 'train'
+    argv = ('--data-dir', 'images', '--val-fraction', '0.25', '--output', 'out', '--experiment', 'a')
+    assert run_cli('timm', 'train.py', *TINY, *argv)[0] == 0
+    shutil.copy(images / 'ant' / '0.png', images / 'ant' / 'new.png')
+    for flags in ([], ['--fit-temperature']):
+        code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', *flags)
+        assert code == 2 and 'The data has changed after training, and with it which images' in err
+    code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', '--data-dir', images)
+    assert code == 0, err
+
+
+def test_a_run_without_validation_is_told_to_name_a_split(run_cli, folder, workdir):
+    argv = ('--data-dir', folder / 'train', '--val-split', '', '--output', 'out', '--experiment', 'a')
+    assert run_cli('timm', 'train.py', *TINY, *argv)[0] == 0
+    for command in (('timm', 'validate.py', 'out/a', '-j', '0'), ('ccl-timm', 'features', 'out/a', '-j', '0')):
+        code, out, err = run_cli(*command)
+        assert code == 2 and 'The run had no split to validate on: give --split NAME.' in err
+    code, out, err = run_cli('timm', 'validate.py', 'out/a', '-j', '0', '--data-dir', folder, '--ood', 'typo')
+    assert code == 2 and "There is no folder 'typo' for --ood." in err and 'images of' not in err
 
 
 def test_neighbours_are_sought_among_the_images_trained_on(workdir):
@@ -120,8 +145,7 @@ def test_neighbours_are_sought_among_the_images_trained_on(workdir):
     given = ['--data-dir', str(images), '--val-fraction', '0.2', '--train-fraction', '0.5', '--split', 'validation']
     trained_on = TrainConfig.resolve(given[:-2])
     config = choose_data(trained_on.settings(), split='validation')
-    known = open_for(config, 'train', 3, None, training=True)
+    model = SimpleNamespace(data_config={'input_size': (3, 8, 8)}, class_names=None, fingerprint='')
+    known = open_for(config, 'train', model, training=True)
     assert known.indices == datasets.create_splits(trained_on, 3).train.indices
-    assert (
-        len(open_for(config, 'validation', 3, None, named=True)) == 12
-    )  # the part of that name, not what was held out
+    assert len(open_for(config, 'validation', model, named=True)) == 12  # the part of that name, not what was held out
