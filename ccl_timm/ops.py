@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ccl_timm.errors import UserError
+
 __all__ = [
     'FullPrecisionBuffers',
     'all_gather_rows',
@@ -22,6 +24,8 @@ __all__ = [
     'l2_normalize',
     'world_size',
 ]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)  # of class indices, besides int64
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager:
@@ -58,18 +62,30 @@ class FullPrecisionBuffers(nn.Module):
 
 
 def force_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of tensors compute outside autocast and in float32, or in float64 if its first tensor is that."""
+    """Let a function of tensors compute outside autocast and in float32, or in float64 if its first tensor is that.
+
+    Class indices may be of any integer type.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        first = next(x for x in [*args, *kwargs.values()] if _is_real(x))
+        first = next((x for x in [*args, *kwargs.values()] if _is_real(x)), None)
+        if first is None:
+            raise UserError(f'{function.__name__} takes floating-point tensors, and got none.')
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        args = tuple(x.to(dtype) if _is_real(x) else x for x in args)
-        kwargs = {name: x.to(dtype) if _is_real(x) else x for name, x in kwargs.items()}
+        args = tuple(_widened(x, dtype) for x in args)
+        kwargs = {name: _widened(x, dtype) for name, x in kwargs.items()}
         with outside_autocast(first.device):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _widened(x: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in this type, class indices as int64, all else as it is."""
+    if _is_real(x):
+        return x.to(dtype)
+    return x.long() if isinstance(x, Tensor) and x.dtype in _INTEGERS else x
 
 
 def _is_real(x: Any) -> bool:

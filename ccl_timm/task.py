@@ -394,7 +394,7 @@ class LossTask(TrainingTask):
         """
         result = self.trainable_module(input, target)
         bare = self._bare()
-        if bare.training:
+        if bare.training and torch.is_grad_enabled():
             bare.count_batch(count_step=not self._counts_updates)
         return result
 

@@ -405,3 +405,13 @@ def test_a_scale_for_thousands_of_classes_warns_once():
         ccl_timm.create_task(model, 'arcface')
         ccl_timm.create_task(model, 'arcface', scale=16, margin=0.3)
     assert len(caught) == 1
+
+
+def test_a_forward_pass_without_gradient_is_no_step():
+    task = ccl_timm.create_task(ccl_timm.create_model('test_resnet_cam', num_classes=5), 'cot')
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    with torch.no_grad():
+        task(images, target)
+    assert task.loss.step == 0
+    task(images, target)
+    assert task.loss.step == 1

@@ -104,6 +104,9 @@ class LogitsLoss(Loss):
         """Return the criterion's value under its name."""
         return {self.name: self.criterion(outputs.logits, target)}
 
+    def _check_indices(self, target, read):
+        """The criterion's own matter: it may ignore some index."""
+
 
 def list_losses(timm: bool = False) -> list[str]:
     """Names that :func:`create_loss` knows: ours and those of available plugins, with ``timm`` timm's too."""

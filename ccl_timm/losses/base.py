@@ -33,6 +33,7 @@ _DIMENSIONS: dict[str, tuple[int | None, ...]] = {
     'logits': (0, 1), 'cosine': (0, 1), 'features': (0,), 'feature_map': (0,), 'attention': (0,),
     'centroids': (None, 0), 'weight': (None, 0),
 }  # fmt: skip
+_CLASSES = {'logits': 1, 'cosine': 1, 'centroids': 0, 'weight': 0}  # which of their dimensions is K
 
 
 def require(condition: bool, message: str) -> None:
@@ -177,7 +178,8 @@ class Loss(FullPrecisionBuffers):
         """Check the target, leave autocast, and return :meth:`compute_terms` of the outputs in full precision.
 
         Raises:
-            UserError: the target's shape does not fit the outputs, or it is soft and the loss takes class indices only.
+            UserError: the target's shape does not fit the outputs, it is soft and the loss takes class indices only, it
+                has an index beyond the classes (looked for on a CPU only), or a term is not a scalar.
         """
         if missing := [name for name in self.requires if getattr(outputs, name, None) is None]:
             head = f": take those of the head '{self.head}'" if self.head else ''
@@ -186,7 +188,11 @@ class Loss(FullPrecisionBuffers):
         first = next(iter(required.values()))
         target = self._checked(target, required)
         with outside_autocast(first.device):
-            return self.compute_terms(_carrier(outputs, required), target)
+            terms = self.compute_terms(_carrier(outputs, required), target)
+        for name, term in terms.items():
+            shape = tuple(term.shape)
+            require(not shape, f"{type(self).__name__}'s term '{name}' has the shape {shape}: take its mean, a scalar.")
+        return terms
 
     def forward(self, outputs: Any, target: Tensor) -> Tensor:
         """Return the scalar to minimise: the sum of the named terms.
@@ -240,5 +246,19 @@ class Loss(FullPrecisionBuffers):
             pairs = zip(target.shape, _DIMENSIONS.get(key, ()), strict=False)
             if any(dim is not None and size != output.shape[dim] for size, dim in pairs):
                 raise UserError(f"{name} got {found} for '{key}' of shape {tuple(output.shape)}: they must agree.")
+        if indices:
+            self._check_indices(target, read)
         dtype = next(iter(read.values())).dtype
         return target.long() if indices else target.to(torch.promote_types(dtype, torch.float32))
+
+    def _check_indices(self, target: Tensor, read: dict[str, Tensor]) -> None:
+        """Raise a UserError for an index that is no class, where looking at it does not make a device wait."""
+        sizes = [output.shape[_CLASSES[key]] for key, output in read.items() if key in _CLASSES]
+        if not sizes or not len(target) or target.device.type != 'cpu' or torch.compiler.is_compiling():
+            return
+        low, high = int(target.min()), int(target.max())
+        require(
+            0 <= low and high < sizes[0],
+            f'{type(self).__name__} got the class index {low if low < 0 else high}, and there are {sizes[0]} classes: '
+            'number them from 0.',
+        )

@@ -37,9 +37,8 @@ def channel_correlation(attention: Tensor, target: Tensor, num_classes: int | No
         intra, inter, classes = _soft_pair_sums(attention, target)
     else:
         # evaluation is each process's own
-        intra, inter, counts = _PairSums.apply(
-            attention, target, num_classes or int(target.max()) + 1, torch.is_grad_enabled()
-        )
+        number = num_classes or (int(target.max()) + 1 if len(target) else 1)
+        intra, inter, counts = _PairSums.apply(attention, target, number, torch.is_grad_enabled())
         classes = (counts > 0).sum()
     several = classes > 1
     # with a single class the paper's ratio is intra / eps, about 1e9: there is nothing to push apart, so no term

@@ -97,6 +97,11 @@ class CenterLoss(Loss):
 
     def compute_terms(self, outputs, target):
         """Return ``ce`` and ``center``."""
+        classes = outputs.logits.shape[1]
+        require(
+            classes == self.num_classes,
+            f'Center loss has {self.num_classes} centres for {classes} classes: make the loss anew.',
+        )
         distances = center_distances(outputs.features, target, self.centers)
         distance = distances.mean() if self.reduction == 'mean' else all_reduce_sum(distances.sum())
         if self.training and torch.is_grad_enabled():

@@ -67,9 +67,11 @@ class FocalLoss(Loss):
         super().__init__()
         require(gamma >= 0, f'gamma must be at least 0, not {gamma}.')
         self.gamma = gamma
-        weights = [] if alpha is None else torch.as_tensor(alpha).flatten().tolist()
+        weight = None if alpha is None else torch.as_tensor(alpha).float()
+        weight = weight.flatten() if weight is not None and weight.ndim else weight
+        weights = [] if weight is None else weight.flatten().tolist()
         require(all(w >= 0 for w in weights), f'alpha must not be negative, as {min(weights, default=0)} is.')
-        self.register_buffer('alpha', None if alpha is None else torch.as_tensor(alpha).float(), persistent=False)
+        self.register_buffer('alpha', weight, persistent=False)
 
     def compute_terms(self, outputs, target):
         """Return ``focal``."""

@@ -180,6 +180,11 @@ class FICALLoss(Loss):
         return {'ce': cross_entropy(logits, target), 'fical': self.weight * fical}
 
     def _rates(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.momentum > 0:
+            known, classes = len(self.rates), logits.shape[1]
+            require(
+                known == classes, f'FICAL has rates of {known} classes, and there are {classes}: make the loss anew.'
+            )
         if self.momentum > 0 and not (self.training and torch.is_grad_enabled()):
             return self.rates
         rates, counts = confusion_rates(logits, target, self.confusion == 'hard')

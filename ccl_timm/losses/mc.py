@@ -153,9 +153,10 @@ class MCLoss(Loss):
 
 def _check_map(maps: Tensor, num_channels: int) -> None:
     shape = tuple(maps.shape)
+    require(maps.ndim == 4, f'MC-Loss reads a feature map (N, C, H, W), not {shape}: use a convolutional network.')
     require(
-        maps.ndim == 4 and shape[1] == num_channels,
-        f'MC-Loss reads a feature map (N, {num_channels}, H, W), and this one is {shape}: use a convolutional network.',
+        shape[1] == num_channels,
+        f'MC-Loss was made for {num_channels} channels, and the feature map has {shape[1]}: make the loss anew.',
     )
     require(
         shape[2] * shape[3] > 1,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import (
     get_pretrained_cfg,
     is_model,
@@ -19,7 +20,7 @@ from torch import nn
 
 from ccl_timm import registry
 from ccl_timm._compat import TimmModel
-from ccl_timm.errors import UnknownNameError, UserError, did_you_mean
+from ccl_timm.errors import LIBRARY_ERRORS, UnknownNameError, UserError, did_you_mean, user_errors
 from ccl_timm.heads import head_class, head_name, output_names
 from ccl_timm.models import on_demand, weights
 from ccl_timm.models.builder import build_variant, options_in, register_variant, variant_cfg
@@ -85,7 +86,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         UnknownNameError: no such model, with the closest name.
         UserError: an option or a checkpoint does not fit the model.
     """
-    return create_for_input(model_name, None, pretrained=pretrained, **kwargs)
+    with user_errors(f"Model '{model_name}' cannot be built", (*LIBRARY_ERRORS, AttributeError, SafetensorError)):
+        return create_for_input(model_name, None, pretrained=pretrained, **kwargs)
 
 
 def create_for_input(

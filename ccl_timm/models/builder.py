@@ -39,6 +39,9 @@ from ccl_timm.models.weights import check_classes, check_model_args, read_hub_we
 
 __all__ = ['build_variant', 'options_in', 'register_variant', 'variant_cfg']
 
+# what timm's families call the conversion of other names of their tensors
+_FILTERS = ('checkpoint_filter_fn', '_filter_fn', '_filter_torchvision_pretrained', 'pretrained_filter_fn')
+
 default_cfgs: dict[str, Any] = {}  # read by timm's register_model, which looks into the module of the function
 
 _Kind = Literal['own', 'other', 'stock']
@@ -220,9 +223,30 @@ def _build_backbone(
         cache_dir=cache_dir,
         **{**options, **kwargs},
     )
+    if weights and 'features_only' not in kwargs:
+        _check_fit(model, backbone, weights)
     model._model_args = {}  # timm's create_model fills in the variant's
     model.pretrained_cfg.pop('state_dict', None)
     return model
+
+
+def _check_fit(model: TimmModel, backbone: str, weights: dict[str, Any]) -> None:
+    """Raise a UserError if weights lack most of a backbone's parameters: timm takes what fits, and logs the rest."""
+    family = sys.modules[_family(backbone)]
+    convert = next((getattr(family, name) for name in _FILTERS if hasattr(family, name)), None)
+    given = dict(weights)
+    if convert:
+        try:
+            given = convert(given, model)
+        except TypeError:  # as timm calls the few that take no model
+            given = convert(dict(weights))
+    names = [name for name, _ in model.named_parameters()]
+    missing = [name for name in names if name not in given]
+    if len(missing) > len(names) / 2:
+        raise UserError(
+            f"The weights do not fit '{backbone}': of its {len(names)} parameters they lack {len(missing)}, such as "
+            f"'{missing[0]}', and have '{next(iter(weights))}'. Give the state_dict of such a model."
+        )
 
 
 def _check_foreign(

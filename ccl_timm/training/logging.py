@@ -130,7 +130,7 @@ class RunLogger:
             if name != 'loss' and zero > _HALF:
                 self._warned_zero_terms = True
                 reason = ' and had no effect there.'
-                if isinstance(loss, losses.CCLoss) and name == 'cc':  # the term that needs pairs
+                if name == 'cc' and isinstance(loss, losses.CCLoss) and trainer.setup.num_classes > 1:  # it needs pairs
                     reason = ': no two images of one class met. A larger --batch-size or --samples-per-class 2 helps.'
                 log_warning(f"loss term '{name}' was zero in {zero:.0%} of this epoch's batches{reason}")
 

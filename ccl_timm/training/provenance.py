@@ -84,8 +84,11 @@ def origin(settings: dict[str, Any]) -> dict[str, Any]:
         path = Path(found['name'])
         weights = path / 'model.safetensors' if path.is_dir() else path
         if weights.is_file():
-            with weights.open('rb') as file:
-                found['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
+            digest = hashlib.sha256()
+            with weights.open('rb') as file:  # hashlib.file_digest came with Python 3.11
+                while block := file.read(2**20):
+                    digest.update(block)
+            found['sha256'] = digest.hexdigest()
         found['architecture'] = _architecture(path)
     elif found['kind'] == 'hub':
         repo_id, _, revision = found['name'].partition('@')

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ccl_timm import losses
 from ccl_timm.errors import UserError
@@ -270,3 +271,52 @@ def test_a_scale_for_thousands_of_classes_is_a_caution():
 )
 def test_known_deviations_are_among_the_declared_assumptions(name, words):
     assert words in losses.loss_class(name).assumptions
+
+
+@pytest.mark.parametrize('index', [5, -1])
+@pytest.mark.parametrize('loss', REFERENCES)
+def test_an_index_that_is_no_class_is_named(loss, index):
+    target = make_target()
+    target[0] = index
+    with pytest.raises(UserError, match=f'got the class index {index}, and there are 5 classes: number them from 0'):
+        build(loss)(make_outputs(loss), target)
+
+
+def test_a_criterion_may_ignore_an_index_and_must_give_a_mean():
+    logits, target = torch.randn(4, 3), torch.tensor([0, -100, 2, 1])
+    outputs = SimpleNamespace(logits=logits)
+    expected = F.cross_entropy(logits, target)
+    assert torch.equal(losses.LogitsLoss(nn.CrossEntropyLoss())(outputs, target), expected)
+    with pytest.raises(UserError, match=r"term 'criterion' has the shape \(4,\): take its mean, a scalar"):
+        losses.LogitsLoss(nn.CrossEntropyLoss(reduction='none'))(outputs, target)
+
+
+def test_a_loss_made_for_other_classes_says_so():
+    target = torch.tensor([0, 1])
+    logits, features, weight = torch.randn(2, 4), torch.randn(2, 5), torch.randn(4, 5)
+    outputs = SimpleNamespace(logits=logits, cosine=logits.tanh(), features=features, weight=weight)
+    for made in (
+        losses.create_loss('center', num_classes=3, num_features=5),
+        losses.create_loss('fical', num_classes=3, momentum=0.9),
+    ):
+        with pytest.raises(UserError, match='3 .* 4.*: make the loss anew'):
+            made(outputs, target)
+    with pytest.raises(UserError, match='made for 6 channels, and the feature map has 8'):
+        made = losses.create_loss('mc', num_classes=2, num_channels=6)
+        made(SimpleNamespace(logits=torch.randn(2, 2), feature_map=torch.rand(2, 8, 4, 4)), target)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32])
+def test_formulas_take_indices_of_any_integer_type(dtype):
+    x, target = F.normalize(torch.randn(4, 5)), torch.tensor([0, 1, 2, 1])
+    for formula in (losses.focal_loss, lambda x, y: losses.additive_margin(x, y, 16.0, 0.2), channel_correlation):
+        assert torch.equal(formula(x, target.to(dtype)), formula(x, target))
+    with pytest.raises(UserError, match='focal_loss takes floating-point tensors'):
+        losses.focal_loss(target[:, None], target)
+
+
+def test_nested_class_weights_of_focal_are_those_of_a_list():
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    outputs = SimpleNamespace(logits=logits)
+    flat, nested = (losses.create_loss('focal', alpha=alpha)(outputs, target) for alpha in ([1, 2, 3], [[1, 2, 3]]))
+    assert torch.equal(flat, nested)

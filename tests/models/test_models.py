@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import ccl_timm
+from ccl_timm.errors import UserError
 from ccl_timm.heads import head_class, list_heads
 from ccl_timm.models import MODELS
 from ccl_timm.models.cost import cost
@@ -483,3 +484,42 @@ def test_cost_is_that_of_timms_tables(name, macs, activations):
     found = cost(model, (3, 224, 224))
     assert model.training and found.parameters == sum(p.numel() for p in model.parameters())
     assert abs(found.macs / 1e9 / macs - 1) < 0.04 and abs(found.activations / 1e6 - activations) < 0.01
+
+
+@pytest.mark.parametrize(
+    ('name', 'stock'),
+    [
+        ('test_resnet_cam', 'test_resnet'),
+        ('vgg11_cam', 'vgg11'),
+        ('test_vit_cam', 'test_vit'),
+        ('test_convnext_cam', 'test_convnext'),
+    ],
+)
+def test_weights_of_another_network_are_refused(name, stock, tmp_path):
+    weights, task, junk = (tmp_path / f'{kind}.pth' for kind in ('weights', 'task', 'junk'))
+    backbone = timm.create_model(stock, num_classes=7)
+    torch.save(backbone.state_dict(), weights)
+    torch.save({f'trainable_module.model.{key}': value for key, value in backbone.state_dict().items()}, task)
+    torch.save({'a': torch.ones(3)}, junk)
+
+    def build(file):
+        return ccl_timm.create_model(name, num_classes=5, pretrained=True, pretrained_cfg_overlay={'file': str(file)})
+
+    state = build(weights).state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in backbone.named_parameters() if key in state)
+    for file in (task, junk):
+        with pytest.raises(UserError, match='The weights do not fit|cannot be built'):
+            build(file)
+
+
+@pytest.mark.parametrize(
+    ('options', 'why'),
+    [
+        ({'hiden_features': 8}, "unexpected keyword argument 'hiden_features'"),
+        ({'global_pool': 'foo'}, 'Invalid pool type'),
+        ({'checkpoint_path': 'nope.pth'}, 'FileNotFoundError'),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(options, why):
+    with pytest.raises(UserError, match=f"Model 'test_resnet_cam' cannot be built: .*{why}"):
+        ccl_timm.create_model('test_resnet_cam', num_classes=5, **options)
