@@ -213,7 +213,7 @@ def test_image_that_cannot_be_decoded_is_named_and_left_out(run_cli, trained, tm
         (['export', '{empty}', 'x'], 'holds no checkpoint'),
         (
             ['validate', '{trained}', '--dataset', 'digits', '-j', '0'],
-            'The data has labels up to 9, the model 3 classes',
+            'The embedded digits have the classes 0 to 9, in this order, and not those of the model',
         ),
     ],
 )

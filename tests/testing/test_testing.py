@@ -219,7 +219,7 @@ BROKEN_LOSSES = [
     (UnknownHead, 'facts_are_declared', "head 'none_such' is none of"),
     (SearchesBeyond, 'search_space_can_be_tried', "'wieght' from 0.1 to 1.0, and 0.1: "),
     (LooseOptions, 'facts_are_declared', r'it takes \*options'),
-    (VectorTerm, 'terms_add_up', r"'ce' is of shape \(8,\)"),
+    (VectorTerm, 'terms_add_up', r"'ce' has the shape \(8,\): take its mean"),
     (HiddenTerm, 'terms_add_up', 'against the sum of its terms'),
     (HalfPrecision, 'half_precision_is_close', 'the value is of type torch.float16'),
     (Unseeded, 'seed_decides', "'mean' of a new loss differs"),
